@@ -1,0 +1,434 @@
+"""Train an LSTM on H. G. Wells's "The Time Machine", character by character.
+
+The experiment of the book "Dive into Deep Learning"
+(https://d2l.ai/chapter_recurrent-modern/lstm.html), through `model.fit`: once
+with the `ScratchLSTMCell`, once with the built-in `LSTMCell`, and on demand
+with the book's own from-scratch code.
+
+    python examples/time_machine.py
+    python examples/time_machine.py --cell scratch --epochs 50
+    python examples/time_machine.py --compare-d2l --out runs/with_d2l
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import math
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # room for the live line
+
+import keras
+import matplotlib
+import numpy as np
+from book_text import (
+    Minibatches,
+    TextError,
+    Vocabulary,
+    load_own_text,
+    load_text,
+    tokenize,
+)
+from matplotlib import pyplot as plt
+from tqdm import tqdm
+
+from keras_scratch_lstm import Perplexity, PerplexityLogger, ScratchLSTMCell
+
+matplotlib.use("Agg")  # files only, no window
+
+CELLS = {"scratch": ScratchLSTMCell, "builtin": keras.layers.LSTMCell}
+PREFIXES = ("time traveller", "traveller")
+CONTINUATION = 50  # characters
+SAMPLES_A_RUN = 5
+BACKEND = keras.backend.backend()
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    run_each_op_on_one_thread()
+    try:
+        device = find_device(args.device)
+        text = load_own_text(args.own_text) if args.own_text else load_text(args.text)
+        tokens = tokenize(text.characters)
+        vocabulary = Vocabulary(tokens)
+        corpus = vocabulary.encode(tokens)[: args.max_tokens]
+        batches = Minibatches(
+            corpus, args.batch_size, args.num_steps, args.sampling, args.seed
+        )
+        if args.compare_d2l:
+            from_d2l = import_d2l()
+        prepare_folder(args.out)
+    except (TextError, ArgumentError) as error:
+        return f"time_machine.py: error: {error}"
+
+    if not text.is_the_book:
+        why = "as asked" if args.own_text else "as The Time Machine cannot be had here"
+        print(
+            f"The text is {text.source}, {why}: no numbers to compare with the book's."
+        )
+    runs = []
+
+    def add(run):
+        run["text"] = {"source": text.source, "is_the_book": text.is_the_book}
+        runs.append(run)
+        write_report(runs, args.out)
+
+    interrupt = Interrupt()
+    with interrupt, contextlib.suppress(KeyboardInterrupt):
+        for cell in list(CELLS) if args.cell == "both" else [args.cell]:
+            if not interrupt.requested:
+                add(train(cell, args, batches, vocabulary, device, interrupt))
+        if args.compare_d2l and not interrupt.requested:
+            run = from_d2l(
+                args, batches, vocabulary, device, interrupt, PREFIXES, CONTINUATION
+            )
+            add(run)
+    for run in runs:
+        print(f"{run['cell']}: {run['closing_line']}")
+        print(*(f"    {sample}" for sample in run["samples"].values()), sep="\n")
+    if runs:
+        print(f"Report: {args.out}")
+    if interrupt.requested:
+        finished = sum(run["epochs"] for run in runs)
+        return f"Interrupted after {finished} finished epochs."
+    return 0
+
+
+# --- one run -----------------------------------------------------------------
+
+
+def build_model(cell, vocabulary_size, batch_size, num_steps, stateful):
+    """One-hot characters, an LSTM, and the logits of the next character."""
+    return keras.Sequential(
+        [
+            keras.Input(batch_shape=(batch_size, num_steps), dtype="int32"),
+            # A frozen identity matrix: row k is the one-hot vector of token k.
+            keras.layers.Embedding(
+                vocabulary_size,
+                vocabulary_size,
+                embeddings_initializer="identity",
+                trainable=False,
+                name="one_hot",
+            ),
+            keras.layers.RNN(
+                cell, return_sequences=True, stateful=stateful, name="rnn"
+            ),
+            keras.layers.Dense(vocabulary_size, name="logits"),
+        ]
+    )
+
+
+def train(name, args, batches, vocabulary, device, interrupt):
+    """Trains one cell and says how it went."""
+    with device_scope(device):
+        keras.utils.set_random_seed(args.seed)
+        model = build_model(
+            CELLS[name](args.units),
+            len(vocabulary),
+            args.batch_size,
+            args.num_steps,
+            stateful=args.sampling == "sequential",
+        )
+        model.compile(
+            # `global_clipnorm` is the book's clipping; `clipnorm` is by variable.
+            optimizer=keras.optimizers.SGD(args.learning_rate, global_clipnorm=1.0),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=[Perplexity()],
+            steps_per_execution=steps_per_execution(batches.steps_per_epoch),
+        )
+        logger = PerplexityLogger(verbose=0)
+        progress = Progress(name, args.epochs, vocabulary)
+        model.fit(
+            batches,
+            epochs=args.epochs,
+            steps_per_epoch=batches.steps_per_epoch,
+            shuffle=False,
+            verbose=0,
+            callbacks=[logger, ResetStates(), progress, interrupt],
+        )
+        samples = {prefix: generate(model, vocabulary, prefix) for prefix in PREFIXES}
+    model.save(args.out / f"{name}.keras")
+    logs = model.history.history
+    return {
+        "cell": name,
+        "backend": BACKEND,
+        "device": device,
+        "epochs": len(model.history.epoch),
+        "perplexity": logs["perplexity"][-1],
+        "tokens_per_sec": logger.tokens_per_sec,
+        "seconds": logger.seconds,
+        "samples": samples,
+        "closing_line": logger.closing_line,
+        "history": {key: logs[key] for key in ("perplexity", "tokens_per_sec")},
+    }
+
+
+def generate(model, vocabulary, prefix, length=CONTINUATION):
+    """Continues `prefix`, each time with the likeliest character."""
+    one_hot, cell = model.get_layer("one_hot"), model.get_layer("rnn").cell
+    logits = model.get_layer("logits")
+    tokens = list(vocabulary.encode(prefix))
+    states = cell.get_initial_state(batch_size=1)
+    for step in range(len(prefix) + length - 1):
+        h, states = cell(one_hot(np.array([tokens[step]])), states)
+        if step >= len(prefix) - 1:
+            tokens.append(int(keras.ops.argmax(logits(h)[0])))
+    return vocabulary.decode(tokens)
+
+
+def steps_per_execution(steps_per_epoch):
+    """Steps that one call from Python runs; fewer calls leave more time to train."""
+    if BACKEND == "torch":
+        return 1  # all that Keras allows there
+    return max(k for k in range(1, 11) if steps_per_epoch % k == 0)
+
+
+class ResetStates(keras.callbacks.Callback):
+    """Starts each epoch with the states at zero."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.model.get_layer("rnn").reset_state()
+
+
+class Progress(keras.callbacks.Callback):
+    """One live line, and now and then what the model writes."""
+
+    def __init__(self, name, epochs, vocabulary):
+        super().__init__()
+        self._bar = tqdm(total=epochs, desc=name, unit="epoch")
+        self._every = max(1, epochs // SAMPLES_A_RUN)
+        self._vocabulary = vocabulary
+
+    def on_epoch_end(self, epoch, logs=None):
+        perplexity, speed = logs["perplexity"], logs["tokens_per_sec"]
+        self._bar.set_postfix_str(
+            f"perplexity {perplexity:.2f}, {speed:,.0f} tokens/s", refresh=False
+        )
+        self._bar.update()
+        if (epoch + 1) % self._every == 0:
+            sample = generate(self.model, self._vocabulary, PREFIXES[0])
+            self._bar.write(f"epoch {epoch + 1}: {sample}")
+
+    def on_train_end(self, logs=None):
+        self._bar.close()
+
+
+class Interrupt(keras.callbacks.Callback):
+    """Ctrl-C ends the run after the epoch under way; a second one at once."""
+
+    requested = False
+
+    def __enter__(self):
+        self._previous = signal.signal(signal.SIGINT, self._request)
+
+    def __exit__(self, *exception):
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _request(self, signal_number, frame):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.requested:
+            self.model.stop_training = True
+
+
+# --- the machine -------------------------------------------------------------
+
+
+def run_each_op_on_one_thread():
+    """Lets TensorFlow spread the ops of a step over the cores, not each op.
+
+    The matrix products of one time step are too small to be worth cutting up.
+    """
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        # Too late once TensorFlow is running, which is no harm.
+        with contextlib.suppress(RuntimeError):
+            tf.config.threading.set_intra_op_parallelism_threads(1)
+
+
+def find_device(wanted):
+    """The device to train on, as `"/CPU:0"`; a GPU where there is one."""
+    if BACKEND == "torch":
+        import torch
+
+        devices = [f"gpu:{k}" for k in range(torch.cuda.device_count())] + ["cpu:0"]
+    else:
+        list_devices = keras.distribution.list_devices
+        devices = sorted({*list_devices(), *list_devices("cpu")})
+        devices.sort(key=lambda device: not device.startswith("gpu"))
+    if wanted is None:
+        return "/" + devices[0].upper()
+    name = wanted.strip("/").lower().removeprefix("device:")
+    name = name if ":" in name else f"{name}:0"
+    if name not in devices:
+        names = ", ".join("/" + device.upper() for device in devices)
+        raise ArgumentError(
+            f"--device is {wanted!r}; expected one that {BACKEND} has here: {names}."
+        )
+    return "/" + name.upper()
+
+
+def device_scope(device):
+    """The backend's way to put all that follows on one device."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.distribute.OneDeviceStrategy(device).scope()
+    # Keras on torch must not be told the index of the one CPU.
+    return keras.device(device.strip("/").lower().replace("cpu:0", "cpu"))
+
+
+def import_d2l():
+    if BACKEND != "tensorflow":
+        raise ArgumentError(
+            f"--compare-d2l runs on the tensorflow backend, and this is {BACKEND}."
+        )
+    try:
+        from d2l_lstm import train_d2l
+    except ImportError as error:
+        raise ArgumentError(
+            f"--compare-d2l needs d2l ({error}): "
+            'run `pip install -e ".[examples,d2l]"`.'
+        ) from None
+    return train_d2l
+
+
+# --- the report --------------------------------------------------------------
+
+
+def write_report(runs, out):
+    """Writes the numbers, the curves and the picture of the runs so far."""
+    results = [{k: v for k, v in run.items() if k != "history"} for run in runs]
+    (out / "results.json").write_text(json.dumps({"runs": results}, indent=2) + "\n")
+    with open(out / "history.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["cell", "epoch", "perplexity", "tokens_per_sec"])
+        for run in runs:
+            curves = zip(*run["history"].values(), strict=True)
+            writer.writerows(
+                [run["cell"], epoch, *values] for epoch, values in enumerate(curves, 1)
+            )
+    draw(runs, out)
+
+
+def draw(runs, out):
+    """Perplexity against epoch; `perplexity.png` and `.svg`."""
+    # Okabe and Ito's colours, which the colour-blind can tell apart. The cells
+    # start from the same weights, so one curve may lie on the other.
+    styles = {
+        "scratch": {"color": "#0072B2", "linewidth": 3.5},
+        "builtin": {"color": "#E69F00", "linewidth": 1.5, "linestyle": "--"},
+        "d2l": {"color": "#009E73", "linewidth": 1.5},
+    }
+    figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    for run in runs:
+        perplexity = run["history"]["perplexity"]
+        epochs = range(1, len(perplexity) + 1)
+        ax.plot(epochs, perplexity, label=run["cell"], **styles[run["cell"]])
+    ax.set_yscale("log")
+    highest = max(max(run["history"]["perplexity"]) for run in runs)
+    ticks = [tick for tick in (1, 2, 5, 10, 20, 50) if tick < highest] or [1]
+    ax.set_yticks(ticks, [str(tick) for tick in ticks])
+    ax.minorticks_off()
+    ax.set(xlabel="epoch", ylabel="perplexity (log scale)")
+    book = all(run["text"]["is_the_book"] for run in runs)
+    ax.set_title("The Time Machine" if book else "Not the book's text", loc="left")
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(title="cell", frameon=False)
+    for suffix in ("png", "svg"):
+        figure.savefig(out / f"perplexity.{suffix}", dpi=150)
+    plt.close(figure)
+
+
+# --- the command line --------------------------------------------------------
+
+
+class ArgumentError(Exception):
+    """An argument that cannot be met; the message is one sentence."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse_arguments(argv):
+    parser = Parser(
+        prog="time_machine.py",
+        description='Train an LSTM on "The Time Machine", character by character.',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--cell", choices=[*CELLS, "both"], default="both", help="what to train")
+    add("--epochs", type=positive_integer, default=500, help="passes over the text")
+    add("--units", type=positive_integer, default=256, help="size of h and of c")
+    add("--batch-size", type=positive_integer, default=32, help="sequences at a time")
+    add("--num-steps", type=positive_integer, default=35, help="characters of each")
+    add("--learning-rate", type=positive_number, default=1.0, help="of plain SGD")
+    add(
+        "--max-tokens", type=positive_integer, default=10_000, help="length of the text"
+    )
+    add(
+        "--sampling",
+        choices=["sequential", "random"],
+        default="sequential",
+        help="whether a minibatch goes on where the last one ended",
+    )
+    add("--device", help="such as /CPU:0; by default a GPU if there is one")
+    add("--seed", type=natural_number, default=0, help="of weights and offsets")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--text", type=Path, help="where timemachine.txt lies")
+    source.add_argument("--own-text", type=Path, help="any other text to train on")
+    add("--out", type=Path, default=Path("runs/time_machine"), help="folder to fill")
+    add("--compare-d2l", action="store_true", help="train the book's own code too")
+    return parser.parse_args(argv)
+
+
+def positive_integer(argument):
+    return _number(argument, int, lambda value: value > 0, "a positive integer")
+
+
+def natural_number(argument):
+    return _number(
+        argument,
+        int,
+        lambda value: 0 <= value < 2**32,
+        "an integer from 0 to 2**32 - 1",
+    )
+
+
+def positive_number(argument):
+    return _number(argument, float, lambda value: 0 < value < math.inf, "above 0")
+
+
+def _number(argument, kind, fits, expected):
+    with contextlib.suppress(ValueError):
+        if fits(value := kind(argument)):
+            return value
+    raise argparse.ArgumentTypeError(f"{argument!r} came; expected {expected}.")
+
+
+def prepare_folder(out):
+    """Makes sure that the report can be written before anything is trained."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ArgumentError(
+            f"--out {out} cannot be written: {error.strerror}."
+        ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""An LSTM for Keras 3 with a weight for every letter of its equations."""
+
+from importlib.metadata import version
+
+try:
+    import keras  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name not in ("tensorflow", "jax", "torch"):
+        raise
+    raise ImportError(
+        f"Keras is set to the {error.name} backend, which is not installed: run "
+        f"`pip install {error.name}`, or set KERAS_BACKEND to one that is."
+    ) from None
+
+from keras_scratch_lstm.callbacks import PerplexityLogger
+from keras_scratch_lstm.cell import ScratchLSTMCell
+from keras_scratch_lstm.metrics import Perplexity
+
+__version__ = version("keras-scratch-lstm")
+
+__all__ = ["Perplexity", "PerplexityLogger", "ScratchLSTMCell"]

@@ -1,0 +1,103 @@
+"""Arguments that may differ from gate to gate."""
+
+from keras import ops
+
+GATES = ("i", "f", "o", "c")
+
+# The order in which the built-in cell lays the gates side by side.
+FUSED_ORDER = ("i", "f", "c", "o")
+
+
+def is_by_gate(value):
+    """Whether an argument is a choice by gate: a dict, but no serialized object."""
+    return isinstance(value, dict) and "class_name" not in value
+
+
+def resolve(argument, value, get, default):
+    """Turns one argument into Keras objects: a single one, or one a gate.
+
+    Args:
+        argument: String, the argument's name, for error messages.
+        value: What the user gave: anything that `get` takes, or a dict of
+            such things with gates for keys.
+        get: Function that turns an identifier into a Keras object, such as
+            `keras.initializers.get`.
+        default: The identifier for a gate that the dict leaves out.
+
+    Returns:
+        An object, or a dict with one for each gate.
+    """
+    if not is_by_gate(value):
+        return get(value)
+    unknown = [gate for gate in value if gate not in GATES]
+    if unknown:
+        raise ValueError(
+            f"`{argument}` names the gate {unknown[0]!r}; expected a dict with "
+            f"keys among {', '.join(map(repr, GATES))}."
+        )
+    return {gate: get(value.get(gate, default)) for gate in GATES}
+
+
+def serialize(value, serialize_one):
+    """The inverse of `resolve`, for `get_config`."""
+    if isinstance(value, dict):
+        return {gate: serialize_one(value[gate]) for gate in GATES}
+    return serialize_one(value)
+
+
+def pick(value, gate):
+    """One gate's share of what `resolve` returned."""
+    return value[gate] if isinstance(value, dict) else value
+
+
+def split_initializer(initializer, units, forget_bias=False):
+    """One initializer for each gate's weight.
+
+    A single initializer is drawn once, with the four gates side by side as in
+    the built-in cell, and each gate takes its slice. So a seed means the same
+    numbers here and there, and glorot's fan-out and orthogonal rows stay what
+    they are there.
+
+    Args:
+        initializer: What `resolve` returned.
+        units: Integer, the width of one gate.
+        forget_bias: Boolean, whether the forget gate starts at 1.
+
+    Returns:
+        Dict of gate to initializer.
+    """
+    if isinstance(initializer, dict):
+        return initializer
+    side_by_side = _with_forget_bias(initializer, units) if forget_bias else initializer
+    drawn = None
+
+    def draw_once(shape, dtype):
+        nonlocal drawn
+        if drawn is None:
+            fused = side_by_side(shape, dtype=dtype)
+            try:
+                drawn = ops.convert_to_numpy(fused)
+            except (TypeError, NotImplementedError):
+                return fused  # within a trace: a stand-in, not to be kept
+        return drawn
+
+    def initializer_of(gate):
+        start = FUSED_ORDER.index(gate) * units
+
+        def initialize(shape, dtype=None):
+            fused = draw_once((*shape[:-1], 4 * units), dtype)
+            return ops.copy(ops.convert_to_tensor(fused[..., start : start + units]))
+
+        return initialize
+
+    return {gate: initializer_of(gate) for gate in GATES}
+
+
+def _with_forget_bias(initializer, units):
+    def initialize(shape, dtype=None):
+        b_i = initializer((units,), dtype=dtype)
+        b_f = ops.ones((units,), dtype=dtype)
+        b_c_b_o = initializer((2 * units,), dtype=dtype)
+        return ops.concatenate([b_i, b_f, b_c_b_o])
+
+    return initialize
