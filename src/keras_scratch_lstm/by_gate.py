@@ -1,6 +1,6 @@
 """Arguments that may differ from gate to gate."""
 
-from keras import ops
+from keras import initializers, ops
 
 GATES = ("i", "f", "o", "c")
 
@@ -13,7 +13,7 @@ def is_by_gate(value):
     return isinstance(value, dict) and "class_name" not in value
 
 
-def resolve(argument, value, get, default):
+def resolve(argument, value, get, default=None):
     """Turns one argument into Keras objects: a single one, or one a gate.
 
     Args:
@@ -68,6 +68,8 @@ def split_initializer(initializer, units, forget_bias=False):
     """
     if isinstance(initializer, dict):
         return initializer
+    # `add_weight` reads None so, too.
+    initializer = initializer or initializers.get("glorot_uniform")
     side_by_side = _with_forget_bias(initializer, units) if forget_bias else initializer
     drawn = None
 

@@ -1,0 +1,32 @@
+"""Checks the report that a short run of the example has written."""
+
+import csv
+import json
+import math
+import struct
+import sys
+from pathlib import Path
+
+out = Path(sys.argv[1])
+runs = json.loads((out / "results.json").read_text())["runs"]
+assert [run["cell"] for run in runs] == ["scratch", "builtin", "d2l"], runs
+for run in runs:
+    assert run["epochs"] == 5, run
+    # Fewer than the 28 tokens among which an untrained model guesses.
+    assert 1 < run["perplexity"] < 25, run
+    assert run["tokens_per_sec"] > 0, run
+    assert run["seconds"] > 0, run
+    assert all(text.startswith(start) for start, text in run["samples"].items()), run
+scratch, builtin, _ = runs
+assert math.isclose(scratch["perplexity"], builtin["perplexity"], rel_tol=1e-3), runs
+
+with open(out / "history.csv") as file:
+    rows = list(csv.DictReader(file))
+assert len(rows) == 15, rows
+assert (out / "scratch.keras").stat().st_size > 10_000
+assert (out / "builtin.keras").stat().st_size > 10_000
+assert (out / "perplexity.svg").read_text().rstrip().endswith("</svg>")
+header = (out / "perplexity.png").read_bytes()[:24]
+assert header[:8] == b"\x89PNG\r\n\x1a\n"
+assert struct.unpack(">II", header[16:])[0] > 900
+print("The report is whole.")

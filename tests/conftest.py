@@ -1,0 +1,38 @@
+import os
+import random
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+BOOK = Path(__file__).parents[2] / "shared" / "data" / "timemachine.txt"
+
+
+@pytest.fixture
+def seed():
+    """A seed of its own for each test, printed, or that of `TEST_SEED`."""
+    value = int(os.environ.get("TEST_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"TEST_SEED={value}")
+    return value
+
+
+@pytest.fixture
+def rng(seed):
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def book():
+    """The path of the book's text."""
+    if not BOOK.exists():
+        pytest.skip(f"the book's text is not at {BOOK}")
+    return BOOK
+
+
+@pytest.fixture
+def dtype_policy():
+    """Sets Keras's dtype policy for one test."""
+    before = keras.config.dtype_policy()
+    yield keras.config.set_dtype_policy
+    keras.config.set_dtype_policy(before)

@@ -1,0 +1,39 @@
+"""An LSTM and a perplexity in NumPy, float64, to compare with."""
+
+import numpy as np
+
+NAMES = ["W_xi", "W_hi", "b_i", "W_xf", "W_hf", "b_f"]
+NAMES += ["W_xo", "W_ho", "b_o", "W_xc", "W_hc", "b_c"]
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def weights_of(cell):
+    """A cell's weights by name, as float64."""
+    return {weight.name: np.array(weight).astype("float64") for weight in cell.weights}
+
+
+def lstm_step(x, h, c, w):
+    i = sigmoid(x @ w["W_xi"] + h @ w["W_hi"] + w.get("b_i", 0))
+    f = sigmoid(x @ w["W_xf"] + h @ w["W_hf"] + w.get("b_f", 0))
+    o = sigmoid(x @ w["W_xo"] + h @ w["W_ho"] + w.get("b_o", 0))
+    c_tilde = np.tanh(x @ w["W_xc"] + h @ w["W_hc"] + w.get("b_c", 0))
+    c = f * c + i * c_tilde
+    return o * np.tanh(c), c
+
+
+def fuse(values):
+    """Twelve (or eight) arrays of ours as the built-in cell's three (or two)."""
+    step = len(values) // 4
+    i, f, o, c = (values[k : k + step] for k in range(0, len(values), step))
+    return [np.concatenate(parts, -1) for parts in zip(i, f, c, o, strict=True)]
+
+
+def cross_entropy(y_true, logits):
+    """Of each token, from logits."""
+    logits = logits.astype("float64")
+    logits = logits - logits.max(-1, keepdims=True)
+    log_sum = np.log(np.exp(logits).sum(-1))
+    return log_sum - np.take_along_axis(logits, y_true[..., None], -1)[..., 0]

@@ -1,0 +1,70 @@
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import keras_scratch_lstm
+
+ROOT = Path(__file__).parents[1]
+
+# A Python in which a package is not installed.
+WITHOUT = """
+import sys
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name == {!r}:
+            raise ModuleNotFoundError("No module named " + name, name=name)
+sys.meta_path.insert(0, Without())
+import keras_scratch_lstm
+"""
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def test_the_public_names():
+    assert sorted(keras_scratch_lstm.__all__) == [
+        "Perplexity",
+        "PerplexityLogger",
+        "ScratchLSTMCell",
+    ]
+    for name in keras_scratch_lstm.__all__:
+        assert hasattr(keras_scratch_lstm, name)
+
+
+def test_one_source_for_the_version():
+    installed = importlib.metadata.version("keras-scratch-lstm")
+    assert keras_scratch_lstm.__version__ == installed
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(rf"^## \[{re.escape(installed)}\]", changelog, re.MULTILINE)
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+def test_a_missing_backend_is_told_in_a_sentence(backend):
+    done = run(WITHOUT.format(backend), KERAS_BACKEND=backend)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == (
+        f"ImportError: Keras is set to the {backend} backend, which is not installed: "
+        f"run `pip install {backend}`, or set KERAS_BACKEND to one that is."
+    )
+
+
+def test_importing_the_package_imports_no_extra():
+    code = (
+        "import sys, keras; before = set(sys.modules); import keras_scratch_lstm; "
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}; "
+        "print(new & {'matplotlib', 'pandas', 'tqdm', 'd2l'})"
+    )
+    done = run(code)
+    assert done.stdout.strip() == "set()", done.stderr
