@@ -179,8 +179,12 @@ def test_the_same_seed_drops_the_same(rng, arguments):
         lambda cell: layers.RNN(cell, return_sequences=True), seed=11, **arguments
     )
     x = rng.normal(size=(3, 7, 5)).astype("float32")
+    try:
+        expected = theirs(x, training=True)
+    except ValueError:
+        pytest.skip("this version of Keras refuses a dropout of 1")
     dropped = ours(x, training=True)
-    assert_equal(dropped, theirs(x, training=True))
+    assert_equal(dropped, expected)
     assert_equal(ours(x), theirs(x))
     # The built-in cell takes 1.0 for no dropout at all.
     has_effect = not np.allclose(numpy(dropped), numpy(ours(x)))

@@ -22,7 +22,8 @@ class Perplexity(keras.metrics.Metric):
     Args:
         name: String. Default: `"perplexity"`.
         from_logits: Boolean, whether `y_pred` holds logits, as a `Dense` layer
-            without activation gives them, or probabilities. Default: `True`.
+            without activation gives them, or probabilities; these are clipped at
+            `keras.config.epsilon()`, as in Keras's losses. Default: `True`.
         ignore_class: Integer, a token that does not count where it is the
             target, such as padding. Default: `None`.
         dtype: The dtype of the totals and of the result. Default: float32.

@@ -90,4 +90,4 @@ def test_the_books_parameters_are_the_cells_weights(texts, rng):
     vocab = d2l.Vocab([vocabulary.tokens[1:]])
     theirs = d2l.predict_ch8("time traveller", 50, net, vocab)
     assert time_machine.generate(model, vocabulary, "time traveller") == theirs
-    assert len(set(theirs[14:])) > 3
+    assert len(set(theirs[14:])) > 1
