@@ -14,8 +14,9 @@ except ModuleNotFoundError as error:
 
 from keras_scratch_lstm.callbacks import PerplexityLogger
 from keras_scratch_lstm.cell import ScratchLSTMCell
+from keras_scratch_lstm.layer import ScratchLSTM
 from keras_scratch_lstm.metrics import Perplexity
 
 __version__ = version("keras-scratch-lstm")
 
-__all__ = ["Perplexity", "PerplexityLogger", "ScratchLSTMCell"]
+__all__ = ["Perplexity", "PerplexityLogger", "ScratchLSTM", "ScratchLSTMCell"]

@@ -2,10 +2,11 @@
 
 - `DropoutRNNCell`: `keras.layers.RNN` draws dropout masks ahead of its loop
   only for cells of this class.
+- `lstm`: Keras's binding of cuDNN's LSTM.
 - `get_keras_mask`: a metric is not handed the mask of the predictions.
 """
 
-from keras.src.backend import get_keras_mask
+from keras.src.backend import get_keras_mask, lstm
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
-__all__ = ["DropoutRNNCell", "get_keras_mask"]
+__all__ = ["DropoutRNNCell", "get_keras_mask", "lstm"]

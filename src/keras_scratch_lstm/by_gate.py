@@ -50,6 +50,12 @@ def pick(value, gate):
     return value[gate] if isinstance(value, dict) else value
 
 
+def side_by_side(weights):
+    """Four gates' tensors, in the order of `GATES`, as one in the fused order."""
+    by_gate = dict(zip(GATES, weights, strict=True))
+    return ops.concatenate([by_gate[gate] for gate in FUSED_ORDER], -1)
+
+
 def split_initializer(initializer, units, forget_bias=False):
     """One initializer for each gate's weight.
 

@@ -286,6 +286,29 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
             "seed": self.seed,
         }
 
+    def set_weights(self, weights):
+        self._check_weights(weights)
+        super().set_weights(weights)
+
+    def load_own_variables(self, store):
+        self._check_weights([store[key] for key in sorted(store.keys(), key=int)])
+        super().load_own_variables(store)
+
+    def _check_weights(self, values):
+        """Refuses values that do not fit before any of them is taken."""
+        values = list(values)
+        if len(values) != len(self.weights):
+            raise ValueError(
+                f"`{self.name}` got {len(values)} `weights`; expected "
+                f"{len(self.weights)}: {', '.join(w.name for w in self.weights)}."
+            )
+        for weight, value in zip(self.weights, values, strict=True):
+            if tuple(value.shape) != tuple(weight.shape):
+                raise ValueError(
+                    f"`{self.name}` got `weights` with {weight.name} of shape "
+                    f"{tuple(value.shape)}; expected {tuple(weight.shape)}."
+                )
+
     def _check_input_shape(self, input_shape):
         if len(input_shape) != 2 or input_shape[-1] is None:
             raise ValueError(

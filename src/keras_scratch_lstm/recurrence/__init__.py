@@ -1,0 +1,64 @@
+"""How a whole sequence runs fast: one contract, and one file a backend.
+
+Each file has one function, the contract:
+
+    lstm(x, h, c, W_x, W_h, b, mask) -> (h_all, h, c)
+
+- `x`: the sequence, `(time, batch, features)`.
+- `h`, `c`: the states to begin with, each `(batch, units)`.
+- `W_x`, `W_h`, `b`: the weights of the gates, four tensors each in the order
+  i, f, o, c: `(features, units)`, `(units, units)` and `(units,)`. Without
+  bias, `b` is `None`.
+- `mask`: Boolean tensor `(time, batch)`, or `None`. A step that it marks
+  `False` leaves `h` and `c` as they are.
+
+It returns the outputs, `(time, batch, units)`, and the last `h` and `c`. The
+output of a step is `h`; where the mask marks the first steps `False`, it is what
+Keras puts out on that backend, zeros on TensorFlow and torch. Gates are sigmoid, activations tanh. It may raise `NotImplementedError` for
+what it does not serve; the layer then runs the plain loop of `keras.layers.RNN`,
+which is the reference that all are tested against.
+
+Nothing here knows of layers or variables.
+"""
+
+import contextlib
+import importlib
+
+import keras
+
+_allowed = None
+
+
+def ways(use_cudnn="auto"):
+    """The ways that can be tried on this backend and machine, best first.
+
+    Returns:
+        Dict of a way's name to its function `lstm`. The plain loop, `"loop"`,
+        is not among them, since it is the layer's own.
+    """
+    backend = keras.backend.backend()
+    if backend not in ("tensorflow", "jax", "torch"):
+        return {}
+    module = importlib.import_module(f"{__name__}.{backend}")
+    found = {}
+    if use_cudnn and module.has_gpu():
+        cudnn = importlib.import_module(f"{__name__}.cudnn")
+        found["cudnn"] = getattr(module, "lstm_in_cudnn", cudnn.lstm)
+    if use_cudnn is not True:
+        found[backend] = module.lstm
+    return {name: lstm for name, lstm in found.items() if _allowed in (None, name)}
+
+
+@contextlib.contextmanager
+def only(way):
+    """Allows one way alone, or the plain loop, for tests and benchmarks.
+
+    Args:
+        way: `"loop"`, `"tensorflow"`, `"jax"`, `"torch"` or `"cudnn"`.
+    """
+    global _allowed
+    before, _allowed = _allowed, way
+    try:
+        yield
+    finally:
+        _allowed = before
