@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_scratch_lstm import recurrence
+from keras_scratch_lstm._keras import keep_dtype
 from keras_scratch_lstm.by_gate import GATES
 from keras_scratch_lstm.cell import ScratchLSTMCell
 
@@ -63,11 +64,13 @@ class ScratchLSTM(keras.layers.RNN):
             are no weights. Default: `False`.
         unroll: Boolean, whether to write the loop out, step after step.
             Default: `False`.
-        time_major: Boolean. If true, inputs, masks and returned sequences
-            have the time first: `(time, batch, features)`. Default: `False`.
         use_cudnn: `True`, `False` or `"auto"`: whether the steps run in cuDNN
             on a GPU. `True` raises an error where cuDNN can't be used.
             Default: `"auto"`.
+        time_major: Boolean. If true, inputs, masks and returned sequences
+            have the time first: `(time, batch, features)`. Not for within
+            `keras.layers.Bidirectional`, which turns axis 1 round whatever it
+            is. Default: `False`.
         cell: A cell of one's own to take the place of the arguments from
             `units` to `seed`: a `ScratchLSTMCell` or a subclass. Default:
             `None`.
@@ -133,8 +136,8 @@ class ScratchLSTM(keras.layers.RNN):
         go_backwards=False,
         stateful=False,
         unroll=False,
-        time_major=False,
         use_cudnn="auto",
+        time_major=False,
         cell=None,
         **kwargs,
     ):
@@ -195,6 +198,7 @@ class ScratchLSTM(keras.layers.RNN):
         return [*super().variables, *(self.states or [])]
 
     def build(self, sequences_shape, initial_state_shape=None):
+        self._check_sequences_shape(sequences_shape)
         sequences_shape = self._batch_major(sequences_shape)
         if self.stateful and sequences_shape[0] is None:
             raise ValueError(
@@ -203,6 +207,8 @@ class ScratchLSTM(keras.layers.RNN):
                 "`keras.Input(batch_shape=(32, None, 8))`."
             )
         super().build(sequences_shape, initial_state_shape)
+        for state in self.states or []:
+            keep_dtype(state)  # else torch loses them under mixed precision
         time, batch, features = None, None, sequences_shape[2]
         self.input_spec = keras.InputSpec(shape=(batch, time, features))
         self.built = True
@@ -210,12 +216,15 @@ class ScratchLSTM(keras.layers.RNN):
     def call(self, sequences, initial_state=None, mask=None, training=False):
         if isinstance(mask, (list, tuple)):  # one of the states, too
             mask = mask[0]
+        if mask is not None:
+            mask = ops.convert_to_tensor(mask)
+            self._check_mask(mask, sequences)
         if self.time_major:
             sequences = ops.swapaxes(sequences, 0, 1)
             mask = None if mask is None else ops.swapaxes(mask, 0, 1)
         self._check_batch_size(sequences)
         if initial_state is not None:
-            self._check_initial_state(initial_state)
+            self._check_initial_state(initial_state, sequences.shape[0])
         elif self.stateful:
             # A copy, since on torch the states are overwritten in place, which
             # the backward pass must not see.
@@ -264,7 +273,8 @@ class ScratchLSTM(keras.layers.RNN):
     def _run(self, lstm, sequences, initial_state, mask, training):
         cell = self.cell
         if training and 0 < cell.dropout < 1:
-            sequences *= ops.expand_dims(cell.get_dropout_mask(sequences[:, 0, :]), 1)
+            dropped = cell.get_dropout_mask(sequences[:, 0, :])
+            sequences = sequences * ops.expand_dims(dropped, 1)
         x = ops.swapaxes(ops.cast(sequences, cell.compute_dtype), 0, 1)
         if mask is not None:
             mask = ops.swapaxes(ops.cast(mask, "bool"), 0, 1)
@@ -276,10 +286,9 @@ class ScratchLSTM(keras.layers.RNN):
             weights = [getattr(cell, letter + gate) for gate in GATES]
             return [ops.cast(weight, cell.compute_dtype) for weight in weights]
 
+        W_x, W_h = by_letter("W_x"), by_letter("W_h")
         b = by_letter("b_") if cell.use_bias else None
-        h_all, h, c = lstm(
-            x, *initial_state, by_letter("W_x"), by_letter("W_h"), b, mask
-        )
+        h_all, h, c = lstm(x, *initial_state, W_x, W_h, b, mask)
         return h_all[-1], ops.swapaxes(h_all, 0, 1), [h, c]
 
     def compute_output_shape(self, sequences_shape, initial_state_shape=None):
@@ -325,29 +334,50 @@ class ScratchLSTM(keras.layers.RNN):
         time, batch, *rest = shape
         return (batch, time, *rest)
 
+    def _check_sequences_shape(self, shape):
+        if len(shape) != 3 or shape[2] is None:
+            first = "time, batch" if self.time_major else "batch, time"
+            raise ValueError(
+                f"`{self.name}` got `sequences` of shape {tuple(shape)}; expected "
+                f"({first}, features) with known features."
+            )
+
+    def _check_mask(self, mask, sequences):
+        shape, expected = tuple(mask.shape), tuple(sequences.shape[:2])
+        if not _may_be_equal(shape, expected):
+            raise ValueError(
+                f"`{self.name}` got `mask` of shape {shape}; expected {expected}, as "
+                "the `sequences` have it."
+            )
+
     def _check_batch_size(self, sequences):
-        batch_size, expected = (
-            sequences.shape[0],
-            self.states and self.states[0].shape[0],
-        )
-        if self.stateful and batch_size not in (None, expected):
+        batch_size = sequences.shape[0]
+        expected = self.states[0].shape[0] if self.stateful else None
+        if not _may_be_equal((batch_size,), (expected,)):
             raise ValueError(
                 f"`{self.name}` is stateful and got `sequences` with a batch size of "
                 f"{batch_size}; expected {expected}, the batch size of its states."
             )
 
-    def _check_initial_state(self, initial_state):
+    def _check_initial_state(self, initial_state, batch_size):
         states = keras.tree.flatten(initial_state)
-        shapes = [tuple(state.shape) for state in states]
-        sizes = self.state_size
-        if len(shapes) != len(sizes) or any(
-            len(shape) != 2 or shape[-1] not in (None, size)
-            for shape, size in zip(shapes, sizes, strict=True)
+        shapes = [tuple(getattr(state, "shape", ())) for state in states]
+        expected = [(batch_size, size) for size in self.state_size]
+        if len(shapes) != len(expected) or not all(
+            map(_may_be_equal, shapes, expected)
         ):
             raise ValueError(
                 f"`{self.name}` got `initial_state` of shapes {shapes}; expected "
-                f"{[('batch', size) for size in sizes]}."
+                f"{expected}."
             )
+
+
+def _may_be_equal(shape, other):
+    """Whether two shapes are equal as far as they are known."""
+    return len(shape) == len(other) and all(
+        None in sizes or sizes[0] == sizes[1]
+        for sizes in zip(shape, other, strict=True)
+    )
 
 
 def _check_cell(cell, arguments):

@@ -14,9 +14,11 @@ Each file has one function, the contract:
 
 It returns the outputs, `(time, batch, units)`, and the last `h` and `c`. The
 output of a step is `h`; where the mask marks the first steps `False`, it is what
-Keras puts out on that backend, zeros on TensorFlow and torch. Gates are sigmoid, activations tanh. It may raise `NotImplementedError` for
-what it does not serve; the layer then runs the plain loop of `keras.layers.RNN`,
-which is the reference that all are tested against.
+Keras puts out on that backend, zeros on TensorFlow and torch. Gates are sigmoid,
+activations tanh.
+
+It may raise `NotImplementedError` for what it does not serve; the layer then runs
+the plain loop of `keras.layers.RNN`, which all are tested against.
 
 Nothing here knows of layers or variables.
 """

@@ -1,0 +1,92 @@
+"""Gradients on whichever backend Keras runs, for the tests."""
+
+import contextlib
+
+import keras
+
+BACKEND = keras.backend.backend()
+
+if BACKEND == "torch":
+    import torch
+
+    # Threads that share tensors as small as those of tests mostly wait.
+    torch.set_num_threads(1)
+
+# XLA's optimizations take longer than all that a test then runs.
+QUICK_COMPILATION = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}
+
+
+def double_precision():
+    """A context in which the backend keeps float64."""
+    if BACKEND != "jax":
+        return contextlib.nullcontext()
+    import jax
+
+    return jax.enable_x64(True)
+
+
+def with_gradients(function, variables):
+    """Prepares the outputs of a function and the gradients of its loss.
+
+    Args:
+        function: Function of tensors that returns `(loss, outputs)`.
+        variables: The Keras variables to differentiate by.
+
+    Returns:
+        Function of tensors or arrays that returns `(outputs, gradients)` in
+        NumPy, the gradients by the variables first, those by the tensors after.
+        On JAX it is compiled, once; elsewhere it runs eagerly.
+    """
+    prepare = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[BACKEND]
+    run = prepare(function, list(variables))
+
+    def evaluate(*tensors):
+        results = run([keras.ops.convert_to_tensor(tensor) for tensor in tensors])
+        return keras.tree.map_structure(keras.ops.convert_to_numpy, results)
+
+    return evaluate
+
+
+def _tensorflow(function, variables):
+    import tensorflow as tf
+
+    def run(tensors):
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            loss, outputs = function(*tensors)
+        sources = [*(variable.value for variable in variables), *tensors]
+        return outputs, tape.gradient(loss, sources, unconnected_gradients="zero")
+
+    return run
+
+
+def _jax(function, variables):
+    import jax
+
+    def pure(values, tensors):
+        with keras.StatelessScope(list(zip(variables, values, strict=True))):
+            return function(*tensors)
+
+    gradient = jax.grad(pure, argnums=(0, 1), has_aux=True)
+    compiled = jax.jit(gradient, compiler_options=QUICK_COMPILATION)
+
+    def run(tensors):
+        values = [variable.value for variable in variables]
+        (by_variables, by_tensors), outputs = compiled(values, tensors)
+        return outputs, [*by_variables, *by_tensors]
+
+    return run
+
+
+def _torch(function, variables):
+    def run(tensors):
+        tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+        loss, outputs = function(*tensors)
+        sources = [*(variable.value for variable in variables), *tensors]
+        gradients = torch.autograd.grad(loss, sources, materialize_grads=True)
+        return outputs, list(gradients)
+
+    return run

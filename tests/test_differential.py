@@ -1,0 +1,288 @@
+"""Our layers against the built-in ones, in cases that Hypothesis draws.
+
+`HYPOTHESIS_PROFILE=long` draws twenty times as many.
+"""
+
+import os
+from contextlib import nullcontext
+
+import keras
+import numpy as np
+from gradients import BACKEND, double_precision, with_gradients
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from keras import layers, ops
+from reference import fuse
+
+from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, recurrence
+
+# More than 1,000 in all, the fewest on JAX, which compiles each.
+EXAMPLES = {"tensorflow": 230, "torch": 720, "jax": 70}[BACKEND]
+EXAMPLES_OF_FIT = {"tensorflow": 8, "torch": 20, "jax": 3}[BACKEND]
+for profile, factor in {"quick": 1, "long": 20}.items():
+    settings.register_profile(
+        profile,
+        max_examples=factor * EXAMPLES,
+        deadline=None,
+        print_blob=True,
+        phases=set(Phase) - {Phase.explain},  # which traces, at a third of the speed
+        suppress_health_check=list(HealthCheck),
+    )
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+# Of the greatest number in an array, or of 1. In float64, some of Keras's own
+# operations compute in float32 on JAX and torch.
+TOLERANCES = {
+    "float32": 3e-5,
+    "float64": 1e-12 if BACKEND == "tensorflow" else 3e-5,
+    "mixed_float16": 2e-2,
+    "mixed_bfloat16": 1e-1,
+}
+
+
+@st.composite
+def cases(draw):
+    """The arguments of a layer and of a call."""
+    sizes, booleans = st.integers(1, 5), st.booleans()
+
+    def one_of(*values):
+        return draw(st.sampled_from(values))
+
+    wrapper = one_of("layer", "layer", "layer", "RNN", "Bidirectional")
+    policy = one_of(*TOLERANCES)
+    smooth = policy.startswith("mixed") or draw(booleans)
+    cell = {
+        "units": draw(sizes),
+        "activation": "tanh" if smooth else one_of("relu", None),
+        "recurrent_activation": "sigmoid" if smooth else "hard_sigmoid",
+        "use_bias": draw(booleans),
+        "kernel_initializer": "zeros",  # replaced, so let it be quick
+        "recurrent_initializer": "zeros",
+        "recurrent_regularizer": one_of(None, "l2"),
+        "bias_constraint": one_of(None, "non_neg"),
+        "dropout": one_of(0, 0, 0.4),
+        "recurrent_dropout": one_of(0, 0, 0.4),
+        "seed": 3,
+    }
+    run = {
+        "return_sequences": draw(booleans),
+        "go_backwards": wrapper != "Bidirectional" and draw(booleans),
+        "unroll": draw(booleans),
+    }
+    stateful, return_state = draw(booleans), draw(booleans)
+    if wrapper == "Bidirectional" and stateful:
+        return_state = False  # Keras itself fails at both
+    if BACKEND == "torch" and wrapper == "RNN" and policy.startswith("mixed"):
+        stateful = False  # Keras's own `RNN` keeps no states there
+    batch, time, features = draw(sizes), draw(sizes), draw(sizes)
+    mask = draw(st.none() | arrays(bool, (batch, time)))
+    backwards = run["go_backwards"] or wrapper == "Bidirectional"
+    if BACKEND == "torch" and run["unroll"] and backwards:
+        mask = None  # Keras itself fails there
+    return {
+        "wrapper": wrapper,
+        "way": one_of(None, None, None, "loop"),
+        "cell": cell,
+        "run": run,
+        "return_state": return_state,
+        "stateful": stateful,
+        "time_major": draw(booleans),
+        "policy": policy,
+        "shape": (batch, time, features),
+        "mask": mask,
+        "training": draw(booleans),
+        "initial_state": draw(booleans),
+        # Rounding must not take a case across a kink.
+        "scale": one_of(0.3, 1.0, 3.0) if smooth else one_of(0.1, 0.5),
+        "seed": draw(st.integers(0, 2**32 - 1)),
+    }
+
+
+def pair(case, rng):
+    """Ours and the built-in layer, with the same random weights.
+
+    The built-in one is never stateful, and always returns its states.
+    """
+    cell, dtype = {**case["cell"], "dtype": case["policy"]}, case["policy"]
+    arguments = {**case["run"], "dtype": dtype}
+    chosen = {"return_state": case["return_state"], "stateful": case["stateful"]}
+    if case["wrapper"] == "RNN":
+        ours = layers.RNN(ScratchLSTMCell(**cell), **arguments, **chosen)
+        theirs = layers.RNN(layers.LSTMCell(**cell), **arguments, return_state=True)
+    else:
+        time_major = case["time_major"] and case["wrapper"] == "layer"
+        arguments |= case["cell"]
+        ours = ScratchLSTM(**arguments, **chosen, time_major=time_major)
+        theirs = layers.LSTM(**arguments, return_state=True)
+    if case["wrapper"] == "Bidirectional":
+        ours = layers.Bidirectional(ours, dtype=dtype)
+        theirs = layers.Bidirectional(theirs, dtype=dtype)
+    batch, time, features = case["shape"]
+    theirs.build((batch, time, features))
+    ours.build((time, batch, features) if is_time_major(ours) else case["shape"])
+    for one, other in zip(parts(ours), parts(theirs), strict=True):
+        values = [rng.normal(0, case["scale"], w.shape) for w in one.cell.weights]
+        one.cell.set_weights(values)
+        other.cell.set_weights(fuse(values))
+    return ours, theirs
+
+
+def parts(layer):
+    """The layer, or the two layers of a `Bidirectional`."""
+    if isinstance(layer, layers.Bidirectional):
+        return [layer.forward_layer, layer.backward_layer]
+    return [layer]
+
+
+def is_time_major(layer):
+    return getattr(layer, "time_major", False)
+
+
+def call(layer, x, states, mask, training):
+    """The outputs with the batch first."""
+    if not is_time_major(layer):
+        return layer(x, initial_state=states, mask=mask, training=training)
+    mask = None if mask is None else ops.swapaxes(mask, 0, 1)
+    outputs = layer(
+        ops.swapaxes(x, 0, 1), initial_state=states, mask=mask, training=training
+    )
+    if not layer.return_sequences:
+        return outputs
+    if not layer.return_state:
+        return ops.swapaxes(outputs, 0, 1)
+    return ops.swapaxes(outputs[0], 0, 1), *outputs[1:]
+
+
+def train(layer, case, x, states):
+    """A step of SGD with a loss on the outputs, and on the states if returned.
+
+    Returns `(outputs, gradients, weights)`, the gradients those by `x` and by
+    `states`, the weights as the built-in cell's.
+    """
+    variables = layer.trainable_variables
+
+    def loss_and_outputs(x, *states):
+        outputs = call(layer, x, states or None, case["mask"], case["training"])
+        outputs = keras.tree.flatten(outputs)
+        rng, loss = np.random.default_rng(0), sum(layer.losses)
+        for output in outputs if case["return_state"] else outputs[:1]:
+            weights = ops.convert_to_tensor(
+                rng.normal(size=output.shape), dtype=layer.variable_dtype
+            )
+            loss += ops.sum(ops.cast(output, layer.variable_dtype) * weights)
+        carried = [part.states for part in parts(layer) if part.stateful]
+        return loss, outputs + [s.value for s in keras.tree.flatten(carried)]
+
+    outputs, gradients = with_gradients(loss_and_outputs, variables)(x, *states)
+    updates = [ops.convert_to_tensor(g) for g in gradients[: len(variables)]]
+    keras.optimizers.SGD(0.5).apply(updates, variables)
+    weights = [part.cell.get_weights() for part in parts(layer)]
+    return outputs, gradients[len(variables) :], weights
+
+
+def assert_close(ours, theirs, policy):
+    assert ours.shape == theirs.shape
+    ours, theirs = ours.astype("float64"), theirs.astype("float64")
+    tolerance = TOLERANCES[policy] * max(1, abs(theirs).max())
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
+
+
+def compare_a_step(case):
+    rng = np.random.default_rng(case["seed"])
+    ours, theirs = pair(case, rng)
+    sizes = [size for part in parts(ours) for size in part.state_size]
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(ours.variable_dtype)
+
+    x = draw(*case["shape"])
+    states, carried = ([draw(len(x), size) for size in sizes] for _ in range(2))
+    if case["stateful"]:
+        variables = [state for part in parts(ours) for state in part.states]
+        for variable, value in zip(variables, carried, strict=True):
+            variable.assign(value)
+    if case["initial_state"]:
+        start = states
+    else:
+        start, states = carried if case["stateful"] else [], []
+
+    with recurrence.only(case["way"]):
+        our_outputs, our_gradients, our_weights = train(ours, case, x, states)
+    (output, *last), gradients, weights = train(theirs, case, x, start)
+
+    for one, other in zip(our_outputs, [output, *last], strict=False):
+        assert one.dtype == other.dtype or case["stateful"]
+    copies = case["return_state"] + case["stateful"]
+    for one, other in zip(our_outputs, [output, *copies * last], strict=True):
+        assert_close(one, other, case["policy"])
+    for one, other in zip(our_gradients, gradients[: 1 + len(states)], strict=True):
+        assert_close(one, other, case["policy"])
+    for one, other in zip(our_weights, weights, strict=True):
+        for fused, expected in zip(fuse(one), other, strict=True):
+            assert_close(fused, expected, case["policy"])
+
+
+def in_precision_of(case):
+    return double_precision() if case["policy"] == "float64" else nullcontext()
+
+
+@given(cases())
+def test_a_layer_does_as_the_built_in_one(case):
+    with in_precision_of(case):
+        compare_a_step(case)
+
+
+def fit(layer, case, data, known_shape, jit_compile):
+    """Two epochs of `fit`; returns what is predicted after, and the weights."""
+    batch, unrolled = case["shape"][0], case["run"]["unroll"]
+    inputs = {}
+    for name, array in data.items():
+        shape = [batch, *array.shape[1:]] if known_shape else [None, *array.shape[1:]]
+        if name in ("x", "mask") and not known_shape and not unrolled:
+            shape[1] = None
+        inputs[name] = keras.Input(batch_shape=shape, dtype=array.dtype, name=name)
+    states = [inputs[name] for name in data if name.startswith("state")]
+    outputs = call(layer, inputs["x"], states or None, inputs.get("mask"), None)
+    outputs = keras.tree.flatten(outputs)
+    model = keras.Model(inputs, outputs if case["return_state"] else outputs[:1])
+    model.compile(keras.optimizers.SGD(0.5), "mse", jit_compile=jit_compile)
+
+    def predict():
+        predictions = model.predict(data, batch, verbose=0)
+        return [p.astype(layer.variable_dtype) for p in keras.tree.flatten(predictions)]
+
+    targets = [np.zeros_like(prediction) for prediction in predict()]
+    model.fit(data, targets, batch, epochs=2, shuffle=False, verbose=0)
+    return predict(), [part.cell.get_weights() for part in parts(layer)]
+
+
+@settings(max_examples=settings.default.max_examples * EXAMPLES_OF_FIT // EXAMPLES)
+@given(case=cases(), known_shape=st.booleans(), xla=st.booleans())
+def test_fit_trains_it_as_the_built_in_one(case, known_shape, xla):
+    # Without the swapping of axes, which loses the mask that the loss is to have.
+    case = {**case, "stateful": False, "time_major": False}
+    jit_compile = xla if BACKEND == "tensorflow" else "auto"
+    batch, time, features = case["shape"]
+    rng = np.random.default_rng(case["seed"])
+
+    def draw(*shape):  # two minibatches
+        return rng.normal(size=(2 * batch, *shape)).astype(dtype)
+
+    with in_precision_of(case), recurrence.only(case["way"]):
+        both = pair(case, rng)
+        dtype = both[0].variable_dtype
+        data = {"x": draw(time, features)}
+        if case["mask"] is not None:
+            data["mask"] = np.concatenate([case["mask"], case["mask"][::-1]])
+        if case["initial_state"]:
+            sizes = [size for part in parts(both[0]) for size in part.state_size]
+            data |= {f"state_{k}": draw(size) for k, size in enumerate(sizes)}
+        ours, theirs = (
+            fit(layer, case, data, known_shape, jit_compile) for layer in both
+        )
+    for one, other in zip(ours[0], theirs[0], strict=True):
+        assert_close(one, other, case["policy"])
+    for one, other in zip(ours[1], theirs[1], strict=True):
+        for fused, expected in zip(fuse(one), other, strict=True):
+            assert_close(fused, expected, case["policy"])

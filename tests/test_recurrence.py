@@ -1,0 +1,248 @@
+"""The fast ways against the plain loop of `keras.layers.RNN`."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from gradients import BACKEND, double_precision, with_gradients
+from keras import ops
+
+from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, recurrence
+
+WAYS = list(recurrence.ways())
+MASKS = {
+    "unmasked": None,
+    "padded": [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]],
+    "holed": [[0, 0, 1, 0, 1], [0, 1, 1, 1, 0], [0, 0, 0, 0, 0]],
+}
+
+
+def layer_with(rng, units=4, features=3, **arguments):
+    layer = ScratchLSTM(units, **arguments)
+    layer.build((3, None, features))
+    values = [rng.normal(0, 0.7, weight.shape) for weight in layer.cell.weights]
+    layer.cell.set_weights(values)
+    return layer
+
+
+def all_gradients(layer, mask, rng):
+    """A loss on all outputs and the last states, by weights, inputs and states."""
+    dtype = layer.compute_dtype
+    y, y_h, y_c = (rng.normal(size=size) for size in [(3, 5, 4), (3, 4), (3, 4)])
+
+    def loss(x, h, c):
+        outputs, *states = layer(x, initial_state=[h, c], mask=mask)
+        total = sum(
+            ops.sum(ops.cast(weight, dtype) * ops.sin(value))
+            for weight, value in zip((y, y_h, y_c), (outputs, *states), strict=True)
+        )
+        return total, (outputs, *states)
+
+    return with_gradients(loss, layer.cell.trainable_variables)
+
+
+@pytest.mark.parametrize("use_bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("go_backwards", [False, True], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("way", WAYS)
+def test_outputs_and_gradients_are_the_loops(rng, way, mask, go_backwards, use_bias):
+    if way == "cudnn" and (mask != "unmasked" or not use_bias):
+        pytest.skip("not served in cuDNN")
+    arguments = {"go_backwards": go_backwards, "use_bias": use_bias}
+    mask = MASKS[mask] and np.array(MASKS[mask], bool)
+    with double_precision():
+        layer = layer_with(
+            rng, dtype="float64", return_sequences=True, return_state=True, **arguments
+        )
+        inputs = [rng.normal(size=size) for size in [(3, 5, 3), (3, 4), (3, 4)]]
+        results = {}
+        state = rng.bit_generator.state
+        for taken in (way, "loop"):
+            rng.bit_generator.state = state
+            with recurrence.only(taken):
+                results[taken] = all_gradients(layer, mask, rng)(*inputs)
+            assert layer.recurrence == taken
+    outputs, gradients = results[way]
+    assert len(gradients) == (12 if use_bias else 8) + 3
+    for one, other in zip(
+        [*outputs, *gradients], itertools.chain(*results["loop"]), strict=True
+    ):
+        assert np.ptp(other) > 0
+        # On JAX some of Keras's own operations compute in float32.
+        tolerance = 1e-5 if BACKEND == "jax" else 1e-12
+        np.testing.assert_allclose(one, other, atol=tolerance)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_second_derivatives_are_the_loops(rng, way):
+    """The gradient of the gradient's square, as in a gradient penalty."""
+    if way == "cudnn":
+        pytest.skip("cuDNN has no second derivative")
+    layer = layer_with(rng)
+    x = rng.normal(size=(3, 5, 3)).astype("float32")
+
+    def penalty(x):
+        return {
+            "tensorflow": _tf_penalty,
+            "jax": _jax_penalty,
+            "torch": _torch_penalty,
+        }[BACKEND](layer, x)
+
+    results = {}
+    for taken in (way, "loop"):
+        with recurrence.only(taken):
+            results[taken] = penalty(x)
+        assert layer.recurrence == taken
+    for one, other in zip(results[way], results["loop"], strict=True):
+        assert np.ptp(other) > 0
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def _tf_penalty(layer, x):
+    import tensorflow as tf
+
+    weights = [weight.value for weight in layer.cell.weights]
+
+    @tf.function
+    def penalty(x):
+        with tf.GradientTape() as outer:
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                loss = tf.reduce_sum(layer(x) ** 2)
+            penalty = tf.reduce_sum(inner.gradient(loss, x) ** 2)
+        return outer.gradient(penalty, weights)
+
+    return [gradient.numpy() for gradient in penalty(tf.constant(x))]
+
+
+def _jax_penalty(layer, x):
+    import jax
+
+    def loss(x, values):
+        pairs = list(zip(layer.cell.weights, values, strict=True))
+        with keras.StatelessScope(pairs):
+            return ops.sum(layer(x) ** 2)
+
+    def penalty(values):
+        return ops.sum(jax.grad(loss)(x, values) ** 2)
+
+    values = [weight.value for weight in layer.cell.weights]
+    return [np.asarray(gradient) for gradient in jax.jit(jax.grad(penalty))(values)]
+
+
+def _torch_penalty(layer, x):
+    import torch
+
+    x = torch.tensor(x, requires_grad=True)
+    weights = [weight.value for weight in layer.cell.weights]
+    loss = (layer(x) ** 2).sum()
+    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    gradients = torch.autograd.grad((dx**2).sum(), weights)
+    return [gradient.numpy() for gradient in gradients]
+
+
+def trained(way, rng, **compiled):
+    """Losses and weights of a stateful model after a few steps."""
+    keras.utils.set_random_seed(3)
+    layer = ScratchLSTM(4, return_sequences=True, stateful=True)
+    model = keras.Sequential(
+        [keras.Input(batch_shape=(3, 5, 3)), layer, keras.layers.Dense(2)]
+    )
+    model.compile(keras.optimizers.SGD(0.5), "mse", **compiled)
+    x, y = rng.normal(size=(12, 5, 3)), rng.normal(size=(12, 5, 2))
+    with recurrence.only(way):
+        history = model.fit(x, y, batch_size=3, epochs=2, shuffle=False, verbose=0)
+    assert layer.recurrence == way
+    return [history.history["loss"], *model.get_weights()]
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        {"jit_compile": True},
+        {"jit_compile": False},
+        {"steps_per_execution": 2},
+        {"run_eagerly": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_however_the_training_step_is_compiled(rng, way, compiled):
+    if BACKEND == "torch" and compiled == {"jit_compile": True}:
+        pytest.skip("torch.compile needs a C++ compiler")
+    if BACKEND == "torch" and "steps_per_execution" in compiled:
+        pytest.skip("Keras has no `steps_per_execution` on torch")
+    state = rng.bit_generator.state
+    loop = trained("loop", rng)
+    rng.bit_generator.state = state
+    for one, other in zip(trained(way, rng, **compiled), loop, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+# --- which way is taken ------------------------------------------------------
+
+
+def test_the_fast_way_is_taken_by_itself(rng):
+    layer = ScratchLSTM(4)
+    assert layer.recurrence is None
+    layer(rng.normal(size=(3, 5, 3)).astype("float32"))
+    assert layer.recurrence == WAYS[0]
+
+
+class Halved(ScratchLSTMCell):
+    def gates(self, x, h, c):
+        gates = super().gates(x, h, c)
+        return gates._replace(o=0.5 * gates.o)
+
+
+@pytest.mark.parametrize(
+    ("make", "training"),
+    [
+        (lambda: ScratchLSTM(4, activation="relu"), False),
+        (lambda: ScratchLSTM(4, recurrent_activation="hard_sigmoid"), False),
+        (lambda: ScratchLSTM(4, recurrent_dropout=0.5), True),
+        (lambda: ScratchLSTM(4, unroll=True), False),
+        (lambda: ScratchLSTM(cell=Halved(4)), False),
+    ],
+    ids=["activation", "recurrent_activation", "recurrent_dropout", "unroll", "gates"],
+)
+def test_what_the_fast_ways_do_not_serve_runs_in_the_loop(rng, make, training):
+    layer = make()
+    layer(rng.normal(size=(3, 5, 3)).astype("float32"), training=training)
+    assert layer.recurrence == "loop"
+
+
+def test_recurrent_dropout_is_only_slow_where_it_drops(rng):
+    layer = ScratchLSTM(4, recurrent_dropout=0.5)
+    layer(rng.normal(size=(3, 5, 3)).astype("float32"))
+    assert layer.recurrence == WAYS[0]
+
+
+def test_a_batch_and_a_time_of_unknown_size(rng):
+    layer = ScratchLSTM(4, return_sequences=True)
+    model = keras.Sequential([keras.Input((None, 3)), layer])
+    for shape in [(3, 5, 3), (2, 9, 3), (1, 1, 3)]:
+        x = rng.normal(size=shape).astype("float32")
+        fast = model.predict(x, verbose=0)
+        with recurrence.only("loop"):
+            loop = ops.convert_to_numpy(layer(x))
+        np.testing.assert_allclose(fast, loop, atol=1e-6)
+
+
+@pytest.mark.skipif("cudnn" in WAYS, reason="here is a GPU")
+def test_cudnn_demanded_where_there_is_none(rng):
+    layer = ScratchLSTM(4, use_cudnn=True)
+    with pytest.raises(ValueError, match=r"`use_cudnn` is True, but `scratch_lstm.*'a"):
+        layer(rng.normal(size=(3, 5, 3)).astype("float32"))
+
+
+@pytest.mark.skipif("cudnn" not in WAYS, reason="cuDNN needs a GPU")
+def test_cudnn_is_taken_on_a_gpu(rng):
+    x = rng.normal(size=(3, 5, 3)).astype("float32")
+    layer = layer_with(rng, use_cudnn=True)
+    fast = ops.convert_to_numpy(layer(x))
+    assert layer.recurrence == "cudnn"
+    with recurrence.only("loop"):
+        layer.use_cudnn = False
+        np.testing.assert_allclose(fast, ops.convert_to_numpy(layer(x)), atol=1e-4)
