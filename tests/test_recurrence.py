@@ -219,6 +219,20 @@ def test_recurrent_dropout_is_only_slow_where_it_drops(rng):
     assert layer.recurrence == WAYS[0]
 
 
+@pytest.mark.parametrize("mask", MASKS)
+def test_both_directions_are_fast(rng, mask):
+    """Keras has a `Bidirectional` put out zeros for masked steps."""
+    mask = MASKS[mask] and np.array(MASKS[mask], bool)
+    both = keras.layers.Bidirectional(ScratchLSTM(4, return_sequences=True))
+    x = rng.normal(size=(3, 5, 3)).astype("float32")
+    fast = ops.convert_to_numpy(both(x, mask=mask))
+    assert both.forward_layer.recurrence == both.backward_layer.recurrence == WAYS[0]
+    with recurrence.only("loop"):
+        loop = ops.convert_to_numpy(both(x, mask=mask))
+    np.testing.assert_allclose(fast, loop, atol=1e-6)
+    assert mask is None or not fast[~mask].any()
+
+
 def test_a_batch_and_a_time_of_unknown_size(rng):
     layer = ScratchLSTM(4, return_sequences=True)
     model = keras.Sequential([keras.Input((None, 3)), layer])

@@ -267,7 +267,6 @@ class ScratchLSTM(keras.layers.RNN):
             and cell.recurrent_activation is keras.activations.sigmoid
             and not (training and cell.recurrent_dropout)
             and not self.unroll
-            and not self.zero_output_for_mask
         )
 
     def _run(self, lstm, sequences, initial_state, mask, training):
@@ -289,6 +288,8 @@ class ScratchLSTM(keras.layers.RNN):
         W_x, W_h = by_letter("W_x"), by_letter("W_h")
         b = by_letter("b_") if cell.use_bias else None
         h_all, h, c = lstm(x, *initial_state, W_x, W_h, b, mask)
+        if mask is not None and self.zero_output_for_mask:
+            h_all = h_all * ops.cast(mask, h_all.dtype)[:, :, None]
         return h_all[-1], ops.swapaxes(h_all, 0, 1), [h, c]
 
     def compute_output_shape(self, sequences_shape, initial_state_shape=None):
