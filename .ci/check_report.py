@@ -9,7 +9,7 @@ from pathlib import Path
 
 out = Path(sys.argv[1])
 runs = json.loads((out / "results.json").read_text())["runs"]
-assert [run["cell"] for run in runs] == ["scratch", "builtin", "d2l"], runs
+assert [run["cell"] for run in runs] == ["scratch", "builtin", "layer", "d2l"], runs
 for run in runs:
     assert run["epochs"] == 5, run
     # Fewer than the 28 tokens among which an untrained model guesses.
@@ -17,14 +17,15 @@ for run in runs:
     assert run["tokens_per_sec"] > 0, run
     assert run["seconds"] > 0, run
     assert all(text.startswith(start) for start, text in run["samples"].items()), run
-scratch, builtin, _ = runs
-assert math.isclose(scratch["perplexity"], builtin["perplexity"], rel_tol=1e-3), runs
+scratch, *others, _ = (run["perplexity"] for run in runs)
+assert all(math.isclose(scratch, other, rel_tol=1e-3) for other in others), runs
 
 with open(out / "history.csv") as file:
     rows = list(csv.DictReader(file))
-assert len(rows) == 15, rows
-assert (out / "scratch.keras").stat().st_size > 10_000
-assert (out / "builtin.keras").stat().st_size > 10_000
+assert len(rows) == 20, rows
+for name in ("scratch", "builtin", "layer"):
+    assert (out / f"{name}.keras").stat().st_size > 10_000
+    assert (out / f"{name}.html").read_text().rstrip().endswith("</html>")
 assert (out / "perplexity.svg").read_text().rstrip().endswith("</svg>")
 header = (out / "perplexity.png").read_bytes()[:24]
 assert header[:8] == b"\x89PNG\r\n\x1a\n"

@@ -157,7 +157,7 @@ class Minibatches(keras.utils.PyDataset):
 
     def __init__(self, corpus, batch_size, num_steps, sampling, seed):
         super().__init__()
-        self._corpus = corpus
+        self.corpus = corpus
         self._size = batch_size, num_steps
         self._seed = seed
         tokens = batch_size * num_steps
@@ -184,7 +184,7 @@ class Minibatches(keras.utils.PyDataset):
     def epoch(self, number):
         """The minibatches of one epoch, as `sequential_batches` gives them."""
         rng = random.Random(f"{self._seed} {number}")
-        x, y = self._batches(self._corpus, *self._size, rng)
+        x, y = self._batches(self.corpus, *self._size, rng)
         return x[: self.steps_per_epoch], y[: self.steps_per_epoch]
 
     def __getitem__(self, index):

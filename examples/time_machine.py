@@ -2,8 +2,8 @@
 
 The experiment of the book "Dive into Deep Learning"
 (https://d2l.ai/chapter_recurrent-modern/lstm.html), through `model.fit`: once
-with the `ScratchLSTMCell`, once with the built-in `LSTMCell`, and on demand
-with the book's own from-scratch code.
+with the `ScratchLSTMCell`, once with the built-in `LSTMCell`, once with the
+`ScratchLSTM` layer, and on demand with the book's own from-scratch code.
 
     python examples/time_machine.py
     python examples/time_machine.py --cell scratch --epochs 50
@@ -37,12 +37,28 @@ from book_text import (
 from matplotlib import pyplot as plt
 from tqdm import tqdm
 
-from keras_scratch_lstm import Perplexity, PerplexityLogger, ScratchLSTMCell
+from keras_scratch_lstm import (
+    Perplexity,
+    PerplexityLogger,
+    ScratchLSTM,
+    ScratchLSTMCell,
+    trace_gates,
+)
 
 matplotlib.use("Agg")  # files only, no window
 
-CELLS = {"scratch": ScratchLSTMCell, "builtin": keras.layers.LSTMCell}
+
+def in_rnn(cell):
+    return lambda units, **run: keras.layers.RNN(cell(units), **run)
+
+
+LAYERS = {
+    "scratch": in_rnn(ScratchLSTMCell),
+    "builtin": in_rnn(keras.layers.LSTMCell),
+    "layer": ScratchLSTM,
+}
 PREFIXES = ("time traveller", "traveller")
+PAGE_CHARACTERS = 2_000
 CONTINUATION = 50  # characters
 SAMPLES_A_RUN = 5
 BACKEND = keras.backend.backend()
@@ -71,9 +87,10 @@ def main(argv=None):
         print(
             f"The text is {text.source}, {why}: no numbers to compare with the book's."
         )
-    if BACKEND == "jax" and args.sampling == "sequential":
+    if (BACKEND, args.sampling) == ("jax", "sequential") and args.cell != "layer":
         print(
-            "On JAX, Keras's RNN carries no states in fit: each minibatch starts at 0."
+            "On JAX, Keras's RNN carries no states in fit: with it, each minibatch of "
+            "a cell starts at 0."
         )
     runs = []
 
@@ -84,7 +101,7 @@ def main(argv=None):
 
     interrupt = Interrupt()
     with interrupt, contextlib.suppress(KeyboardInterrupt):
-        for cell in list(CELLS) if args.cell == "both" else [args.cell]:
+        for cell in list(LAYERS) if args.cell == "all" else [args.cell]:
             if not interrupt.requested:
                 add(train(cell, args, batches, vocabulary, device, interrupt))
         if args.compare_d2l and not interrupt.requested:
@@ -106,7 +123,7 @@ def main(argv=None):
 # --- one run -----------------------------------------------------------------
 
 
-def build_model(cell, vocabulary_size, batch_size, num_steps, stateful):
+def build_model(layer, vocabulary_size, batch_size, num_steps):
     """One-hot characters, an LSTM, and the logits of the next character."""
     return keras.Sequential(
         [
@@ -119,9 +136,7 @@ def build_model(cell, vocabulary_size, batch_size, num_steps, stateful):
                 trainable=False,
                 name="one_hot",
             ),
-            keras.layers.RNN(
-                cell, return_sequences=True, stateful=stateful, name="rnn"
-            ),
+            layer,
             keras.layers.Dense(vocabulary_size, name="logits"),
         ]
     )
@@ -132,11 +147,15 @@ def train(name, args, batches, vocabulary, device, interrupt):
     with device_scope(device):
         keras.utils.set_random_seed(args.seed)
         model = build_model(
-            CELLS[name](args.units),
+            LAYERS[name](
+                args.units,
+                return_sequences=True,
+                stateful=args.sampling == "sequential",
+                name="rnn",
+            ),
             len(vocabulary),
             args.batch_size,
             args.num_steps,
-            stateful=args.sampling == "sequential",
         )
         model.compile(
             # `global_clipnorm` is the book's clipping; `clipnorm` is by variable.
@@ -157,6 +176,7 @@ def train(name, args, batches, vocabulary, device, interrupt):
         )
         samples = {prefix: generate(model, vocabulary, prefix) for prefix in PREFIXES}
     model.save(args.out / f"{name}.keras")
+    write_page(model, vocabulary, batches.corpus, args.out / f"{name}.html")
     logs = model.history.history
     return {
         "cell": name,
@@ -170,6 +190,17 @@ def train(name, args, batches, vocabulary, device, interrupt):
         "closing_line": logger.closing_line,
         "history": {key: logs[key] for key in ("perplexity", "tokens_per_sec")},
     }
+
+
+def write_page(model, vocabulary, corpus, path):
+    """What the gates do over the first characters of the text."""
+    tokens = corpus[:PAGE_CHARACTERS]
+    inputs = model.get_layer("one_hot")(tokens[None])
+    # The model has minibatches of one size only; its cell reads what it is given.
+    rnn = keras.layers.RNN(model.get_layer("rnn").cell, name=path.stem)
+    rnn.build(inputs.shape)
+    trace = trace_gates(rnn, inputs)
+    trace.to_html(path, vocabulary.decode(tokens))
 
 
 def generate(model, vocabulary, prefix, length=CONTINUATION):
@@ -331,6 +362,7 @@ def draw(runs, out):
     styles = {
         "scratch": {"color": "#0072B2", "linewidth": 3.5},
         "builtin": {"color": "#E69F00", "linewidth": 1.5, "linestyle": "--"},
+        "layer": {"color": "#CC79A7", "linewidth": 1.5, "linestyle": ":"},
         "d2l": {"color": "#009E73", "linewidth": 1.5},
     }
     figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -373,7 +405,7 @@ def parse_arguments(argv):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--cell", choices=[*CELLS, "both"], default="both", help="what to train")
+    add("--cell", choices=[*LAYERS, "all"], default="all", help="what to train")
     add("--epochs", type=positive_integer, default=500, help="passes over the text")
     add("--units", type=positive_integer, default=256, help="size of h and of c")
     add("--batch-size", type=positive_integer, default=32, help="sequences at a time")

@@ -34,9 +34,15 @@ def run(code, **environment):
 
 def test_the_public_names():
     assert sorted(keras_scratch_lstm.__all__) == [
+        "GateMonitor",
+        "GateTrace",
         "Perplexity",
         "PerplexityLogger",
+        "ScratchLSTM",
         "ScratchLSTMCell",
+        "to_builtin",
+        "to_scratch",
+        "trace_gates",
     ]
     for name in keras_scratch_lstm.__all__:
         assert hasattr(keras_scratch_lstm, name)

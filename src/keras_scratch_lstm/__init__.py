@@ -14,9 +14,22 @@ except ModuleNotFoundError as error:
 
 from keras_scratch_lstm.callbacks import PerplexityLogger
 from keras_scratch_lstm.cell import ScratchLSTMCell
+from keras_scratch_lstm.convert import to_builtin, to_scratch
+from keras_scratch_lstm.gates import GateTrace, trace_gates
 from keras_scratch_lstm.layer import ScratchLSTM
 from keras_scratch_lstm.metrics import Perplexity
+from keras_scratch_lstm.monitor import GateMonitor
 
 __version__ = version("keras-scratch-lstm")
 
-__all__ = ["Perplexity", "PerplexityLogger", "ScratchLSTM", "ScratchLSTMCell"]
+__all__ = [
+    "GateMonitor",
+    "GateTrace",
+    "Perplexity",
+    "PerplexityLogger",
+    "ScratchLSTM",
+    "ScratchLSTMCell",
+    "to_builtin",
+    "to_scratch",
+    "trace_gates",
+]

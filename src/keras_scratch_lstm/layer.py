@@ -107,8 +107,8 @@ class ScratchLSTM(keras.layers.RNN):
     >>> outputs, h, c = layer(x)
     >>> outputs.shape == (32, 10, 4) and h.shape == c.shape == (32, 4)
     True
-    >>> layer.cell.W_hf.shape
-    (4, 4)
+    >>> layer.cell.W_hf.shape == (4, 4)
+    True
     """
 
     def __init__(

@@ -13,8 +13,6 @@ from book_text import (
     tokenize,
 )
 
-from keras_scratch_lstm import ScratchLSTMCell
-
 if keras.backend.backend() != "tensorflow":
     pytest.skip("d2l's loop needs the tensorflow backend", allow_module_level=True)
 
@@ -61,17 +59,17 @@ def test_minibatches_for_the_same_random_state(texts, ours, theirs, length, seed
             np.testing.assert_array_equal(y[k], d2l_y.numpy())
 
 
-def test_the_books_parameters_are_the_cells_weights(texts, rng):
+@pytest.mark.parametrize("name", ["scratch", "layer"])
+def test_the_books_parameters_are_the_cells_weights(texts, rng, name):
     """Outputs, states and generated text are the book's own."""
     _, (corpus, vocabulary) = texts
     keras.utils.set_random_seed(3)
     parameters = d2l_lstm.lstm_parameters(len(vocabulary), 16)
     for parameter in parameters:
         parameter.assign(rng.normal(0, 0.7, parameter.shape).astype("float32"))
-    model = time_machine.build_model(
-        ScratchLSTMCell(16), len(vocabulary), 4, 7, stateful=True
-    )
-    rnn = model.get_layer("rnn")
+    layer = time_machine.LAYERS[name]
+    rnn = layer(16, return_sequences=True, stateful=True, name="rnn")
+    model = time_machine.build_model(rnn, len(vocabulary), 4, 7)
     rnn.cell.set_weights(parameters[:12])
     model.get_layer("logits").set_weights(parameters[12:])
 

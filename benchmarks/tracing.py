@@ -1,0 +1,118 @@
+"""What a gate trace costs, against the forward pass of the same model.
+
+    KERAS_BACKEND=jax python benchmarks/tracing.py
+
+For each kind of layer, in a model of one-hot characters, the layer and logits:
+the seconds of `trace_gates`, of `model.predict_on_batch`, which is compiled, and
+of `model(x)`, which is not. The three take turns, so that what else the machine
+does falls on all alike; the medians and the ratios are printed as a table in
+Markdown.
+"""
+
+import argparse
+import os
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+
+from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
+from keras_scratch_lstm.gates import trace_gates
+
+VOCABULARY = 28
+
+
+class CoupledCell(ScratchLSTMCell):
+    """Gates of its own: it forgets as much as it takes in."""
+
+    def gates(self, x, h, c):
+        gates = super().gates(x, h, c)
+        return gates._replace(f=1 - gates.i)
+
+
+LAYERS = {
+    "`LSTM`": lambda units: keras.layers.LSTM(units, return_sequences=True),
+    "`RNN(LSTMCell)`": lambda units: keras.layers.RNN(
+        keras.layers.LSTMCell(units), return_sequences=True
+    ),
+    "`ScratchLSTM`": lambda units: ScratchLSTM(units, return_sequences=True),
+    "`RNN(ScratchLSTMCell)`": lambda units: keras.layers.RNN(
+        ScratchLSTMCell(units), return_sequences=True
+    ),
+    "`ScratchLSTM`, own gates": lambda units: ScratchLSTM(
+        cell=CoupledCell(units), return_sequences=True
+    ),
+    "`Bidirectional(LSTM)`": lambda units: keras.layers.Bidirectional(
+        keras.layers.LSTM(units, return_sequences=True)
+    ),
+}
+
+
+def build(layer):
+    return keras.Sequential(
+        [
+            keras.Input((None,), dtype="int32"),
+            keras.layers.Embedding(
+                VOCABULARY, VOCABULARY, embeddings_initializer="identity"
+            ),
+            layer,
+            keras.layers.Dense(VOCABULARY),
+        ]
+    )
+
+
+def wait_for(outputs):
+    keras.ops.convert_to_numpy(outputs)  # a backend may still be at work
+
+
+def measure(calls, rounds):
+    """The median seconds of each call, taking turns."""
+    seconds = {name: [] for name in calls}
+    for number in range(rounds + 2):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if number >= 2:  # the first ones compile
+                seconds[name].append(time.perf_counter() - start)
+    return {name: np.median(values) for name, values in seconds.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--num-steps", type=int, default=35)
+    parser.add_argument("--units", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+
+    rng = np.random.default_rng(0)
+    shape = args.batch_size, args.num_steps
+    x = rng.integers(0, VOCABULARY, shape).astype("int32")
+    print(
+        f"{keras.backend.backend()}, Keras {keras.__version__}, batch {shape[0]} x "
+        f"{shape[1]} steps x {args.units} units; milliseconds, medians of "
+        f"{args.rounds}\n\n| layer | trace | `predict_on_batch` | ratio | `model(x)` | "
+        "ratio |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
+    for name, make in LAYERS.items():
+        model = build(make(args.units))
+        trace, predict, call = measure(
+            {
+                "trace": lambda model=model: trace_gates(model, x),
+                "predict": lambda model=model: model.predict_on_batch(x),
+                "call": lambda model=model: wait_for(model(x)),
+            },
+            args.rounds,
+        ).values()
+        print(
+            f"| {name} | {trace * 1e3:.1f} | {predict * 1e3:.1f} | "
+            f"{trace / predict:.2f} | {call * 1e3:.1f} | {trace / call:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
