@@ -18,8 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 import numpy as np
 
-from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
-from keras_scratch_lstm.gates import trace_gates
+from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, trace_gates
 
 VOCABULARY = 28
 

@@ -33,8 +33,12 @@ from book_text import (
     tokenize,
 )
 
-from keras_scratch_lstm import Perplexity, PerplexityLogger, ScratchLSTM
-from keras_scratch_lstm.gates import trace_gates
+from keras_scratch_lstm import (
+    Perplexity,
+    PerplexityLogger,
+    ScratchLSTM,
+    trace_gates,
+)
 from keras_scratch_lstm.plotting import (
     plot_gates,
     plot_heatmap,

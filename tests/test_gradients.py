@@ -39,6 +39,11 @@ class PeepholeCell(ScratchLSTMCell):
         return super().gates(x, h, c)._replace(f=ops.sigmoid(z_f))
 
 
+def weighted_sum(tensors, weights):
+    weights = [ops.convert_to_tensor(weight, "float64") for weight in weights]
+    return sum(ops.sum(t * weight) for t, weight in zip(tensors, weights, strict=True))
+
+
 def assert_gradients(function, variables, tensors, rng):
     """Gradients against the slope of the loss in a random direction of each."""
 
@@ -77,8 +82,7 @@ def test_the_gradients_of_a_cell(rng, cell, use_bias):
 
         def loss(x, h, c):
             _, states = cell(x, [h, c])
-            pairs = zip(states, weights, strict=True)
-            return sum(ops.sum(state * weight) for state, weight in pairs)
+            return weighted_sum(states, weights)
 
         assert_gradients(loss, cell.trainable_variables, tensors, rng)
 
@@ -119,22 +123,115 @@ def test_the_gradients_of_a_layer(rng, case):
 
         def loss(x, *states):
             outputs = layer(x, initial_state=list(states), mask=mask)
-            pairs = zip(outputs, weights, strict=True)
-            return sum(ops.sum(output * weight) for output, weight in pairs)
+            return weighted_sum(outputs, weights)
 
         assert_gradients(loss, layer.trainable_variables, [x, *states], rng)
 
 
 # --- gate by gate ------------------------------------------------------------
 
+FORGET_GATE = ["W_xf", "W_hf", "b_f"]
 
-def after_a_step(rng, change=lambda cell: None, rate=0.5, **arguments):
-    """The weights of a cell by name, before and after a step of SGD in `fit`."""
-    keras.utils.set_random_seed(3)
-    layer = ScratchLSTM(6, bias_initializer="random_normal", **arguments)
-    model = keras.Sequential([keras.Input((7, 5)), layer, layers.Dense(1)])
-    change(layer.cell)
-    before = dict(zip(NAMES, layer.get_weights(), strict=True))
-    model.compile(keras.optimizers.SGD(rate), "mse")
-    model.fit(x, y, batch_size=8, verbose=0)
-    return before, dict(zip(NAMES, layer.get_weights(), strict=True))
+
+@pytest.fixture
+def train(rng):
+    """Trains by a step of SGD in `fit`; the weights by name, before and after."""
+    x, y = rng.normal(size=(8, 7, 5)), rng.normal(size=(8, 1))
+
+    def train(change=lambda layer: None, **arguments):
+        keras.utils.set_random_seed(3)
+        layer = ScratchLSTM(
+            6, bias_initializer="random_normal", unit_forget_bias=False, **arguments
+        )
+        model = keras.Sequential([keras.Input((7, 5)), layer, layers.Dense(1)])
+        change(layer)
+        model.compile(keras.optimizers.SGD(0.5), "mse")
+        weights = [layer.get_weights()]
+        model.fit(x, y, batch_size=8, verbose=0)
+        weights.append(layer.get_weights())
+        return [dict(zip(NAMES, values, strict=True)) for values in weights]
+
+    return train
+
+
+def freeze_the_forget_gate(layer):
+    for name in FORGET_GATE:
+        getattr(layer.cell, name).trainable = False
+
+
+def test_a_frozen_gate_stays_while_the_others_train_as_ever(train):
+    _, unfrozen = train()
+    before, after = train(freeze_the_forget_gate)
+    for name in NAMES:
+        expected = before if name in FORGET_GATE else unfrozen
+        np.testing.assert_allclose(after[name], expected[name], atol=1e-6)
+        assert not np.allclose(before[name], unfrozen[name])
+
+
+def test_a_frozen_gate_is_among_the_frozen_weights():
+    layer = ScratchLSTM(6)
+    layer.build((None, 7, 5))
+    freeze_the_forget_gate(layer)
+    trainable = [weight.name for weight in layer.trainable_weights]
+    assert trainable == [name for name in NAMES if name not in FORGET_GATE]
+    frozen = [weight.name for weight in layer.non_trainable_weights]
+    assert frozen == FORGET_GATE
+
+
+def test_a_gate_thaws_when_the_model_is_compiled_again(rng):
+    layer = ScratchLSTM(6)
+    model = keras.Sequential([keras.Input((7, 5)), layer])
+    x, y = rng.normal(size=(8, 7, 5)), rng.normal(size=(8, 6))
+    changed = []
+    for trainable in (False, True):
+        layer.cell.W_hf.trainable = trainable
+        model.compile("adam", "mse")
+        before = layer.get_weights()
+        model.fit(x, y, verbose=0)
+        after = layer.get_weights()
+        changed.append(
+            [
+                not np.array_equal(one, other)
+                for one, other in zip(before, after, strict=True)
+            ]
+        )
+    assert changed[0] == [name != "W_hf" for name in NAMES]
+    assert all(changed[1])
+
+
+@pytest.mark.parametrize(
+    ("argument", "letter"),
+    [("kernel", "W_x"), ("recurrent", "W_h"), ("bias", "b_")],
+)
+def test_a_regularizer_draws_its_gate_alone_to_zero(train, argument, letter):
+    _, plain = train()
+    l2 = keras.regularizers.L2(0.3)
+    before, after = train(**{f"{argument}_regularizer": {"f": l2}})
+    for name in NAMES:
+        decay = 0.5 * 0.3 * 2 if name == f"{letter}f" else 0
+        expected = plain[name] - decay * before[name]
+        np.testing.assert_allclose(after[name], expected, atol=1e-6)
+        assert abs(before[name]).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("argument", "letter"),
+    [("kernel", "W_x"), ("recurrent", "W_h"), ("bias", "b_")],
+)
+def test_a_constraint_holds_its_gate_alone(train, argument, letter):
+    _, plain = train()
+    _, after = train(**{f"{argument}_constraint": {"o": "non_neg"}})
+    for name in NAMES:
+        expected = plain[name].clip(0) if name == f"{letter}o" else plain[name]
+        np.testing.assert_allclose(after[name], expected, atol=1e-6)
+        assert plain[name].min() < 0
+
+
+def test_the_recipes_in_the_documentation_run():
+    page = (ROOT / "docs" / "one-gate.md").read_text()
+    recipes = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(recipes) >= 2
+    names = {}
+    for recipe in recipes:
+        exec(recipe, names)
+    assert [w.name for w in names["cell"].non_trainable_weights] == FORGET_GATE

@@ -320,7 +320,8 @@ def _pairs(old, new, classes, copies=None):
         return []
     copies[id(old)] = new
     ours, theirs = _within(old), _within(new)
-    if type(new) is not classes.get(type(old), type(old)) or len(ours) != len(theirs):
+    expected = [classes.get(type(layer), type(layer)) for layer in (old, *ours)]
+    if expected != [type(layer) for layer in (new, *theirs)]:
         raise ValueError(_CANNOT_COPY.format(old.name))
     by_name = {layer.name: layer for layer in theirs}
     if by_name.keys() == {layer.name for layer in ours} and len(by_name) == len(ours):

@@ -62,7 +62,7 @@ class GateTrace:
     Example:
 
     >>> import numpy as np, keras
-    >>> from keras_scratch_lstm.gates import trace_gates
+    >>> from keras_scratch_lstm import trace_gates
     >>> layer = keras.layers.LSTM(4, name="lstm")
     >>> x = np.ones((2, 3, 5), "float32")
     >>> h = layer(x)
@@ -300,7 +300,7 @@ def trace_gates(model_or_layer, inputs, layer=None, batch_size=32):
     Example:
 
     >>> import numpy as np, keras
-    >>> from keras_scratch_lstm.gates import trace_gates
+    >>> from keras_scratch_lstm import trace_gates
     >>> model = keras.Sequential([
     ...     keras.Input((None,), dtype="int32"),
     ...     keras.layers.Embedding(28, 8),

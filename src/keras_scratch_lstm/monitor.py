@@ -37,7 +37,7 @@ class GateMonitor(keras.callbacks.Callback):
     Example:
 
     >>> import numpy as np, keras
-    >>> from keras_scratch_lstm.monitor import GateMonitor
+    >>> from keras_scratch_lstm import GateMonitor
     >>> model = keras.Sequential([
     ...     keras.Input((5, 3)), keras.layers.LSTM(4, name="lstm")])
     >>> model.compile(loss="mse")
