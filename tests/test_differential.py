@@ -80,6 +80,10 @@ def cases(draw):
     backwards = run["go_backwards"] or wrapper == "Bidirectional"
     if BACKEND == "torch" and run["unroll"] and backwards:
         mask = None  # Keras itself fails there
+    # Rounding must not take a case across a kink, nor grow with great weights.
+    scales = (0.3, 1.0, 3.0) if smooth else (0.1, 0.5)
+    if policy.startswith("mixed"):
+        scales = (0.3, 1.0)
     return {
         "wrapper": wrapper,
         "way": one_of(None, None, None, "loop"),
@@ -93,8 +97,7 @@ def cases(draw):
         "mask": mask,
         "training": draw(booleans),
         "initial_state": draw(booleans),
-        # Rounding must not take a case across a kink.
-        "scale": one_of(0.3, 1.0, 3.0) if smooth else one_of(0.1, 0.5),
+        "scale": one_of(*scales),
         "seed": draw(st.integers(0, 2**32 - 1)),
     }
 
@@ -262,6 +265,8 @@ def fit(layer, case, data, known_shape, jit_compile):
 def test_fit_trains_it_as_the_built_in_one(case, known_shape, xla):
     # Without the swapping of axes, which loses the mask that the loss is to have.
     case = {**case, "stateful": False, "time_major": False}
+    if case["policy"] == "float64":  # where `fit` itself fails at a regularizer
+        case["cell"] = {**case["cell"], "recurrent_regularizer": None}
     jit_compile = xla if BACKEND == "tensorflow" else "auto"
     batch, time, features = case["shape"]
     rng = np.random.default_rng(case["seed"])

@@ -55,8 +55,8 @@ def to_scratch(layer_or_model):
     >>> import keras
     >>> from keras_scratch_lstm.convert import to_scratch
     >>> model = keras.Sequential([keras.Input((10, 8)), keras.layers.LSTM(4)])
-    >>> to_scratch(model).layers[0].cell.W_hf.shape
-    (4, 4)
+    >>> [weight.name for weight in to_scratch(model).weights[:3]]
+    ['W_xi', 'W_hi', 'b_i']
     """
     return _convert(layer_or_model, _TO_SCRATCH)
 
@@ -445,7 +445,7 @@ def from_torch(state_dict, **arguments):
     >>> from keras_scratch_lstm.convert import from_torch
     >>> weights = {"weight_ih_l0": np.ones((16, 8)), "weight_hh_l0": np.ones((16, 4))}
     >>> layer = from_torch(weights, return_sequences=True)
-    >>> layer.units, layer.cell.W_xi.shape
+    >>> layer.units, tuple(layer.cell.W_xi.shape)
     (4, (8, 4))
 
     Reference:
