@@ -209,7 +209,9 @@ def test_an_activity_regularizer(draw):
     for layer in (ours, theirs):
         output = numpy(layer(x))
         losses.append(numpy(layer.losses[0]))
-        np.testing.assert_allclose(losses[-1], 0.5 * (output**2).sum() / 3, rtol=1e-5)
+        total = 0.5 * (output**2).sum()
+        # Keras divides it by the batch size of 3; its early versions don't.
+        assert np.isclose(losses[-1], [total, total / 3], rtol=1e-5).any()
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
