@@ -56,8 +56,9 @@ def _recurrence(mask):
             return t + 1, h_new, c_new, *written
 
         empty = [_array(time, h_0.dtype, h_0.shape) for _ in range(7)]
+        # No `maximum_iterations` here: tf2onnx does not get along with it.
         _, h, c, *written = tf.while_loop(
-            lambda t, *_: t < time, step, (0, h_0, c_0, *empty), maximum_iterations=time
+            lambda t, *_: t < time, step, (tf.constant(0), h_0, c_0, *empty)
         )
         i, f, o, c_tilde, tanh_c, c_all, h_all = (array.stack() for array in written)
 

@@ -1,0 +1,102 @@
+import custom_gates
+import keras
+import numpy as np
+import pytest
+from custom_gates import CoupledCell, PeepholeCell, main, spikes, train
+from keras import ops
+from reference import lstm_step, sigmoid, weights_of
+
+from keras_scratch_lstm import ScratchLSTM, trace_gates
+
+numpy = ops.convert_to_numpy
+
+
+def peephole(x, w):
+    """In NumPy, from the equations of the paper: `h` of all steps."""
+    h = c = np.zeros((len(x), len(w["b_i"])))
+    outputs = []
+    for x_t in x.swapaxes(0, 1):
+        i = sigmoid(x_t @ w["W_xi"] + h @ w["W_hi"] + w["p_i"] * c + w["b_i"])
+        f = sigmoid(x_t @ w["W_xf"] + h @ w["W_hf"] + w["p_f"] * c + w["b_f"])
+        c = f * c + i * np.tanh(x_t @ w["W_xc"] + h @ w["W_hc"] + w["b_c"])
+        o = sigmoid(x_t @ w["W_xo"] + h @ w["W_ho"] + w["p_o"] * c + w["b_o"])
+        h = o * np.tanh(c)
+        outputs.append(h)
+    return np.stack(outputs, 1)
+
+
+def drawn(cell, rng, features=3):
+    """A layer over the cell, with weights of which no two are alike."""
+    layer = ScratchLSTM(cell=cell, return_sequences=True)
+    layer.build((None, None, features))
+    for weight in cell.weights:
+        weight.assign(rng.normal(0, 0.5, weight.shape))
+    return layer
+
+
+def test_the_peephole_cell_in_numpy(rng):
+    layer = drawn(PeepholeCell(5), rng)
+    x = rng.normal(size=(4, 6, 3)).astype("float32")
+    expected = peephole(x.astype("float64"), weights_of(layer.cell))
+    np.testing.assert_allclose(numpy(layer(x)), expected, rtol=0, atol=1e-6)
+    assert layer.recurrence == "loop"
+
+
+def test_without_peepholes_it_is_the_plain_cell(rng):
+    layer = drawn(PeepholeCell(5), rng)
+    for weight in (layer.cell.p_i, layer.cell.p_f, layer.cell.p_o):
+        weight.assign(np.zeros(5))
+    x = rng.normal(size=(4, 1, 3)).astype("float32")
+    zeros = np.zeros((4, 5))
+    expected, _ = lstm_step(x[:, 0], zeros, zeros, weights_of(layer.cell))
+    np.testing.assert_allclose(numpy(layer(x))[:, 0], expected, rtol=0, atol=1e-6)
+
+
+def test_the_coupled_cell_forgets_what_it_takes_in(rng):
+    layer = drawn(CoupledCell(5), rng)
+    x = rng.normal(size=(4, 6, 3)).astype("float32")
+    trace = trace_gates(layer, x)
+    np.testing.assert_allclose(trace.f, 1 - trace.i, rtol=0, atol=1e-6)
+    before = np.concatenate([np.zeros_like(trace.c[:, :1]), trace.c[:, :-1]], 1)
+    expected = before + trace.i * (trace.c_tilde - before)
+    np.testing.assert_allclose(trace.c, expected, rtol=0, atol=1e-6)
+    not_in_use = [weight.name for weight in layer.non_trainable_weights]
+    assert not_in_use == ["W_xf", "W_hf", "b_f"]
+
+
+def test_spikes(rng):
+    x, distance = spikes(500, 40, rng)
+    assert x.shape == (500, 40, 1)
+    assert len(set(distance)) > 20
+    for one, between in zip(x[:, :, 0], distance, strict=True):
+        first, second = np.flatnonzero(one)
+        assert second - first == between
+        assert one[first] == one[second] == 1
+
+
+@pytest.mark.parametrize("cell", [PeepholeCell, CoupledCell])
+def test_it_learns(cell):
+    _, before = train(cell(8), steps=12, epochs=0)
+    model, after = train(cell(8), steps=12, epochs=6)
+    assert after > 0.6 > 0.3 > before  # about 1 in 10 by chance
+    for weight in model.layers[0].cell.trainable_weights:
+        assert np.ptp(numpy(weight)) > 0  # so also the peepholes, which start at 0
+
+
+@pytest.mark.parametrize("cell", [PeepholeCell, CoupledCell])
+def test_saved_and_loaded(tmp_path, rng, cell):
+    model = keras.Sequential([keras.Input((6, 3)), drawn(cell(5), rng)])
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    x = rng.normal(size=(4, 6, 3)).astype("float32")
+    np.testing.assert_array_equal(numpy(again(x)), numpy(model(x)))
+
+
+def test_it_says_what_it_shows(capsys):
+    main(["--steps", "8", "--units", "4", "--epochs", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    # Of features 1 and units 4: 4 * (1 * 4 + 4 * 4 + 4), 12 more, a quarter less.
+    for name, weights in {"plain": 96, "peephole": 108, "coupled": 72}.items():
+        assert any(line.startswith(f"{name:>9}: {weights} weights, ") for line in lines)
+    assert set(custom_gates.CELLS) == {"plain", "peephole", "coupled"}
