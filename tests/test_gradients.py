@@ -1,7 +1,5 @@
 """Gradients against finite differences, and training gate by gate."""
 
-from pathlib import Path
-
 import keras
 import numpy as np
 import pytest
@@ -11,7 +9,6 @@ from reference import NAMES
 
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, recurrence
 
-ROOT = Path(__file__).parents[1]
 GAPS = np.array([[1, 0, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1]], bool)
 
 

@@ -1,0 +1,594 @@
+"""How fast the layers train and run, against the built-in ones and others.
+
+    python benchmarks/throughput.py                     the main table, on each backend
+    python benchmarks/throughput.py --grid              batch by units
+    python benchmarks/throughput.py --steps             long sequences
+    python benchmarks/throughput.py --inference         forward pass and generation
+
+The contenders take turns, round after round, in one process for each backend, so that
+what else the machine does falls on all alike: read the ratios. A table in Markdown is
+printed, and everything goes to `--out` as JSON, with a chart of the main table.
+
+Training is `model.fit` with default settings on one-hot characters: an LSTM, and the
+logits of the next character. Tokens a second are those of one call of `fit` over
+`--batches` minibatches, after a first call that compiles.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Threads that wait must not take the processor from another contender's.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+BACKENDS = ("tensorflow", "jax", "torch")
+VOCABULARY = 28
+PAIRS = {  # ratio: above, below
+    "`ScratchLSTM` / `LSTM`": ("ScratchLSTM", "LSTM"),
+    "`RNN(ScratchLSTMCell)` / `RNN(LSTMCell)`": (
+        "RNN(ScratchLSTMCell)",
+        "RNN(LSTMCell)",
+    ),
+    "`ScratchLSTM` / bare torch": ("ScratchLSTM", "torch.nn.LSTM"),
+    "`ScratchLSTM` / d2l's loop": ("ScratchLSTM", "d2l"),
+}
+
+
+# --- contenders ----------------------------------------------------------------
+
+
+def layers():
+    """The Keras layers by name, each made from its units and arguments."""
+    import keras
+
+    from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
+
+    def in_rnn(cell):
+        return lambda units, **run: keras.layers.RNN(cell(units), **run)
+
+    return {
+        "RNN(LSTMCell)": in_rnn(keras.layers.LSTMCell),
+        "LSTM": keras.layers.LSTM,
+        "RNN(ScratchLSTMCell)": in_rnn(ScratchLSTMCell),
+        "ScratchLSTM": ScratchLSTM,
+    }
+
+
+def text(shape):
+    """Random tokens one-hot, and those that follow."""
+    import numpy as np
+
+    batches, batch, steps = shape
+    tokens = np.random.default_rng(0).integers(
+        VOCABULARY, size=(batches * batch, steps + 1)
+    )
+    one_hot = np.eye(VOCABULARY, dtype="float32")
+    return one_hot[tokens[:, :-1]], tokens[:, 1:].astype("int32")
+
+
+def build_model(make_layer, units, shape):
+    import keras
+
+    model = keras.Sequential(
+        [
+            keras.Input((shape[2], VOCABULARY)),
+            make_layer(units, return_sequences=True),
+            keras.layers.Dense(VOCABULARY),
+        ]
+    )
+    model.compile(
+        keras.optimizers.SGD(1.0, global_clipnorm=1.0),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    return model
+
+
+def keras_contender(make_layer):
+    def make(units, shape):
+        model, (x, y) = build_model(make_layer, units, shape), text(shape)
+
+        def train(batches=shape[0]):
+            rows = batches * shape[1]
+            model.fit(x[:rows], y[:rows], batch_size=shape[1], verbose=0)
+
+        return train
+
+    return make
+
+
+def bare_torch(units, shape):
+    import torch
+
+    lstm = torch.nn.LSTM(VOCABULARY, units, batch_first=True)
+    logits = torch.nn.Linear(units, VOCABULARY)
+    parameters = [*lstm.parameters(), *logits.parameters()]
+    optimizer = torch.optim.SGD(parameters, 1.0)
+    loss = torch.nn.CrossEntropyLoss()
+    x, y = (torch.tensor(values) for values in text(shape))
+    x, y = x.split(shape[1]), y.long().split(shape[1])
+
+    def train(batches=shape[0]):
+        for X, Y in zip(x[:batches], y[:batches], strict=True):
+            optimizer.zero_grad()
+            scores = logits(lstm(X)[0])
+            loss(scores.flatten(0, 1), Y.flatten()).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+
+    return train
+
+
+def d2l_loop(units, shape):
+    """The book's own code from scratch, as in the example."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    import d2l_lstm
+    import keras
+    import tensorflow as tf
+    from d2l import tensorflow as d2l
+
+    net = d2l.RNNModelScratch(
+        VOCABULARY,
+        units,
+        d2l_lstm.zero_state,
+        d2l_lstm.lstm,
+        d2l_lstm.lstm_parameters,
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    updater = keras.optimizers.SGD(1.0)
+    x, y = text(shape)
+    x = tf.constant(x.argmax(-1).reshape(*shape))
+    y = tf.constant(y.reshape(*shape))
+
+    def train(batches=shape[0]):
+        minibatches = list(zip(x[:batches], y[:batches], strict=True))
+        d2l.train_epoch_ch8(net, minibatches, loss, updater, use_random_iter=True)
+
+    return train
+
+
+def contenders(backend):
+    found = {name: keras_contender(make) for name, make in layers().items()}
+    if importlib.util.find_spec("torch"):
+        found["torch.nn.LSTM"] = bare_torch
+    if backend == "tensorflow" and importlib.util.find_spec("d2l"):
+        found["d2l"] = d2l_loop
+    return found
+
+
+# --- measuring -----------------------------------------------------------------
+
+
+def seconds(function, *arguments):
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def rounds_of(functions, rounds):
+    """Seconds of each function in each round, in turns, the first in turns too."""
+    times = {name: [] for name in functions}
+    names = list(functions)
+    for k in range(rounds):
+        for name in names[k % len(names) :] + names[: k % len(names)]:
+            times[name].append(seconds(functions[name]))
+    return times
+
+
+def rates(times, work):
+    """Median and spread of work a second."""
+    found = {}
+    for name, values in times.items():
+        speeds = sorted(work / value for value in values)
+        found[name] = {
+            "median": statistics.median(speeds),
+            "least": speeds[0],
+            "greatest": speeds[-1],
+        }
+    return found
+
+
+def ratios(times):
+    """Medians over the rounds of one's speed against another's in the same round."""
+    return {
+        title: statistics.median(
+            slow / fast for fast, slow in zip(times[above], times[below], strict=True)
+        )
+        for title, (above, below) in PAIRS.items()
+        if above in times and below in times
+    }
+
+
+def matrix_product_peak():
+    """GFLOP/s of the backend's product of two 2048 × 2048 matrices, at its best."""
+    import keras
+    import numpy as np
+
+    size = 2048
+    a = keras.ops.convert_to_tensor(np.ones((size, size), "float32"))
+
+    def product():
+        keras.ops.convert_to_numpy(a @ a)[0, 0]
+
+    product()
+    return 2 * size**3 / min(seconds(product) for _ in range(10)) / 1e9
+
+
+def flop_a_token(units):
+    """Of the products of one LSTM and its logits, forth and back."""
+    forth = 2 * 4 * units * (VOCABULARY + units) + 2 * units * VOCABULARY
+    return 3 * forth - 2 * 4 * units * VOCABULARY  # the input needs no gradient
+
+
+def measure_main(backend, options):
+    shape, units = (options.batches, options.batch, options.time), options.units
+    # Each by itself first, since memory in use and a first call can't take turns.
+    alone = {name: ask_one(backend, name, options) for name in contenders(backend)}
+    functions = {}
+    for name, make in contenders(backend).items():
+        functions[name] = make(units, shape)
+        functions[name]()  # compiles
+    times = rounds_of(functions, options.rounds)
+    tokens = shape[0] * shape[1] * shape[2]
+    peak = matrix_product_peak()
+    speeds = rates(times, tokens)
+    for name, speed in speeds.items():
+        gflop = flop_a_token(units) * speed["median"] / 1e9
+        speed.update(alone[name], share_of_peak=gflop / peak)
+    return {
+        "matrix_product_gflops": peak,
+        "tokens_per_sec": speeds,
+        "ratios": ratios(times),
+    }
+
+
+def ask_one(backend, name, options):
+    """First call and peak memory of one contender in a process of its own."""
+    command = [sys.executable, __file__, *options.given, "--alone", name]
+    command += ["--only", backend]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"`{name}` on {backend} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_alone(backend, options):
+    shape = (options.batches, options.batch, options.time)
+    import keras
+
+    keras.ops.zeros(1)  # the backend is up
+    make = contenders(backend)[options.alone]
+    train = make(options.units, shape)
+    before = peak_memory()
+    first = seconds(train, 1)
+    train()
+    return {"first_call_s": first, "peak_memory_mb": peak_memory() - before}
+
+
+def peak_memory():
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def measure_grid(backend, options):
+    found = []
+    for batch in options.grid_batches:
+        for units in options.grid_units:
+            tokens = options.batches * options.batch * options.time
+            shape = (max(2, tokens // (batch * options.time)), batch, options.time)
+            shape = (min(shape[0], options.batches), *shape[1:])
+            functions = {}
+            for name in ("LSTM", "ScratchLSTM"):
+                functions[name] = contenders(backend)[name](units, shape)
+                functions[name]()
+            times = rounds_of(functions, options.rounds)
+            ratio = ratios(times)["`ScratchLSTM` / `LSTM`"]
+            found.append({"batch": batch, "units": units, "ratio": ratio})
+            print(backend, found[-1], flush=True)
+    return {
+        "cells": found,
+        "geometric_mean": statistics.geometric_mean(one["ratio"] for one in found),
+        "least": min(one["ratio"] for one in found),
+    }
+
+
+def measure_steps(backend, options):
+    """Milliseconds and megabytes a time step, as the sequences grow longer."""
+    found = []
+    for steps in options.step_counts:
+        one = argparse.Namespace(**vars(options))
+        one.given = [*options.given, "--time", str(steps), "--batches", "2"]
+        memory = ask_one(backend, "ScratchLSTM", one)["peak_memory_mb"]
+        functions = {}
+        for name in ("LSTM", "ScratchLSTM"):
+            shape = (2, options.batch, steps)
+            functions[name] = contenders(backend)[name](options.units, shape)
+            functions[name]()
+        times = rounds_of(functions, options.rounds)
+        per_step = {
+            f"ms_a_step_{name}": 1e3 * statistics.median(values) / (2 * steps)
+            for name, values in times.items()
+        }
+        found.append({"steps": steps, "mb_a_step": memory / steps, **per_step})
+        print(backend, found[-1], flush=True)
+    return {"lengths": found}
+
+
+def measure_inference(backend, options):
+    """A whole sequence forth, and one character after another."""
+    import numpy as np
+
+    shape, units = (1, options.batch, options.time), options.units
+    x, _ = text(shape)
+    functions = {}
+    for name, make in layers().items():
+        model = build_model(make, units, shape)
+        functions[name] = lambda model=model: [
+            model.predict_on_batch(x) for _ in range(options.batches)
+        ]
+        functions[name]()
+    times = rounds_of(functions, options.rounds)
+    tokens = options.batches * options.batch * options.time
+
+    compiled, by_predict = generators(units, options.characters)
+    start = np.array([[1]], "int32")
+    assert (compiled(start) == by_predict(start)).all()  # the same text
+    few = max(1, options.characters // 20)
+    generation = {"a compiled loop": [], "`predict` per character": []}
+    for _ in range(options.rounds):
+        generation["a compiled loop"].append(
+            seconds(compiled, start) / options.characters
+        )
+        generation["`predict` per character"].append(
+            seconds(by_predict, start, few) / few
+        )
+    compiled_times, predict_times = generation.values()
+    return {
+        "tokens_per_sec": rates(times, tokens),
+        "ratios": ratios(times),
+        "characters_per_sec": rates(generation, 1),
+        "generation_ratio": statistics.median(
+            slow / fast
+            for fast, slow in zip(compiled_times, predict_times, strict=True)
+        ),
+    }
+
+
+def generators(units, characters):
+    """Two ways to the same text, the likeliest character after each."""
+    import keras
+    import numpy as np
+    from keras import ops
+
+    from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
+
+    class Generator(keras.Model):
+        """All characters in one call, which `predict` compiles."""
+
+        def __init__(self, cell, logits):
+            super().__init__()
+            self.cell, self.logits = cell, logits
+
+        def call(self, token):
+            def step(k, carried):
+                tokens, token, h, c = carried
+                x = ops.one_hot(token, VOCABULARY, dtype="float32")
+                output, (h, c) = self.cell(x, [h, c])
+                token = ops.cast(ops.argmax(self.logits(output), -1), "int32")
+                return (
+                    ops.where(ops.arange(characters) == k, token, tokens),
+                    token,
+                    h,
+                    c,
+                )
+
+            tokens = ops.zeros((characters,), "int32")
+            h, c = self.cell.get_initial_state(batch_size=1)
+            carried = tokens, token[:, 0], h, c
+            return ops.fori_loop(0, characters, step, carried)[0][None]
+
+    keras.utils.set_random_seed(0)
+    cell = ScratchLSTMCell(units, recurrent_initializer="glorot_normal")
+    logits = keras.layers.Dense(VOCABULARY)
+    one_step = keras.Sequential(
+        [
+            keras.Input(batch_shape=(1, 1), dtype="int32"),
+            keras.layers.Embedding(
+                VOCABULARY, VOCABULARY, embeddings_initializer="identity"
+            ),
+            ScratchLSTM(cell=cell, stateful=True),
+            logits,
+        ]
+    )
+    generator = Generator(cell, logits)
+
+    def compiled(token):
+        return generator.predict_on_batch(token)[0]
+
+    def by_predict(token, length=characters):
+        one_step.layers[-2].reset_state()
+        found = []
+        for _ in range(length):
+            token = one_step.predict(token, verbose=0).argmax(-1)[:, None]
+            found.append(token.item())
+        return np.array(found)
+
+    return compiled, by_predict
+
+
+MEASURES = {
+    "main": measure_main,
+    "grid": measure_grid,
+    "steps": measure_steps,
+    "inference": measure_inference,
+}
+
+
+# --- reporting -----------------------------------------------------------------
+
+
+def machine():
+    import keras
+
+    versions = {"keras": keras.__version__}
+    for name in BACKENDS:
+        if importlib.util.find_spec(name):
+            versions[name] = importlib.import_module(name).__version__
+    names = [
+        line.partition(":")[2].strip()
+        for line in _lines("/proc/cpuinfo")
+        if line.startswith("model name")
+    ]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _lines(path):
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def table(results):
+    """The main table in Markdown."""
+    lines = [
+        "| backend | contender | tokens/s (least–greatest) | first call | "
+        "peak memory | share of peak |",
+        "|---|---|---|---|---|---|",
+    ]
+    for backend, found in results.items():
+        for name, speed in found["tokens_per_sec"].items():
+            lines.append(
+                f"| {backend} | `{name}` | {speed['median']:,.0f} "
+                f"({speed['least']:,.0f}–{speed['greatest']:,.0f}) | "
+                f"{speed['first_call_s']:.2f} s | {speed['peak_memory_mb']:,.0f} MB | "
+                f"{speed['share_of_peak']:.0%} |"
+            )
+    titles = list(PAIRS)
+    lines += [
+        "",
+        f"| backend | {' | '.join(titles)} |",
+        "|---" * (len(titles) + 1) + "|",
+    ]
+    for backend, found in results.items():
+        cells = (found["ratios"].get(title) for title in titles)
+        shown = ("–" if cell is None else f"{cell:.2f}" for cell in cells)
+        lines.append(f"| {backend} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def draw(results, folder):
+    """Tokens a second of every contender, as a PNG and an SVG."""
+    import matplotlib
+    import numpy as np
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(results), figsize=(4 * len(results), 3), squeeze=False, sharex=True
+    )
+    for ax, (backend, found) in zip(axes[0], results.items(), strict=True):
+        speeds = found["tokens_per_sec"]
+        names = list(speeds)[::-1]
+        least, medians, greatest = (
+            [speeds[name][what] / 1e3 for name in names]
+            for what in ("least", "median", "greatest")
+        )
+        spread = np.abs(np.subtract([least, greatest], medians))
+        colours = ["#0072b2" if "Scratch" in name else "#999999" for name in names]
+        ax.barh(names, medians, xerr=spread, color=colours, ecolor="#333333")
+        ax.set_title(backend)
+        ax.set_xlabel("thousand tokens a second")
+        ax.tick_params(labelsize=8)
+    figure.tight_layout()
+    for ending in ("png", "svg"):
+        figure.savefig(folder / f"throughput.{ending}", dpi=120)
+    return figure
+
+
+def main(arguments=None):
+    options = parse(arguments)
+    if options.alone:
+        print(json.dumps(measure_alone(options.only, options)))
+        return
+    if options.only:
+        measure = MEASURES[options.measure]
+        result = {"machine": machine(), **measure(options.only, options)}
+        print(json.dumps(result))
+        return
+    results = {}
+    for backend in options.backend:
+        command = [sys.executable, __file__, *options.given, "--only", backend]
+        done = subprocess.run(
+            command,
+            env={**os.environ, "KERAS_BACKEND": backend},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        if done.returncode:
+            raise SystemExit(f"The benchmark failed on {backend}.")
+        results[backend] = json.loads(done.stdout.splitlines()[-1])
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{options.measure}.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept.update(results)
+    kept = {backend: kept[backend] for backend in BACKENDS if backend in kept}
+    path.write_text(json.dumps(kept, indent=2) + "\n")
+    if options.measure == "main":
+        (options.out / "main.md").write_text(table(kept) + "\n")
+        print(table(kept))
+        draw(kept, options.out)
+    else:
+        print(json.dumps(results, indent=2))
+
+
+def parse(arguments):
+    def numbers(argument):
+        return [int(number) for number in argument.split(",")]
+
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=BACKENDS)
+    which = parser.add_mutually_exclusive_group()
+    for name in ("grid", "steps", "inference"):
+        which.add_argument(
+            f"--{name}", dest="measure", action="store_const", const=name
+        )
+    parser.set_defaults(measure="main")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batches", type=int, default=80, help="of one round")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--time", type=int, default=35, help="steps of a sequence")
+    parser.add_argument("--units", type=int, default=256)
+    parser.add_argument("--characters", type=int, default=1000, help="to generate")
+    parser.add_argument("--grid-batches", type=numbers, default=[1, 8, 32, 128])
+    parser.add_argument("--grid-units", type=numbers, default=[64, 128, 256, 512])
+    parser.add_argument(
+        "--step-counts", type=numbers, default=[16, 64, 256, 1024, 2048]
+    )
+    default = Path(__file__).parent / "results"
+    parser.add_argument("--out", type=Path, default=default)
+    # What this script asks of itself, in processes of their own.
+    parser.add_argument("--only", choices=BACKENDS, help=argparse.SUPPRESS)
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.given = sys.argv[1:] if arguments is None else list(arguments)
+    if "--only" in options.given:
+        at = options.given.index("--only")
+        del options.given[at : at + 2]
+    return options
+
+
+if __name__ == "__main__":
+    main()
