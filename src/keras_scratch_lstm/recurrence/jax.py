@@ -22,10 +22,20 @@ def lstm(x, h, c, W_x, W_h, b, mask):
 
 @jax.custom_vjp
 def _recurrence(z, h_0, c_0, W_h, mask):
-    return _forward(z, h_0, c_0, W_h, mask)[0]
+    # Where no gradient is asked for, nothing is kept for it.
+    h, c, (h_all,) = _scan(z, h_0, c_0, W_h, mask, keep=slice(-1, None))
+    return h_all, h, c
 
 
 def _forward(z, h_0, c_0, W_h, mask):
+    h, c, saved = _scan(z, h_0, c_0, W_h, mask, keep=slice(None))
+    kept = None if mask is None else mask[:, :, None]
+    return (saved[-1], h, c), (saved, h_0, c_0, W_h, kept)
+
+
+def _scan(z, h_0, c_0, W_h, mask, keep):
+    """The loop forth, and of the values of each step those to `keep`."""
+
     def step(states, inputs):
         h, c = states
         z, kept = inputs
@@ -37,11 +47,11 @@ def _forward(z, h_0, c_0, W_h, mask):
         if kept is not None:
             c_new = jnp.where(kept, c_new, c)
             h_new = jnp.where(kept, h_new, h)
-        return (h_new, c_new), (i, f, o, c_tilde, c_new, h_new)
+        return (h_new, c_new), (i, f, o, c_tilde, c_new, h_new)[keep]
 
     kept = None if mask is None else mask[:, :, None]
     (h, c), saved = lax.scan(step, (h_0, c_0), (z, kept))
-    return (saved[-1], h, c), (saved, h_0, c_0, W_h, kept)
+    return h, c, saved
 
 
 def _backward(residuals, gradients):
