@@ -46,25 +46,25 @@ def _recurrence(mask):
             o = tf.sigmoid(z_o + tf.matmul(h, W_h[2]))
             c_tilde = tf.tanh(z_c + tf.matmul(h, W_h[3]))
             c_new = f * c + i * c_tilde
-            tanh_c = tf.tanh(c_new)
-            h_new = o * tanh_c
+            h_new = o * tf.tanh(c_new)
             if kept is not None:
                 c_new = tf.where(kept[t], c_new, c)
                 h_new = tf.where(kept[t], h_new, h)
-            values = (i, f, o, c_tilde, tanh_c, c_new, h_new)
+            values = (i, f, o, c_tilde, c_new, h_new)
             written = (w.write(t, v) for w, v in zip(written, values, strict=True))
             return t + 1, h_new, c_new, *written
 
-        empty = [_array(time, h_0.dtype, h_0.shape) for _ in range(7)]
+        empty = [_array(time, h_0.dtype, h_0.shape) for _ in range(6)]
         # No `maximum_iterations` here: tf2onnx does not get along with it.
         _, h, c, *written = tf.while_loop(
             lambda t, *_: t < time, step, (tf.constant(0), h_0, c_0, *empty)
         )
-        i, f, o, c_tilde, tanh_c, c_all, h_all = (array.stack() for array in written)
+        i, f, o, c_tilde, c_all, h_all = (array.stack() for array in written)
 
         def backward(dh_all, dh_last, dc_last):
             c_before = tf.concat([c_0[None], c_all[:-1]], 0)
             h_before = tf.concat([h_0[None], h_all[:-1]], 0)
+            tanh_c = tf.tanh(c_all)
             # What dc and dh are multiplied by, for all steps at once.
             to_z = [
                 _sigmoid_grad(i, c_tilde),
