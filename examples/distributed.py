@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import SUPPRESS
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -54,6 +55,7 @@ from keras_scratch_lstm import Perplexity, PerplexityLogger, ScratchLSTM
 BACKEND = keras.backend.backend()
 LINES_A_RUN = 10
 LOST = 75  # exit status of a process that has lost another one
+TICK = 0.2  # seconds
 STATEFUL = (
     "MirroredStrategy splits each minibatch, and a stateful RNN, whose states are as "
     "many as the rows of a whole one, does not survive that on TensorFlow"
@@ -66,12 +68,14 @@ def main(argv=None):
     try:
         check(args)
         prepare_folder(args.out)
-        if args.processes > 1 and args.rank is None:
+        if args.processes > 1 and not args.worker:
             return launch(args, argv)
         text, vocabulary, batches, steps = load(args)
         with on_devices(args) as names:
             return train(args, names, text, vocabulary, batches, steps)
     except (TextError, ArgumentError) as error:
+        if args.worker:
+            end(error, 1)
         return f"distributed.py: error: {error}"
 
 
@@ -213,7 +217,7 @@ class TimeLimit(keras.callbacks.Callback):
         self._over = threading.Event()
 
     def __enter__(self):
-        self.start("")
+        self.start("nothing happened")
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
@@ -222,7 +226,7 @@ class TimeLimit(keras.callbacks.Callback):
 
     def start(self, late):
         """The time begins anew; `late` is what to say when it is up."""
-        self._late, self._deadline = late, time.monotonic() + self._seconds
+        self._late, self._left = late, self._seconds
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch + 1
@@ -232,8 +236,10 @@ class TimeLimit(keras.callbacks.Callback):
         self.start(f"no step ended in epoch {self._epoch}; a process may be lost")
 
     def _watch(self):
-        while not self._over.wait(0.2):
-            if time.monotonic() > self._deadline:
+        # Counted, as a clock goes on while a process is suspended.
+        while not self._over.wait(TICK):
+            self._left -= TICK
+            if self._left <= 0:
                 end(f"{self._late} (after {self._seconds:g} s, --timeout).", LOST)
 
 
@@ -249,57 +255,68 @@ def first_line(error):
 
 
 def launch(args, argv):
-    """Starts all processes on this machine's CPU, and ends them all if one fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, __file__, *argv, "--coordinator", coordinator]
-    # `kill`, as a batch system does it, is to end the others, too.
+    """Starts the processes of this machine, and ends them all if one fails.
+
+    Each has a process of its own, since JAX ends one that has lost the first of the
+    run without a word that Python could say.
+    """
+    command = [sys.executable, __file__, *argv, "--worker"]
+    environment, ranks = dict(os.environ), [args.rank]
+    if args.rank is None:  # all of them, of which each would take all GPUs
+        environment["JAX_PLATFORMS"] = "cpu"
+        ranks = range(args.processes)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            command += ["--coordinator", f"127.0.0.1:{free.getsockname()[1]}"]
+    # A batch system's `kill` is to end them, too.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    workers = []
+    workers = {}
     try:
-        for rank in range(args.processes):
-            with open(args.out / f"process-{rank}.log", "wb") as log:
-                worker = subprocess.Popen(
-                    [*command, "--rank", str(rank)], env=environment, stderr=log
+        for rank in ranks:
+            with open(log_of(rank, args), "wb") as log:
+                workers[rank] = subprocess.Popen(
+                    [*command, "--rank", str(rank)],
+                    env=environment,
+                    stdout=log if rank else None,
+                    stderr=log,
                 )
-            workers.append(worker)
-        return wait(workers, args.out)
+        return wait(workers, args)
     except KeyboardInterrupt:
         return "distributed.py: interrupted."
     finally:
-        for worker in workers:
+        for worker in workers.values():
             worker.kill()
             worker.wait()
         signal.signal(signal.SIGTERM, before)
 
 
-def wait(workers, out):
-    """Waits for all to succeed or one to fail; in the end, what to exit with."""
-    statuses = [None]
-    while None in statuses:
-        time.sleep(0.1)
-        statuses = [worker.poll() for worker in workers]
+def wait(workers, args):
+    """Waits for all to succeed or one to fail; returns what to exit with."""
+    while True:
+        time.sleep(TICK)
+        statuses = [worker.poll() for worker in workers.values()]
         if any(statuses):
-            time.sleep(1)  # Which one was it? Those that lost it end soon, too.
-            failed = {k: w.poll() for k, w in enumerate(workers) if w.poll()}
-            rank = min(failed, key=lambda k: failed[k] in (LOST, -signal.SIGABRT))
-            return (
-                f"distributed.py: error: process {rank} "
-                f"{why(failed[rank], out / f'process-{rank}.log')}"
-            )
-    return 0
-
-
-def why(status, log):
-    said = re.findall("^distributed.py: error: (.*)", log.read_text(), re.M)
+            break
+        if None not in statuses:
+            return 0
+    time.sleep(1)  # Which was the first? Those that lost it end soon, too.
+    failed = {rank: worker.poll() for rank, worker in workers.items() if worker.poll()}
+    rank = min(failed, key=lambda rank: failed[rank] in (LOST, -signal.SIGABRT))
+    status, log = failed[rank], log_of(rank, args)
+    said = re.findall("^distributed.py: error: (.*)", log.read_text("utf-8"), re.M)
     if said:
-        return f"of the run: {said[-1]}"
-    if status < 0:
-        name = signal.Signals(-status).name
-        return f"was ended by {name}, and the others after it; {log} has what it said."
-    return f"ended with status {status}, and the others after it; {log} has why."
+        return f"distributed.py: error: process {rank}: {said[-1]}"
+    if status == -signal.SIGABRT:
+        why = "was ended by JAX, as it lost another process"
+    elif status < 0:
+        why = f"was ended by {signal.Signals(-status).name}"
+    else:
+        why = f"ended with status {status}"
+    return f"distributed.py: error: process {rank} {why}; {log} has what it said."
+
+
+def log_of(rank, args):
+    return args.out / f"process-{rank}.log"
 
 
 # --- the training ------------------------------------------------------------
@@ -318,9 +335,7 @@ def train(args, names, source, vocabulary, batches, steps):
             print(f"Sampling is {args.sampling}: {STATEFUL}.", flush=True)
     keras.utils.set_random_seed(args.seed)
     stateful = args.sampling == "sequential"
-    rnn = ScratchLSTM(
-        args.units, return_sequences=True, stateful=stateful, name="rnn"
-    )
+    rnn = ScratchLSTM(args.units, return_sequences=True, stateful=stateful, name="rnn")
     model = build_model(
         rnn, len(vocabulary), args.batch_size if stateful else None, args.num_steps
     )
@@ -337,8 +352,8 @@ def train(args, names, source, vocabulary, batches, steps):
         callbacks.append(Progress(args.epochs))
     with contextlib.ExitStack() as stack:
         if args.processes > 1:
-            callbacks.append(stack.enter_context(TimeLimit(args.timeout)))
             stack.enter_context(noticing_losses())
+            callbacks.append(stack.enter_context(TimeLimit(args.timeout)))
         model.fit(
             batches,
             epochs=args.epochs,
@@ -390,14 +405,14 @@ def noticing_losses():
 
 
 class Progress(keras.callbacks.Callback):
-    """A line now and then."""
+    """A line after the first epoch, and now and then."""
 
     def __init__(self, epochs):
         super().__init__()
         self._every = math.ceil(epochs / LINES_A_RUN)
 
     def on_epoch_end(self, epoch, logs=None):
-        if (epoch + 1) % self._every == 0:
+        if epoch == 0 or (epoch + 1) % self._every == 0:
             print(
                 f"epoch {epoch + 1}: perplexity {logs['perplexity']:.2f}, "
                 f"{logs['tokens_per_sec']:,.0f} tokens/s",
@@ -482,10 +497,11 @@ def parse_arguments(argv):
     add(
         "--timeout",
         type=positive_number,
-        default=60,
+        default=120,
         metavar="S",
-        help="longest wait for another process, the compiling included; default: 60",
+        help="longest wait for a step or another process; default: 120 seconds",
     )
+    add("--worker", action="store_true", help=SUPPRESS)
     add("--epochs", type=positive_integer, default=500, help="default: 500")
     add("--units", type=positive_integer, default=256, help="default: 256")
     add(

@@ -1,3 +1,4 @@
+import itertools
 import json
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def test_pieces_give_the_tokens_of_the_whole(text, cuts):
     content = text.encode()
     cuts = [0, *sorted(cuts), len(content)]
     found, before = b"", b""
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in itertools.pairwise(cuts):
         tokens, before = clean(content[start:end], before)
         found += tokens
     assert list(found.decode()) == tokenize(text)
