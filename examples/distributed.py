@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from argparse import SUPPRESS
 from pathlib import Path
 
@@ -72,7 +73,11 @@ def main(argv=None):
             return launch(args, argv)
         text, vocabulary, batches, steps = load(args)
         with on_devices(args) as names:
-            return train(args, names, text, vocabulary, batches, steps)
+            model, logger = train(args, names, vocabulary, batches, steps)
+        # Out of the scope, as what is built there is built by all processes.
+        if not args.rank:
+            report(args, names, text, vocabulary, model, logger)
+        return 0
     except (TextError, ArgumentError) as error:
         if args.worker:
             end(error, 1)
@@ -137,10 +142,20 @@ def on_devices(args):
         set_up(args, lambda: jax.config.update("jax_num_cpu_devices", args.devices))
     if args.processes > 1:
         meet(args)
-    names = []
-    for process in range(args.processes):
-        devices = [d for d in jax.devices() if d.process_index == process]
-        names += choose([f"{d.platform}:{d.id}" for d in devices], args)
+    names = [
+        choose(
+            [f"{d.platform}:{d.id}" for d in jax.devices() if d.process_index == k],
+            args,
+        )
+        for k in range(args.processes)
+    ]
+    if len({len(of_one) for of_one in names}) > 1:
+        counts = ", ".join(str(len(of_one)) for of_one in names)
+        raise ArgumentError(
+            f"the processes have {counts} devices; expected as many each, which "
+            "--devices can say."
+        )
+    names = [name for of_one in names for name in of_one]
     # Each process brings its own share of the data.
     distribution = keras.distribution.DataParallel(
         devices=names, auto_shard_dataset=False
@@ -202,7 +217,7 @@ def meet(args):
         try:
             keras.distribution.initialize(args.coordinator, args.processes, args.rank)
         except Exception as error:
-            end(f"{where}: {first_line(error)}", 1)
+            end(f"{where}: {str(error).strip().splitlines()[0]}", 1)
 
 
 class TimeLimit(keras.callbacks.Callback):
@@ -248,10 +263,6 @@ def end(message, status):
     sys.stdout.flush()
     print(f"distributed.py: error: {message}", file=sys.stderr, flush=True)
     os._exit(status)
-
-
-def first_line(error):
-    return str(error).strip().partition("\n")[0]
 
 
 def launch(args, argv):
@@ -322,8 +333,8 @@ def log_of(rank, args):
 # --- the training ------------------------------------------------------------
 
 
-def train(args, names, source, vocabulary, batches, steps):
-    """Trains, and says how it went, in the words of the first process."""
+def train(args, names, vocabulary, batches, steps):
+    """Trains a model within the scope of `on_devices`."""
     first = not args.rank
     per_replica = args.batch_size // len(names)
     if first:
@@ -362,9 +373,7 @@ def train(args, names, source, vocabulary, batches, steps):
             verbose=0,
             callbacks=callbacks,
         )
-    if first:
-        report(args, names, source, vocabulary, model, logger)
-    return 0
+    return model, logger
 
 
 def optimizer(learning_rate):
@@ -401,7 +410,8 @@ def noticing_losses():
     except Exception as error:
         if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
             raise
-        end(f"another process of the run is lost: {first_line(error)}", LOST)
+        traceback.print_exc()
+        end("a step failed, as it does where another process is lost.", LOST)
 
 
 class Progress(keras.callbacks.Callback):
@@ -442,27 +452,10 @@ def report(args, names, source, vocabulary, model, logger):
     content = json.dumps(results, indent=2) + "\n"
     (args.out / "results.json").write_text(content)
     print(logger.closing_line)
-    with alone():  # the other processes have no part in this
-        model = keras.saving.load_model(path)
-        for prefix in PREFIXES:
-            print(f"    {generate(model, vocabulary, prefix)}")
+    model = keras.saving.load_model(path)  # with weights that are here alone
+    for prefix in PREFIXES:
+        print(f"    {generate(model, vocabulary, prefix)}")
     print(f"Report: {args.out}")
-
-
-@contextlib.contextmanager
-def alone():
-    """Back to one device, which models built within are on."""
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        # The default strategy.
-        with tf.distribute.get_strategy().scope():
-            yield
-        return
-    before = keras.distribution.distribution()
-    keras.distribution.set_distribution(None)
-    yield
-    keras.distribution.set_distribution(before)
 
 
 # --- the command line --------------------------------------------------------

@@ -234,8 +234,8 @@ def test_the_others_end_where_a_process_is_killed(own_text, out):
             process.terminate()
             process.communicate()
     assert first.returncode == 1
-    assert the_one_sentence(stderr).startswith(
-        "process 0: another process of the run is lost: "
+    assert the_one_sentence(stderr) == (
+        "process 0: a step failed, as it does where another process is lost."
     )
 
 
