@@ -71,6 +71,8 @@ def main(argv=None):
         prepare_folder(args.out)
         if args.processes > 1 and not args.worker:
             return launch(args, argv)
+        if args.virtual:
+            cut_the_cpu(args.devices)
         text, vocabulary, batches, steps = load(args)
         with on_devices(args) as names:
             model, logger = train(args, names, vocabulary, batches, steps)
@@ -126,8 +128,6 @@ def on_devices(args):
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
-        if args.virtual:
-            set_up(args, lambda: cut_the_cpu(tf, args.devices))
         devices = tf.config.list_logical_devices("GPU")
         devices = devices or tf.config.list_logical_devices("CPU")
         names = choose([device.name for device in devices], args)
@@ -137,9 +137,6 @@ def on_devices(args):
 
     import jax
 
-    if args.virtual:
-        set_up(args, lambda: jax.config.update("jax_platforms", "cpu"))
-        set_up(args, lambda: jax.config.update("jax_num_cpu_devices", args.devices))
     if args.processes > 1:
         meet(args)
     names = [
@@ -164,21 +161,26 @@ def on_devices(args):
         yield names
 
 
-def cut_the_cpu(tf, count):
-    tf.config.set_visible_devices([], "GPU")
-    (cpu,) = tf.config.list_physical_devices("CPU")
-    tf.config.set_logical_device_configuration(
-        cpu, [tf.config.LogicalDeviceConfiguration()] * count
-    )
-
-
-def set_up(args, function):
+def cut_the_cpu(count):
+    """Has the backend take the CPU for several devices, which only a new one can."""
     try:
-        function()
+        if BACKEND == "tensorflow":
+            import tensorflow as tf
+
+            tf.config.set_visible_devices([], "GPU")
+            tf.config.set_logical_device_configuration(
+                tf.config.list_physical_devices("CPU")[0],
+                [tf.config.LogicalDeviceConfiguration()] * count,
+            )
+        else:
+            import jax
+
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
         raise ArgumentError(
-            f"--virtual cannot cut the CPU into {args.devices} devices any more, as "
-            f"{BACKEND} is running already."
+            f"--virtual cannot cut the CPU into {count} devices any more, as {BACKEND} "
+            "is running already."
         ) from None
 
 

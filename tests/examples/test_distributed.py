@@ -234,8 +234,11 @@ def test_the_others_end_where_a_process_is_killed(own_text, out):
             process.terminate()
             process.communicate()
     assert first.returncode == 1
-    assert the_one_sentence(stderr) == (
-        "process 0: a step failed, as it does where another process is lost."
+    # Whether the step or JAX's own watch comes first is a matter of luck.
+    assert re.match(
+        "process 0: a step failed, as it does where another process is lost|"
+        "process 0 was ended by JAX, as it lost another process",
+        the_one_sentence(stderr),
     )
 
 
