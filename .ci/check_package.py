@@ -4,7 +4,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from email import message_from_bytes
+from email import message_from_string
 from pathlib import Path
 
 (wheel,) = Path(sys.argv[1]).glob("*.whl")
@@ -16,7 +16,7 @@ tracked = subprocess.run(
 with zipfile.ZipFile(wheel) as file:
     names = set(file.namelist())
     (info,) = {n.split("/")[0] for n in names if n.split("/")[0].endswith(".dist-info")}
-    metadata = message_from_bytes(file.read(f"{info}/METADATA"))
+    metadata = message_from_string(file.read(f"{info}/METADATA").decode())
 code = {name.removeprefix("src/") for name in tracked if name.startswith("src/")}
 assert "keras_scratch_lstm/py.typed" in code
 found = {name for name in names if not name.startswith(info)}
