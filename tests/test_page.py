@@ -10,6 +10,8 @@ import pytest
 
 from keras_scratch_lstm.gates import ARRAYS, GateTrace
 
+pytestmark = pytest.mark.one_backend
+
 TEXT = 'The "Time" of 1895, (a\nsea) of it. I see: 7 Owls\n!'
 UNITS = 5
 

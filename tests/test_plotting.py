@@ -12,6 +12,8 @@ from PIL import Image
 from keras_scratch_lstm import plotting
 from keras_scratch_lstm.gates import ARRAYS, GateTrace
 
+pytestmark = pytest.mark.one_backend
+
 TEXT = "The time $x_1$\nof it."
 TIME, UNITS = len(TEXT), 6
 GATES = ["input gate i", "forget gate f", "output gate o"]

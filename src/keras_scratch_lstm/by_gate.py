@@ -1,5 +1,7 @@
 """Arguments that may differ from gate to gate."""
 
+from typing import Any, TypeGuard
+
 from keras import initializers, ops
 
 GATES = ("i", "f", "o", "c")
@@ -8,7 +10,7 @@ GATES = ("i", "f", "o", "c")
 FUSED_ORDER = ("i", "f", "c", "o")
 
 
-def is_by_gate(value):
+def is_by_gate(value: Any) -> TypeGuard[dict[str, Any]]:
     """Whether an argument is a choice by gate: a dict, but no serialized object."""
     return isinstance(value, dict) and "class_name" not in value
 

@@ -2,23 +2,25 @@
 
 import numbers
 import operator
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
 from keras_scratch_lstm import by_gate
 from keras_scratch_lstm._keras import DropoutRNNCell
+from keras_scratch_lstm._types import Activation, Choice, Config, Shape, Tensor
 from keras_scratch_lstm.by_gate import FUSED_ORDER, GATES
 
 
 class Gates(NamedTuple):
     """What the four gates let through at one step, each `(batch, units)`."""
 
-    i: object
-    f: object
-    o: object
-    c_tilde: object
+    i: Tensor
+    f: Tensor
+    o: Tensor
+    c_tilde: Tensor
 
 
 @keras.saving.register_keras_serializable("keras_scratch_lstm")
@@ -112,7 +114,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         https://d2l.ai/chapter_recurrent-modern/lstm.html), the letters
     """
 
-    def gates(self, x, h, c):
+    def gates(self, x: Tensor, h: Tensor, c: Tensor) -> Gates:
         """The gates of one step, from its input and the step before.
 
         Args:
@@ -131,7 +133,9 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         c_tilde = tanh(x @ self.W_xc + h @ self.W_hc + self.b_c)
         return Gates(i, f, o, c_tilde)
 
-    def call(self, inputs, states, training=False):
+    def call(
+        self, inputs: Tensor, states: Sequence[Tensor], training: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
         h, c = self._check_states(states)
         gates = self._gates_with_dropout if training else self.gates
         i, f, o, c_tilde = gates(inputs, h, c)
@@ -139,7 +143,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         h = o * self.activation(c)
         return h, [h, c]
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         features, units = self._check_input_shape(input_shape), self.units
         W_x = by_gate.split_initializer(self.kernel_initializer, units)
         W_h = by_gate.split_initializer(self.recurrent_initializer, units)
@@ -158,25 +162,25 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
 
     def __init__(
         self,
-        units,
-        activation="tanh",
-        recurrent_activation="sigmoid",
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        recurrent_initializer="orthogonal",
-        bias_initializer="zeros",
-        unit_forget_bias=True,
-        kernel_regularizer=None,
-        recurrent_regularizer=None,
-        bias_regularizer=None,
-        kernel_constraint=None,
-        recurrent_constraint=None,
-        bias_constraint=None,
-        dropout=0.0,
-        recurrent_dropout=0.0,
-        seed=None,
-        **kwargs,
-    ):
+        units: int,
+        activation: Activation = "tanh",
+        recurrent_activation: Activation = "sigmoid",
+        use_bias: bool = True,
+        kernel_initializer: Choice = "glorot_uniform",
+        recurrent_initializer: Choice = "orthogonal",
+        bias_initializer: Choice = "zeros",
+        unit_forget_bias: bool = True,
+        kernel_regularizer: Choice = None,
+        recurrent_regularizer: Choice = None,
+        bias_regularizer: Choice = None,
+        kernel_constraint: Choice = None,
+        recurrent_constraint: Choice = None,
+        bias_constraint: Choice = None,
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         units = _check_units(units)
         dropout = _check_fraction("dropout", dropout)
         recurrent_dropout = _check_fraction("recurrent_dropout", recurrent_dropout)
@@ -255,12 +259,14 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
             gates_seen_by("c").c_tilde,
         )
 
-    def get_initial_state(self, batch_size=None, dtype=None):
+    def get_initial_state(
+        self, batch_size: int | None = None, dtype: str | None = None
+    ) -> list[Tensor]:
         """Zeros for `h` and `c`, each of shape `(batch_size, units)`."""
         dtype = dtype or self.compute_dtype
         return [ops.zeros((batch_size, size), dtype=dtype) for size in self.state_size]
 
-    def get_config(self):
+    def get_config(self) -> Config:
         def serialize(argument, serialize_one):
             value = getattr(self, argument)
             return {argument: by_gate.serialize(value, serialize_one)}
@@ -286,11 +292,11 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
             "seed": self.seed,
         }
 
-    def set_weights(self, weights):
+    def set_weights(self, weights: Sequence[Tensor]) -> None:
         self._check_weights(weights)
         super().set_weights(weights)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         self._check_weights([store[key] for key in sorted(store.keys(), key=int)])
         super().load_own_variables(store)
 

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -25,7 +26,7 @@ _SUMS = (regularizers.L1, regularizers.L2, regularizers.L1L2)
 _BY_COLUMN = (constraints.MaxNorm, constraints.MinMaxNorm, constraints.UnitNorm)
 
 
-def to_scratch(layer_or_model):
+def to_scratch(layer_or_model: Any) -> Any:
     """The same cell, layer or model, with our LSTM in place of the built-in one.
 
     Every `keras.layers.LSTM` becomes a `ScratchLSTM`, and every
@@ -61,7 +62,7 @@ def to_scratch(layer_or_model):
     return _convert(layer_or_model, _TO_SCRATCH)
 
 
-def to_builtin(layer_or_model):
+def to_builtin(layer_or_model: Any) -> Any:
     """The same cell, layer or model, with the built-in LSTM in place of ours.
 
     The inverse of `to_scratch`: what is said there holds here. A round trip, in
@@ -417,7 +418,7 @@ _TORCH_WEIGHTS = ("weight_ih_l0", "weight_hh_l0")
 _TORCH_BIASES = ("bias_ih_l0", "bias_hh_l0")
 
 
-def from_torch(state_dict, **arguments):
+def from_torch(state_dict: Mapping[str, Any], **arguments: Any) -> ScratchLSTM:
     """A `ScratchLSTM` with the weights of a `torch.nn.LSTM`.
 
     torch's two biases are added up, since the equations have one.
@@ -489,7 +490,7 @@ def from_torch(state_dict, **arguments):
     return layer
 
 
-def to_torch(layer):
+def to_torch(layer: ScratchLSTM) -> dict[str, np.ndarray]:
     """The weights of a `ScratchLSTM`, as a `torch.nn.LSTM` has them.
 
     The inverse of `from_torch`. The bias is in `bias_ih_l0`; `bias_hh_l0` is

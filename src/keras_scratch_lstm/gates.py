@@ -8,18 +8,22 @@ import threading
 import weakref
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_scratch_lstm import recurrence
+from keras_scratch_lstm import _types, recurrence
 from keras_scratch_lstm.by_gate import FUSED_ORDER, GATES
 from keras_scratch_lstm.cell import Gates, ScratchLSTMCell
 from keras_scratch_lstm.layer import ScratchLSTM
+
+if TYPE_CHECKING:
+    import pandas
 
 ARRAYS = ("i", "f", "o", "c_tilde", "c", "h")
 SATURATED = 0.1, 0.9  # below, above
@@ -85,7 +89,7 @@ class GateTrace:
     layer: str = ""
     backward: "GateTrace | None" = None
 
-    def saturation(self):
+    def saturation(self) -> dict[str, Saturation]:
         """How often each gate of each unit is nearly shut, or nearly open.
 
         The left- and right-saturated fractions of Karpathy, Johnson and Li:
@@ -116,7 +120,9 @@ class GateTrace:
             for gate, values in (("i", self.i), ("f", self.f), ("o", self.o))
         }
 
-    def to_dataframe(self, tokens=None):
+    def to_dataframe(
+        self, tokens: Sequence[_types.Tokens] | None = None
+    ) -> "pandas.DataFrame":
         """One row for each number, as a pandas `DataFrame`.
 
         Args:
@@ -173,7 +179,9 @@ class GateTrace:
             }
         )
 
-    def to_html(self, path, tokens, sample=0):
+    def to_html(
+        self, path: _types.Path, tokens: _types.Tokens, sample: int = 0
+    ) -> None:
         """Writes a page on which to look at the gates over the text.
 
         One file that needs no network: pick a gate and a unit, and the text is
@@ -197,13 +205,13 @@ class GateTrace:
         page = render(self, tokens, sample).encode("utf-8", "replace")
         _write_whole(path, lambda file: file.write(page))
 
-    def save(self, path):
+    def save(self, path: _types.Path) -> None:
         """Writes the trace to an `.npz` file, whole or not at all."""
         content = {"format": np.array(_FORMAT), **self._to_arrays("")}
         _write_whole(path, lambda file: np.savez(file, **content))
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: _types.Path) -> "GateTrace":
         """Reads a trace that `save` has written; nothing in it is ever run.
 
         Raises:
@@ -219,7 +227,7 @@ class GateTrace:
                     f"({type(error).__name__}); expected a file of `GateTrace.save`."
                 ) from None
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         batch, time, units = self.i.shape
         return (
             f"GateTrace(layer={self.layer!r}, batch={batch}, time={time}, "
@@ -255,7 +263,9 @@ class GateTrace:
         return cls(**arrays, mask=mask, layer=layer, backward=backward)
 
 
-def trace_gates(model_or_layer, inputs, layer=None, batch_size=32):
+def trace_gates(
+    model_or_layer: Any, inputs: Any, layer: Any = None, batch_size: int = 32
+) -> GateTrace:
     """The gates and states of an LSTM, for every unit at every step.
 
     It works for models that are trained already: nothing is changed and
@@ -318,7 +328,7 @@ def trace_gates(model_or_layer, inputs, layer=None, batch_size=32):
                 f"`model_or_layer` is {model_or_layer.name!r}, which is not built yet; "
                 "expected one that has its weights."
             )
-    arrays = {lstm: {} for lstm in lstms}
+    arrays: dict[Any, dict[str, np.ndarray]] = {lstm: {} for lstm in lstms}
     for first, size, samples, calls in _calls(
         model_or_layer, target, inputs, batch_size
     ):
@@ -337,7 +347,7 @@ def trace_gates(model_or_layer, inputs, layer=None, batch_size=32):
                     "all at once."
                 )
             _put(whole, part, 0, first * fold, samples * fold)
-    trace = None
+    trace: Any = None
     for lstm, whole in reversed(arrays.items()):
         trace = GateTrace(**whole, layer=lstm.name, backward=trace)
     return trace
@@ -700,7 +710,7 @@ class _Function(keras.Model):
         return self._function(inputs)
 
 
-_RECURRENCES = weakref.WeakKeyDictionary()
+_RECURRENCES: Any = weakref.WeakKeyDictionary()
 
 
 def _recurrence(layer):

@@ -1,12 +1,15 @@
 """The cell over a whole sequence."""
 
 import inspect
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import keras
 from keras import ops
 
 from keras_scratch_lstm import recurrence
 from keras_scratch_lstm._keras import keep_dtype
+from keras_scratch_lstm._types import Activation, Choice, Config, Shape, Tensor
 from keras_scratch_lstm.by_gate import GATES
 from keras_scratch_lstm.cell import ScratchLSTMCell
 
@@ -113,34 +116,34 @@ class ScratchLSTM(keras.layers.RNN):
 
     def __init__(
         self,
-        units=None,
-        activation="tanh",
-        recurrent_activation="sigmoid",
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        recurrent_initializer="orthogonal",
-        bias_initializer="zeros",
-        unit_forget_bias=True,
-        kernel_regularizer=None,
-        recurrent_regularizer=None,
-        bias_regularizer=None,
-        activity_regularizer=None,
-        kernel_constraint=None,
-        recurrent_constraint=None,
-        bias_constraint=None,
-        dropout=0.0,
-        recurrent_dropout=0.0,
-        seed=None,
-        return_sequences=False,
-        return_state=False,
-        go_backwards=False,
-        stateful=False,
-        unroll=False,
-        use_cudnn="auto",
-        time_major=False,
-        cell=None,
-        **kwargs,
-    ):
+        units: int | None = None,
+        activation: Activation = "tanh",
+        recurrent_activation: Activation = "sigmoid",
+        use_bias: bool = True,
+        kernel_initializer: Choice = "glorot_uniform",
+        recurrent_initializer: Choice = "orthogonal",
+        bias_initializer: Choice = "zeros",
+        unit_forget_bias: bool = True,
+        kernel_regularizer: Choice = None,
+        recurrent_regularizer: Choice = None,
+        bias_regularizer: Choice = None,
+        activity_regularizer: Choice = None,
+        kernel_constraint: Choice = None,
+        recurrent_constraint: Choice = None,
+        bias_constraint: Choice = None,
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        seed: int | None = None,
+        return_sequences: bool = False,
+        return_state: bool = False,
+        go_backwards: bool = False,
+        stateful: bool = False,
+        unroll: bool = False,
+        use_cudnn: bool | Literal["auto"] = "auto",
+        time_major: bool = False,
+        cell: ScratchLSTMCell | None = None,
+        **kwargs: Any,
+    ) -> None:
         given = locals()
         cell_arguments = {name: given[name] for name in _CELL_DEFAULTS}
         if use_cudnn not in ("auto", True, False):
@@ -170,7 +173,7 @@ class ScratchLSTM(keras.layers.RNN):
         self.time_major = time_major
         self.use_cudnn = use_cudnn
         self._cell_is_self_made = self_made
-        self.recurrence = None
+        self.recurrence: str | None = None
 
     units = _of_the_cell("units")
     activation = _of_the_cell("activation")
@@ -191,13 +194,13 @@ class ScratchLSTM(keras.layers.RNN):
     seed = _of_the_cell("seed")
 
     @property
-    def variables(self):
+    def variables(self) -> list[Any]:
         """The weights, the random seeds, and the states of a stateful layer."""
         # Keras keeps the states of an RNN to itself. But only what stands here
         # is carried from step to step by `fit` and `predict` on JAX.
         return [*super().variables, *(self.states or [])]
 
-    def build(self, sequences_shape, initial_state_shape=None):
+    def build(self, sequences_shape: Shape, initial_state_shape: Any = None) -> None:
         self._check_sequences_shape(sequences_shape)
         sequences_shape = self._batch_major(sequences_shape)
         if self.stateful and sequences_shape[0] is None:
@@ -213,7 +216,13 @@ class ScratchLSTM(keras.layers.RNN):
         self.input_spec = keras.InputSpec(shape=(batch, time, features))
         self.built = True
 
-    def call(self, sequences, initial_state=None, mask=None, training=False):
+    def call(
+        self,
+        sequences: Tensor,
+        initial_state: Sequence[Tensor] | None = None,
+        mask: Tensor | None = None,
+        training: bool = False,
+    ) -> Any:
         if isinstance(mask, (list, tuple)):  # one of the states, too
             mask = mask[0]
         if mask is not None:
@@ -237,7 +246,13 @@ class ScratchLSTM(keras.layers.RNN):
         outputs, *states = result
         return ops.swapaxes(outputs, 0, 1), *states
 
-    def inner_loop(self, sequences, initial_state, mask, training=False):
+    def inner_loop(
+        self,
+        sequences: Tensor,
+        initial_state: Sequence[Tensor],
+        mask: Tensor | None,
+        training: bool = False,
+    ) -> Any:
         ways = {}
         if self._follows_the_equations(training):
             ways = recurrence.ways(self.use_cudnn)
@@ -292,7 +307,9 @@ class ScratchLSTM(keras.layers.RNN):
             h_all = h_all * ops.cast(mask, h_all.dtype)[:, :, None]
         return h_all[-1], ops.swapaxes(h_all, 0, 1), [h, c]
 
-    def compute_output_shape(self, sequences_shape, initial_state_shape=None):
+    def compute_output_shape(
+        self, sequences_shape: Shape, initial_state_shape: Any = None
+    ) -> Any:
         shape = super().compute_output_shape(self._batch_major(sequences_shape))
         if not self.return_sequences:
             return shape
@@ -301,10 +318,10 @@ class ScratchLSTM(keras.layers.RNN):
         outputs_shape, *states_shape = shape
         return self._batch_major(outputs_shape), *states_shape
 
-    def set_weights(self, weights):
+    def set_weights(self, weights: Sequence[Tensor]) -> None:
         self.cell.set_weights(weights)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = super().get_config()
         cell = config.pop("cell")
         if self._cell_is_self_made:
@@ -322,7 +339,7 @@ class ScratchLSTM(keras.layers.RNN):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> "ScratchLSTM":
         config = dict(config)
         if isinstance(config.get("cell"), dict):
             config["cell"] = keras.saving.deserialize_keras_object(config["cell"])

@@ -1,9 +1,12 @@
 """Perplexity, token by token."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_scratch_lstm._keras import get_keras_mask
+from keras_scratch_lstm._types import Config, Tensor
 
 
 @keras.saving.register_keras_serializable("keras_scratch_lstm")
@@ -60,8 +63,12 @@ class Perplexity(keras.metrics.Metric):
     """
 
     def __init__(
-        self, name="perplexity", from_logits=True, ignore_class=None, dtype=None
-    ):
+        self,
+        name: str = "perplexity",
+        from_logits: bool = True,
+        ignore_class: int | None = None,
+        dtype: Any = None,
+    ) -> None:
         super().__init__(name=name, dtype=dtype)
         self.from_logits = from_logits
         self.ignore_class = ignore_class
@@ -69,7 +76,9 @@ class Perplexity(keras.metrics.Metric):
         self._cross_entropy = self._add_total("cross_entropy")
         self._tokens = self._add_total("tokens")
 
-    def update_state(self, y_true, y_pred, sample_weight=None):
+    def update_state(
+        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None
+    ) -> None:
         """Adds a batch to the totals."""
         mask = get_keras_mask(y_pred)
         y_true = ops.cast(y_true, "int32")
@@ -95,14 +104,14 @@ class Perplexity(keras.metrics.Metric):
         _add(self._cross_entropy, ops.sum(cross_entropy * weights))
         _add(self._tokens, ops.sum(weights))
 
-    def result(self):
+    def result(self) -> Tensor:
         """The perplexity of all tokens since the last reset."""
         cross_entropy, tokens = map(_total, (self._cross_entropy, self._tokens))
         some = ops.not_equal(tokens, 0)
         mean = cross_entropy / ops.where(some, tokens, 1)
         return ops.where(some, ops.exp(mean), 0)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "from_logits": self.from_logits,

@@ -1,9 +1,12 @@
 """How the gates fare while a model trains."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
 
+from keras_scratch_lstm._types import Logs
 from keras_scratch_lstm.gates import find_lstms, trace_gates, weights_by_letter
 
 
@@ -53,19 +56,20 @@ class GateMonitor(keras.callbacks.Callback):
     - [Karpathy, Johnson and Li, 2015](https://arxiv.org/abs/1506.02078)
     """
 
-    def __init__(self, probe, layer=None):
+    def __init__(self, probe: Any, layer: Any = None) -> None:
         super().__init__()
         self.probe = probe
         self.layer = layer
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         find_lstms(self.model, self.layer)  # or an error, before any work is done
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         logs = {} if logs is None else logs
         _, lstms = find_lstms(self.model, self.layer)
         trace = trace_gates(self.model, self.probe, self.layer)
-        for lstm, trace_of_it in zip(lstms, (trace, trace.backward), strict=False):
+        traces = [one for one in (trace, trace.backward) if one]
+        for lstm, trace_of_it in zip(lstms, traces, strict=True):
             for gate, (left, right) in trace_of_it.saturation().items():
                 logs[f"{lstm.name}/{gate}_left_saturated"] = float(left.mean())
                 logs[f"{lstm.name}/{gate}_right_saturated"] = float(right.mean())

@@ -11,12 +11,23 @@ except ImportError:
         '`pip install "keras-scratch-lstm[plot]"`.'
     ) from None
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
-from keras_scratch_lstm.gates import ARRAYS, SATURATED, check_sample, check_tokens
+from keras_scratch_lstm._types import Path, Tokens
+from keras_scratch_lstm.gates import (
+    ARRAYS,
+    SATURATED,
+    GateTrace,
+    check_sample,
+    check_tokens,
+)
 
 WIDTH = 9  # inches
 DPI = 150
@@ -41,7 +52,14 @@ _TITLES = {
 _MOST_TICKS = 100
 
 
-def plot_gates(trace, units, tokens=None, sample=0, steps=None, path=None):
+def plot_gates(
+    trace: GateTrace,
+    units: int | Sequence[int],
+    tokens: Tokens | None = None,
+    sample: int = 0,
+    steps: slice | None = None,
+    path: Path | None = None,
+) -> Figure:
     """The three gates of chosen units over a text, one row a unit.
 
     Args:
@@ -67,7 +85,7 @@ def plot_gates(trace, units, tokens=None, sample=0, steps=None, path=None):
     for unit, ax in zip(units, rows, strict=True):
         for gate, style in _STYLES.items():
             values = getattr(trace, gate)[sample, steps, unit]
-            options = style | {"markersize": 3, "linewidth": 1.4}
+            options: dict[str, Any] = style | {"markersize": 3, "linewidth": 1.4}
             if len(steps) > _MOST_TICKS:
                 options |= {"marker": None, "linewidth": 0.9}
             ax.plot(steps, values, label=_TITLES[gate], **options)
@@ -84,8 +102,14 @@ def plot_gates(trace, units, tokens=None, sample=0, steps=None, path=None):
 
 
 def plot_heatmap(
-    trace, name="f", tokens=None, sample=0, steps=None, ax=None, path=None
-):
+    trace: GateTrace,
+    name: str = "f",
+    tokens: Tokens | None = None,
+    sample: int = 0,
+    steps: slice | None = None,
+    ax: Axes | None = None,
+    path: Path | None = None,
+) -> Figure:
     """One gate or state of all units over a text: units down, steps across.
 
     Args:
@@ -123,7 +147,7 @@ def plot_heatmap(
     return _save(figure, path)
 
 
-def plot_saturation(trace, path=None):
+def plot_saturation(trace: GateTrace, path: Path | None = None) -> Figure:
     """How often the gates of each unit are nearly shut, and nearly open.
 
     A point for each unit: across, the share of steps at which its gate is below
@@ -172,7 +196,16 @@ def plot_saturation(trace, path=None):
     return _save(figure, path)
 
 
-def plot_text(trace, unit, tokens, name="c", sample=0, steps=None, ax=None, path=None):
+def plot_text(
+    trace: GateTrace,
+    unit: int,
+    tokens: Tokens,
+    name: str = "c",
+    sample: int = 0,
+    steps: slice | None = None,
+    ax: Axes | None = None,
+    path: Path | None = None,
+) -> Figure:
     """The text itself, coloured by the memory of one unit.
 
     Args:
