@@ -7,6 +7,8 @@ import warnings
 
 import keras
 
+from keras_scratch_lstm import checks
+
 
 class PerplexityLogger(keras.callbacks.Callback):
     """Adds perplexity and tokens a second to the logs, from the loss alone.
@@ -59,7 +61,7 @@ class PerplexityLogger(keras.callbacks.Callback):
 
     def __init__(self, verbose=1):
         super().__init__()
-        self.verbose = verbose
+        self.verbose = checks.flag("verbose", verbose)
         self.on_train_begin()
 
     def on_train_begin(self, logs=None):
