@@ -130,10 +130,10 @@ def outcome(call, *names):
     try:
         return call()
     except (TypeError, ValueError) as error:
-        message = str(error)
-        assert not isinstance(error, UnicodeError), message
-        assert any(name in message for name in names), message
-        return None
+        raised = error
+    assert not isinstance(raised, UnicodeError), raised
+    assert any(name in str(raised) for name in names), raised
+    return None
 
 
 def names_of(given):

@@ -43,15 +43,10 @@ def growth(work):
 X = np.ones((4, 5), "int32")
 
 
-def make_model(lstm):
-    model = keras.Sequential(
-        [
-            keras.Input((5,), dtype="int32"),
-            layers.Embedding(7, 3),
-            lstm,
-            layers.Dense(7),
-        ]
-    )
+def make_model(layer):
+    lstm = layer(8, return_sequences=True)
+    tokens = keras.Input((5,), dtype="int32")
+    model = keras.Sequential([tokens, layers.Embedding(7, 3), lstm, layers.Dense(7)])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("sgd", loss, metrics=[Perplexity()])
     return model
@@ -64,17 +59,14 @@ def report(what, grown):
 
 def test_fits():
     grown = {}
-    for lstm in (
-        layers.LSTM(8, return_sequences=True),
-        ScratchLSTM(8, return_sequences=True),
-    ):
-        model = make_model(lstm)
+    for layer in (layers.LSTM, ScratchLSTM):
+        model = make_model(layer)
 
         def fit(model=model):
             callbacks = [PerplexityLogger(verbose=0)]
             model.fit(X, X, callbacks=callbacks, verbose=0)
 
-        grown[type(lstm).__name__] = growth(fit)
+        grown[layer.__name__] = growth(fit)
     report(f"{CALLS} fits", grown)
     # Keras itself grows; ours does not grow more.
     assert grown["ScratchLSTM"] < max(grown["LSTM"], 0) + SLACK
@@ -82,18 +74,15 @@ def test_fits():
 
 def test_traces():
     grown = {}
-    for lstm in (
-        layers.LSTM(8, return_sequences=True),
-        ScratchLSTM(8, return_sequences=True),
-    ):
-        model = make_model(lstm)
-        grown[type(lstm).__name__] = growth(lambda model=model: trace_gates(model, X))
+    for layer in (layers.LSTM, ScratchLSTM):
+        model = make_model(layer)
+        grown[layer.__name__] = growth(lambda model=model: trace_gates(model, X))
     report(f"{CALLS} traces", grown)
     assert max(grown.values()) < SLACK
 
 
 def test_monitored_fits():
-    model = make_model(ScratchLSTM(8, return_sequences=True))
+    model = make_model(ScratchLSTM)
     plain = growth(lambda: model.fit(X, X, verbose=0))
     monitor = GateMonitor(X)
     monitored = growth(lambda: model.fit(X, X, callbacks=[monitor], verbose=0))

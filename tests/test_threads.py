@@ -45,13 +45,8 @@ def at_once(work, inputs):
 
 @pytest.fixture(params=LAYERS)
 def model(request):
-    return keras.Sequential(
-        [
-            keras.Input((7,), dtype="int32"),
-            layers.Embedding(9, 5),
-            LAYERS[request.param](),
-        ]
-    )
+    tokens = keras.Input((7,), dtype="int32")
+    return keras.Sequential([tokens, layers.Embedding(9, 5), LAYERS[request.param]()])
 
 
 @pytest.fixture
