@@ -298,7 +298,12 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         return cls(**checks.config(config))
 
     def set_weights(self, weights):
-        self._check_weights(weights)
+        if not isinstance(weights, (list, tuple)):
+            raise ValueError(
+                f"`{self.name}` got `weights` of {type(weights)}; expected a list of "
+                "arrays."
+            )
+        self._check_weights(len(weights), weights)
         super().set_weights(weights)
 
     def load_own_variables(self, store):
@@ -308,19 +313,15 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
                 f"`{self.name}` got `weights` named {', '.join(sorted(store.keys()))}; "
                 "expected them to be numbered from 0."
             )
-        self._check_weights([store[key] for key in keys])
+        # One at a time, since a file may say that they are large.
+        self._check_weights(len(keys), (store[key] for key in keys))
         super().load_own_variables(store)
 
-    def _check_weights(self, values):
+    def _check_weights(self, number, values):
         """Refuses values that do not fit before any of them is taken."""
-        if not isinstance(values, (list, tuple)):
+        if number != len(self.weights):
             raise ValueError(
-                f"`{self.name}` got `weights` of {type(values)}; expected a list of "
-                "arrays."
-            )
-        if len(values) != len(self.weights):
-            raise ValueError(
-                f"`{self.name}` got {len(values)} `weights`; expected "
+                f"`{self.name}` got {number} `weights`; expected "
                 f"{len(self.weights)}: {', '.join(w.name for w in self.weights)}."
             )
         for weight, value in zip(self.weights, values, strict=True):

@@ -277,7 +277,10 @@ class GateTrace:
         backward = None
         if not prefix and "backward_i" in content:
             backward = cls._from_arrays(content, "backward_")
-        layer = str(content[prefix + "layer"])
+        layer = content[prefix + "layer"]
+        if getattr(layer, "shape", None) != () or layer.dtype.kind != "U":
+            raise ValueError("layer")
+        layer = str(layer)
         return cls(**arrays, mask=mask, layer=layer, backward=backward)
 
 
@@ -559,18 +562,8 @@ def _calls(model, target, inputs, batch_size):
         # records no gradients of values that are cut off from their variables.
         values = [(v, ops.stop_gradient(v.value)) for v in model.variables]
         with keras.StatelessScope(values), _stop_at(target, calls):
-            try:
+            with contextlib.suppress(_Reached):
                 model(batch, training=False)
-            except _Reached:
-                pass
-            except (TypeError, ValueError):
-                raise
-            except Exception as error:  # each backend has its own
-                raise ValueError(
-                    f"`inputs` fail in {model.name!r} before they reach "
-                    f"{target.name!r} ({type(error).__name__}); expected what the "
-                    "model can be called with."
-                ) from error
             if not calls:
                 raise ValueError(
                     f"`layer` is {target.name!r}, which {model.name!r} does not call "

@@ -82,13 +82,13 @@ class Perplexity(keras.metrics.Metric):
             sample_weight = checks.numbers_only(
                 "sample_weight", sample_weight, "real numbers, or None"
             )
+        if tuple(y_pred.shape)[-1:] in ((), (0,)):
+            raise checks.wrong("y_pred", y_pred, "a number for each token there is")
         y_true = ops.cast(y_true, "int32")
         y_pred = ops.cast(y_pred, self.dtype)
         if len(y_true.shape) == len(y_pred.shape) and y_true.shape[-1] == 1:
             y_true = ops.squeeze(y_true, -1)
         _check_shapes(y_true.shape, y_pred.shape[:-1])
-        if y_pred.shape[-1] == 0:
-            raise checks.wrong("y_pred", y_pred, "a number for each token there is")
 
         weights = ops.ones_like(y_true, dtype=self.dtype)
         for factor in (sample_weight, mask):
