@@ -4,15 +4,18 @@ Each payload would make the file `canary`. (What Keras itself reads, it reads as
 whole: that a model file's own JSON is short is for whoever accepts the file to see.)
 """
 
+import base64
+import contextlib
 import io
 import json
 import marshal
 import os
 import pickle
-import resource
+import re
 import struct
 import sys
 import zipfile
+from pathlib import Path
 
 import h5py
 import keras
@@ -99,7 +102,7 @@ def a_lambda(canary):
     code = compile(f"open({str(canary)!r}, 'w')", "payload", "eval")
     payload = marshal.dumps(code)
     value = {
-        "code": __import__("base64").b64encode(payload).decode(),
+        "code": base64.b64encode(payload).decode(),
         "defaults": None,
         "closure": None,
     }
@@ -175,9 +178,18 @@ def test_model_files_cut_short(saved, canary, rng):
 # --- weights -----------------------------------------------------------------
 
 
-def peak():
-    """Of the whole process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+@contextlib.contextmanager
+def at_most(size):
+    """What the process grows by on the way, in bytes."""
+
+    def resident(key):
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(rf"^{key}:\s+(\d+) kB", status, re.MULTILINE)[1])
+
+    Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+    before = resident("VmRSS")
+    yield
+    assert resident("VmHWM") - before < size
 
 
 def datasets(file):
@@ -217,26 +229,23 @@ def test_weights_that_do_not_fit(what, arguments, tmp_path):
             if one.name.endswith("/0") and "layer" in one.name
         ]
         replace(first[0], **arguments)
-    at_first = peak()
-    with pytest.raises((ValueError, TypeError)):
+    with at_most(100 * MB), pytest.raises((ValueError, TypeError)):
         model.load_weights(path)
-    assert peak() - at_first < 200 * MB
     for one, other in zip(model.layers[0].cell.get_weights(), before, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 def test_weights_are_read_one_at_a_time(tmp_path):
-    """Keras reads each up to 4 GB; of twelve that are too large, one is read."""
+    """Keras reads each up to 4 GB, but here no more than a layer's first."""
     path = tmp_path / "model.weights.h5"
     model = make_model()
     model.save_weights(path)
     with h5py.File(path, "r+") as file:
         for one in datasets(file):
-            replace(one, shape=(64, MB), dtype="float32", compression="gzip")
-    at_first = peak()
-    with pytest.raises(ValueError, match="W_xi of shape"):
+            replace(one, shape=(16, MB), dtype="float32", compression="gzip")
+    # Two layers with twelve arrays of 64 MB each.
+    with at_most(6 * 64 * MB), pytest.raises(ValueError, match="W_xi of shape"):
         model.load_weights(path)
-    assert peak() - at_first < 2.5 * 256 * MB
 
 
 def test_weights_of_a_wider_layer_are_refused_by_name(tmp_path):
@@ -297,6 +306,10 @@ def archive(path, content, compression=zipfile.ZIP_STORED):
             file.writestr(name, value)
 
 
+# What is beside the trace, and is not looked at.
+HARMLESS = "pickle as more.npy", "thousands of empty members"
+
+
 def hostile_traces(path, canary):
     """Writes one hostile trace after the other to `path`."""
     payload = Payload(canary)
@@ -332,8 +345,6 @@ def hostile_traces(path, canary):
         yield f"zip bomb {compression}"
     archive(path, members(), zipfile.ZIP_LZMA)
     yield "LZMA, whose dictionary may be 4 GB"
-    # Members that lie over each other: many times the file.
-    archive(path, members())
     archive(path, members() | {f"{k}/f.npy": b"" for k in range(2000)})
     yield "thousands of empty members"
 
@@ -342,17 +353,15 @@ def test_a_hostile_trace(tmp_path, canary):
     path = tmp_path / "trace.npz"
     seen = 0
     for what in hostile_traces(path, canary):
-        before = peak()
-        try:
-            loaded = GateTrace.load(path)
-        except ValueError as error:
-            loaded = None
-            message = str(error)
-        grown = peak() - before
-        assert loaded is None or what == "thousands of empty members", what
-        if loaded is None:
-            assert message.startswith(f"`path` is '{path}', which is damaged or"), what
-        assert grown < 16 * MB + 10 * os.path.getsize(path), what
+        message = None
+        with at_most(16 * MB + 10 * os.path.getsize(path)):
+            try:
+                GateTrace.load(path)
+            except ValueError as error:
+                message = str(error)
+        if what not in HARMLESS:
+            start = f"`path` is '{path}', which is damaged or no gate trace"
+            assert (message or "").startswith(start), what
         seen += 1
     assert seen >= 25
     assert not canary.exists()
@@ -374,10 +383,8 @@ def test_a_member_that_hides_its_size(tmp_path):
         struct.pack("<HH", 20, 0) + struct.pack("<H", zipfile.ZIP_STORED),
     )
     path.write_bytes(whole)
-    before = peak()
-    with pytest.raises(ValueError, match="damaged or no gate trace"):
+    with at_most(32 * MB), pytest.raises(ValueError, match="no gate trace"):
         GateTrace.load(path)
-    assert peak() - before < 32 * MB
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):

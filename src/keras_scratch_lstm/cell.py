@@ -261,8 +261,9 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
 
     def get_initial_state(self, batch_size=None, dtype=None):
         """Zeros for `h` and `c`, each of shape `(batch_size, units)`."""
-        is_integer = isinstance(batch_size, int) and batch_size >= 0
-        if not (is_integer or hasattr(batch_size, "dtype")):  # a tensor, in a graph
+        # Within a graph it may be a tensor, or what a backend has for an open size.
+        is_none = batch_size is None or isinstance(batch_size, (str, float))
+        if is_none or (isinstance(batch_size, int) and batch_size < 0):
             raise checks.wrong("batch_size", batch_size, "an integer")
         dtype = keras.backend.standardize_dtype(dtype or self.compute_dtype)
         return [ops.zeros((batch_size, size), dtype=dtype) for size in self.state_size]

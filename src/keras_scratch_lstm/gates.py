@@ -588,7 +588,7 @@ def check_inputs(inputs, argument="inputs", time_major=False):
             f"{', '.join(map(str, shapes)) or 'of none'}; expected arrays of as many "
             "samples each, at least one."
         )
-    if any(x.dtype == object for x in arrays):
+    if any(str(getattr(x, "dtype", "")) == "object" for x in arrays):
         raise ValueError(
             f"`{argument}` has the dtype object; expected arrays of numbers."
         )
