@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from keras_scratch_lstm import checks
 from keras_scratch_lstm._types import Logs
 
 
@@ -62,7 +63,7 @@ class PerplexityLogger(keras.callbacks.Callback):
 
     def __init__(self, verbose: int = 1) -> None:
         super().__init__()
-        self.verbose = verbose
+        self.verbose = checks.flag("verbose", verbose)
         self.on_train_begin()
 
     def on_train_begin(self, logs: Logs = None) -> None:

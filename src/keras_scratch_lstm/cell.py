@@ -1,14 +1,12 @@
 """The LSTM cell: twelve weights, six equations."""
 
-import numbers
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
-from keras_scratch_lstm import by_gate
+from keras_scratch_lstm import by_gate, checks
 from keras_scratch_lstm._keras import DropoutRNNCell
 from keras_scratch_lstm._types import Activation, Choice, Config, Shape, Tensor
 from keras_scratch_lstm.by_gate import FUSED_ORDER, GATES
@@ -136,7 +134,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
     def call(
         self, inputs: Tensor, states: Sequence[Tensor], training: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        h, c = self._check_states(states)
+        h, c = self._check_states(states, inputs)
         gates = self._gates_with_dropout if training else self.gates
         i, f, o, c_tilde = gates(inputs, h, c)
         c = f * c + i * c_tilde
@@ -181,13 +179,19 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
-        units = _check_units(units)
-        dropout = _check_fraction("dropout", dropout)
-        recurrent_dropout = _check_fraction("recurrent_dropout", recurrent_dropout)
+        units = checks.positive_integer("units", units)
+        use_bias = checks.flag("use_bias", use_bias)
+        unit_forget_bias = checks.flag("unit_forget_bias", unit_forget_bias)
+        dropout = checks.fraction("dropout", dropout)
+        recurrent_dropout = checks.fraction("recurrent_dropout", recurrent_dropout)
+        seed = checks.integer_or_none("seed", seed, low=0)
+        checks.float_dtype(kwargs.get("dtype"))
         super().__init__(**kwargs)
         self.units = units
-        self.activation = activations.get(activation)
-        self.recurrent_activation = activations.get(recurrent_activation)
+        self.activation = _activation("activation", activation)
+        self.recurrent_activation = _activation(
+            "recurrent_activation", recurrent_activation
+        )
         self.use_bias = use_bias
 
         def resolve(argument, value, get, default=None):
@@ -263,7 +267,11 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         self, batch_size: int | None = None, dtype: str | None = None
     ) -> list[Tensor]:
         """Zeros for `h` and `c`, each of shape `(batch_size, units)`."""
-        dtype = dtype or self.compute_dtype
+        # Within a graph it may be a tensor, or what a backend has for an open size.
+        is_none = batch_size is None or isinstance(batch_size, (str, float))
+        if is_none or (isinstance(batch_size, int) and batch_size < 0):
+            raise checks.wrong("batch_size", batch_size, "an integer")
+        dtype = keras.backend.standardize_dtype(dtype or self.compute_dtype)
         return [ops.zeros((batch_size, size), dtype=dtype) for size in self.state_size]
 
     def get_config(self) -> Config:
@@ -292,23 +300,43 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
             "seed": self.seed,
         }
 
+    @classmethod
+    def from_config(cls, config: Config) -> "ScratchLSTMCell":
+        return cls(**checks.config(config))
+
     def set_weights(self, weights: Sequence[Tensor]) -> None:
-        self._check_weights(weights)
+        if not isinstance(weights, (list, tuple)):
+            raise ValueError(
+                f"`{self.name}` got `weights` of {type(weights)}; expected a list of "
+                "arrays."
+            )
+        self._check_weights(len(weights), weights)
         super().set_weights(weights)
 
     def load_own_variables(self, store: Any) -> None:
-        self._check_weights([store[key] for key in sorted(store.keys(), key=int)])
+        keys = [str(number) for number in range(len(store.keys()))]
+        if set(keys) != set(store.keys()):
+            raise ValueError(
+                f"`{self.name}` got `weights` named {', '.join(sorted(store.keys()))}; "
+                "expected them to be numbered from 0."
+            )
+        # One at a time, since a file may say that they are large.
+        self._check_weights(len(keys), (store[key] for key in keys))
         super().load_own_variables(store)
 
-    def _check_weights(self, values):
+    def _check_weights(self, number, values):
         """Refuses values that do not fit before any of them is taken."""
-        values = list(values)
-        if len(values) != len(self.weights):
+        if number != len(self.weights):
             raise ValueError(
-                f"`{self.name}` got {len(values)} `weights`; expected "
+                f"`{self.name}` got {number} `weights`; expected "
                 f"{len(self.weights)}: {', '.join(w.name for w in self.weights)}."
             )
         for weight, value in zip(self.weights, values, strict=True):
+            if not checks.are_numbers(value):
+                raise ValueError(
+                    f"`{self.name}` got `weights` with {value!r} for {weight.name}; "
+                    "expected an array of numbers."
+                )
             if tuple(value.shape) != tuple(weight.shape):
                 raise ValueError(
                     f"`{self.name}` got `weights` with {weight.name} of shape "
@@ -316,38 +344,34 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
                 )
 
     def _check_input_shape(self, input_shape):
-        if len(input_shape) != 2 or input_shape[-1] is None:
+        if not checks.is_shape(input_shape, ndim=2):
             raise ValueError(
-                f"`{self.name}` got `inputs` of shape {tuple(input_shape)}; expected "
+                f"`{self.name}` got `inputs` of shape {input_shape}; expected "
                 "(batch, features) with known features. For a sequence of shape "
                 "(batch, time, features), wrap the cell in `keras.layers.RNN`."
             )
         return input_shape[-1]
 
-    def _check_states(self, states):
-        shapes = [tuple(state.shape) for state in states]
+    def _check_states(self, states, inputs):
+        shapes = [
+            tuple(getattr(state, "shape", ())) for state in keras.tree.flatten(states)
+        ]
+        batch = inputs.shape[0]
         if len(shapes) != 2 or any(
-            len(shape) != 2 or shape[-1] not in (None, self.units) for shape in shapes
+            len(shape) != 2
+            or shape[1] not in (None, self.units)
+            or (None not in (shape[0], batch) and shape[0] != batch)
+            for shape in shapes
         ):
             raise ValueError(
                 f"`{self.name}` got `states` of shapes {shapes}; expected two, h and "
-                f"c, each of shape (batch, {self.units})."
+                f"c, each of shape (batch, {self.units}), beside `inputs` of shape "
+                f"{tuple(inputs.shape)}."
             )
         return states
 
 
-def _check_units(units):
-    try:
-        size = 0 if isinstance(units, bool) else operator.index(units)
-    except TypeError:
-        size = 0
-    if size <= 0:
-        raise ValueError(f"`units` is {units!r}; expected a positive integer.")
-    return size
-
-
-def _check_fraction(argument, value):
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= 1:
-        raise ValueError(f"`{argument}` is {value!r}; expected a number from 0 to 1.")
-    return float(value)
+def _activation(argument, value):
+    return checks.interpret(
+        argument, value, activations.get, "an activation, or the name of one"
+    )

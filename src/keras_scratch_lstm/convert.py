@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import constraints, layers, regularizers
 
+from keras_scratch_lstm import checks
 from keras_scratch_lstm.by_gate import FUSED_ORDER, GATES, is_by_gate
 from keras_scratch_lstm.cell import ScratchLSTMCell
 from keras_scratch_lstm.layer import ScratchLSTM
@@ -460,7 +461,17 @@ def from_torch(state_dict: Mapping[str, Any], **arguments: Any) -> ScratchLSTM:
             f"`state_dict` is {state_dict!r}; expected a dict, as `state_dict()` of a "
             "`torch.nn.LSTM` returns it."
         )
-    values = {key: np.asarray(value) for key, value in state_dict.items()}
+    for name in ("units", "use_bias", "cell"):
+        if name in arguments:
+            raise checks.wrong(
+                name, arguments[name], "it to be left out, since `state_dict` says it"
+            )
+    values = {
+        key: np.asarray(
+            checks.numbers_only(f"state_dict[{key!r}]", value, "an array of numbers")
+        )
+        for key, value in state_dict.items()
+    }
     use_bias = any(name in values for name in _TORCH_BIASES)
     names = _TORCH_WEIGHTS + (_TORCH_BIASES if use_bias else ())
     if set(values) != set(names):

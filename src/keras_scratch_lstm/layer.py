@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import keras
+import numpy as np
 from keras import ops
 
-from keras_scratch_lstm import recurrence
+from keras_scratch_lstm import checks, recurrence
 from keras_scratch_lstm._keras import keep_dtype
 from keras_scratch_lstm._types import Activation, Choice, Config, Shape, Tensor
 from keras_scratch_lstm.by_gate import GATES
@@ -18,6 +19,7 @@ _CELL_DEFAULTS = {
     for name, parameter in inspect.signature(ScratchLSTMCell).parameters.items()
     if parameter.kind is not inspect.Parameter.VAR_KEYWORD
 }
+_FLAGS = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll")
 
 
 def _of_the_cell(name):
@@ -146,10 +148,18 @@ class ScratchLSTM(keras.layers.RNN):
     ) -> None:
         given = locals()
         cell_arguments = {name: given[name] for name in _CELL_DEFAULTS}
-        if use_cudnn not in ("auto", True, False):
-            raise ValueError(
-                f"`use_cudnn` is {use_cudnn!r}; expected True, False or 'auto'."
-            )
+        if not isinstance(use_cudnn, (str, int)) or use_cudnn not in ("auto", 0, 1):
+            raise checks.wrong("use_cudnn", use_cudnn, "True, False or 'auto'")
+        flags = {name: checks.flag(name, given[name]) for name in _FLAGS}
+        if "zero_output_for_mask" in kwargs:
+            checks.flag("zero_output_for_mask", kwargs["zero_output_for_mask"])
+        time_major = checks.flag("time_major", time_major)
+        activity_regularizer = checks.interpret(
+            "activity_regularizer",
+            activity_regularizer,
+            keras.regularizers.get,
+            "a regularizer, the name of one, or None",
+        )
         if cell is not None:
             _check_cell(cell, cell_arguments)
         self_made = cell is None
@@ -162,11 +172,7 @@ class ScratchLSTM(keras.layers.RNN):
             )
         super().__init__(
             cell,
-            return_sequences=return_sequences,
-            return_state=return_state,
-            go_backwards=go_backwards,
-            stateful=stateful,
-            unroll=unroll,
+            **flags,
             activity_regularizer=activity_regularizer,
             **kwargs,
         )
@@ -224,14 +230,15 @@ class ScratchLSTM(keras.layers.RNN):
         training: bool = False,
     ) -> Any:
         if isinstance(mask, (list, tuple)):  # one of the states, too
-            mask = mask[0]
+            mask = mask[0] if mask else None
         if mask is not None:
+            mask = checks.numbers_only("mask", mask, "truth values")
             mask = ops.convert_to_tensor(mask)
             self._check_mask(mask, sequences)
         if self.time_major:
             sequences = ops.swapaxes(sequences, 0, 1)
             mask = None if mask is None else ops.swapaxes(mask, 0, 1)
-        self._check_batch_size(sequences)
+        self._check_sequences(sequences)
         if initial_state is not None:
             self._check_initial_state(initial_state, sequences.shape[0])
         elif self.stateful:
@@ -310,6 +317,7 @@ class ScratchLSTM(keras.layers.RNN):
     def compute_output_shape(
         self, sequences_shape: Shape, initial_state_shape: Any = None
     ) -> Any:
+        self._check_sequences_shape(sequences_shape)
         shape = super().compute_output_shape(self._batch_major(sequences_shape))
         if not self.return_sequences:
             return shape
@@ -340,7 +348,7 @@ class ScratchLSTM(keras.layers.RNN):
 
     @classmethod
     def from_config(cls, config: Config) -> "ScratchLSTM":
-        config = dict(config)
+        config = dict(checks.config(config))
         if isinstance(config.get("cell"), dict):
             config["cell"] = keras.saving.deserialize_keras_object(config["cell"])
         return cls(**config)
@@ -353,10 +361,10 @@ class ScratchLSTM(keras.layers.RNN):
         return (batch, time, *rest)
 
     def _check_sequences_shape(self, shape):
-        if len(shape) != 3 or shape[2] is None:
+        if not checks.is_shape(shape, ndim=3):
             first = "time, batch" if self.time_major else "batch, time"
             raise ValueError(
-                f"`{self.name}` got `sequences` of shape {tuple(shape)}; expected "
+                f"`{self.name}` got `sequences` of shape {shape}; expected "
                 f"({first}, features) with known features."
             )
 
@@ -368,7 +376,18 @@ class ScratchLSTM(keras.layers.RNN):
                 "the `sequences` have it."
             )
 
-    def _check_batch_size(self, sequences):
+    def _check_sequences(self, sequences):
+        shape = tuple(sequences.shape)
+        if shape[1] == 0:
+            raise ValueError(
+                f"`{self.name}` got `sequences` of shape {shape}, batch first; "
+                "expected at least one step."
+            )
+        if not checks.are_numbers(sequences):
+            raise ValueError(
+                f"`{self.name}` got `sequences` of {checks.dtype_of(sequences)}; "
+                "expected real numbers."
+            )
         batch_size = sequences.shape[0]
         expected = self.states[0].shape[0] if self.stateful else None
         if not _may_be_equal((batch_size,), (expected,)):
@@ -406,7 +425,7 @@ def _check_cell(cell, arguments):
         )
     for name, value in arguments.items():
         default = None if name == "units" else _CELL_DEFAULTS[name]
-        if value is not default and value != default:
+        if not np.array_equal(value, default):  # the value may be anything
             raise ValueError(
                 f"`{name}` is {value!r} beside a `cell`; expected it to be left out, "
                 "since it is the cell's to choose."

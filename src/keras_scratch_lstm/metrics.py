@@ -5,6 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_scratch_lstm import checks
 from keras_scratch_lstm._keras import get_keras_mask
 from keras_scratch_lstm._types import Config, Tensor
 
@@ -41,7 +42,8 @@ class Perplexity(keras.metrics.Metric):
             `y_true`: how much each token counts. Default: `None`.
 
     Returns:
-        Scalar, at least 1; 0 before the first token.
+        Scalar, at least 1; 0 before the first token. NaN, once a token that counts
+        is not in the vocabulary.
 
     Raises:
         ValueError: The shapes do not fit together.
@@ -69,9 +71,11 @@ class Perplexity(keras.metrics.Metric):
         ignore_class: int | None = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(name=name, dtype=dtype)
-        self.from_logits = from_logits
-        self.ignore_class = ignore_class
+        if not isinstance(name, str | None):
+            raise checks.wrong("name", name, "a string")
+        super().__init__(name=name, dtype=checks.float_dtype(dtype))
+        self.from_logits = checks.flag("from_logits", from_logits)
+        self.ignore_class = checks.integer_or_none("ignore_class", ignore_class)
         self._direction = "down"
         self._cross_entropy = self._add_total("cross_entropy")
         self._tokens = self._add_total("tokens")
@@ -81,6 +85,14 @@ class Perplexity(keras.metrics.Metric):
     ) -> None:
         """Adds a batch to the totals."""
         mask = get_keras_mask(y_pred)
+        y_true = checks.numbers_only("y_true", y_true, "integer tokens")
+        y_pred = checks.numbers_only("y_pred", y_pred, "real numbers")
+        if sample_weight is not None:
+            sample_weight = checks.numbers_only(
+                "sample_weight", sample_weight, "real numbers, or None"
+            )
+        if tuple(y_pred.shape)[-1:] in ((), (0,)):
+            raise checks.wrong("y_pred", y_pred, "a number for each token there is")
         y_true = ops.cast(y_true, "int32")
         y_pred = ops.cast(y_pred, self.dtype)
         if len(y_true.shape) == len(y_pred.shape) and y_true.shape[-1] == 1:
@@ -94,11 +106,14 @@ class Perplexity(keras.metrics.Metric):
         if self.ignore_class is not None:
             ignored = ops.equal(y_true, self.ignore_class)
             weights = ops.where(ignored, 0, weights)
-            y_true = ops.where(ignored, 0, y_true)  # -1 is no index
+        # What is no index is an error on one backend and a zero on another.
+        known = ops.logical_and(y_true >= 0, y_true < y_pred.shape[-1])
+        y_true = ops.where(known, y_true, 0)
 
         cross_entropy = ops.sparse_categorical_crossentropy(
             y_true, y_pred, from_logits=self.from_logits
         )
+        cross_entropy = ops.where(known, cross_entropy, float("nan"))
         # A token that does not count may hold anything, NaN included.
         cross_entropy = ops.where(ops.equal(weights, 0), 0, cross_entropy)
         _add(self._cross_entropy, ops.sum(cross_entropy * weights))

@@ -6,8 +6,14 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_scratch_lstm import checks
 from keras_scratch_lstm._types import Logs
-from keras_scratch_lstm.gates import find_lstms, trace_gates, weights_by_letter
+from keras_scratch_lstm.gates import (
+    check_inputs,
+    find_lstms,
+    trace_gates,
+    weights_by_letter,
+)
 
 
 class GateMonitor(keras.callbacks.Callback):
@@ -58,11 +64,17 @@ class GateMonitor(keras.callbacks.Callback):
 
     def __init__(self, probe: Any, layer: Any = None) -> None:
         super().__init__()
+        check_inputs(probe, "probe")
+        if not isinstance(layer, str | keras.layers.Layer | None):
+            raise checks.wrong("layer", layer, "the name of a layer, or the layer")
         self.probe = probe
         self.layer = layer
 
     def on_train_begin(self, logs: Logs = None) -> None:
-        find_lstms(self.model, self.layer)  # or an error, before any work is done
+        # Or an error, before any work is done.
+        find_lstms(self.model, self.layer)
+        if self.model.built:
+            trace_gates(self.model, self.probe, self.layer)
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         logs = {} if logs is None else logs
