@@ -287,22 +287,25 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         }
 
     def set_weights(self, weights):
-        self._check_weights(weights)
+        self._check_weights(weights, self.weights)
         super().set_weights(weights)
 
     def load_own_variables(self, store):
-        self._check_weights([store[key] for key in sorted(store.keys(), key=int)])
+        # Those of layers within the cell of a subclass are not in its own store.
+        own = self._trainable_variables + self._non_trainable_variables
+        values = [store[key] for key in sorted(store.keys(), key=int)]
+        self._check_weights(values, own)
         super().load_own_variables(store)
 
-    def _check_weights(self, values):
+    def _check_weights(self, values, weights):
         """Refuses values that do not fit before any of them is taken."""
         values = list(values)
-        if len(values) != len(self.weights):
+        if len(values) != len(weights):
             raise ValueError(
                 f"`{self.name}` got {len(values)} `weights`; expected "
-                f"{len(self.weights)}: {', '.join(w.name for w in self.weights)}."
+                f"{len(weights)}: {', '.join(w.name for w in weights)}."
             )
-        for weight, value in zip(self.weights, values, strict=True):
+        for weight, value in zip(weights, values, strict=True):
             if tuple(value.shape) != tuple(weight.shape):
                 raise ValueError(
                     f"`{self.name}` got `weights` with {weight.name} of shape "
