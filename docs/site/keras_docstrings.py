@@ -1,4 +1,4 @@
-"""Has mkdocstrings understand the sections that only Keras's docstrings have."""
+"""Has mkdocstrings set Keras's docstrings: all their sections, and results as text."""
 
 import re
 import textwrap
@@ -6,7 +6,7 @@ import textwrap
 import griffe
 
 SECTION = re.compile(
-    r"^(Call arguments|Example|Reference):\n(.*?)(?=^\w[\w ]*:\n|\Z)", re.M | re.S
+    r"^(Call arguments|Returns|Example|Reference):\n(.*?)(?=^\w[\w ]*:\n|\Z)", re.M | re.S
 )
 LINK_OVER_TWO_LINES = re.compile(r"\]\(\s+(\S+)\)")
 
@@ -25,4 +25,4 @@ def _as_google(match):
     if name == "Example":
         code = textwrap.indent(body.strip("\n"), "    ")
         return f"Examples: Example:\n{code}\n\n"
-    return f"**Reference:**\n{body}"
+    return f"**{name}:**\n\n{textwrap.dedent(body)}"

@@ -30,7 +30,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         o_t = sigmoid(x_t W_xo + h_{t-1} W_ho + b_o)      output gate
         c̃_t = tanh   (x_t W_xc + h_{t-1} W_hc + b_c)      candidate memory
         c_t = f_t * c_{t-1} + i_t * c̃_t                   memory
-        h_t = o_t * tanh(c_t)                              hidden state
+        h_t = o_t * tanh(c_t)                             hidden state
 
     Every weight is a variable of its own, named as above: `W_x*` has the shape
     `(features, units)`, `W_h*` `(units, units)` and `b_*` `(units,)`. Their
