@@ -37,7 +37,7 @@ STYLE = """
 COLOURS = {"f": "#0072B2", "i": "#9C6B00", "c̃": "#B84E00", "o": "#007A59"}
 
 
-def main():
+def main(path=PATH):
     parts = [
         '<rect class="card" x="110" y="35" width="520" height="305" rx="18"/>',
         # The memory: kept by f, added to by i * c̃.
@@ -75,7 +75,7 @@ def main():
         word(212, 372, "input"),
     ]
     content = "\n".join(parts)
-    PATH.write_text(
+    path.write_text(
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 750 400" role="img">\n'
         "<title>The LSTM cell: the memory c runs along the top, kept by f and added "
         "to by i times c̃; the hidden state h is what o lets out of it</title>\n"

@@ -6,7 +6,8 @@ import textwrap
 import griffe
 
 SECTION = re.compile(
-    r"^(Call arguments|Returns|Example|Reference):\n(.*?)(?=^\w[\w ]*:\n|\Z)", re.M | re.S
+    r"^(Call arguments|Returns|Example|Reference):\n(.*?)(?=^\w[\w ]*:\n|\Z)",
+    re.M | re.S,
 )
 LINK_OVER_TWO_LINES = re.compile(r"\]\(\s+(\S+)\)")
 
