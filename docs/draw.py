@@ -49,11 +49,11 @@ def photograph(page_path, path):
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
-        page = browser.new_page(viewport={"width": 1100, "height": 780})
+        page = browser.new_page(viewport={"width": 1100, "height": 400})
         page.goto(page_path.as_uri())
         page.wait_for_selector("html[data-ready]")
         page.hover("#text span[data-step='150']")
-        page.screenshot(path=path)
+        page.screenshot(path=path, full_page=True)
         browser.close()
 
 
