@@ -30,7 +30,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         o_t = sigmoid(x_t W_xo + h_{t-1} W_ho + b_o)      output gate
         c̃_t = tanh   (x_t W_xc + h_{t-1} W_hc + b_c)      candidate memory
         c_t = f_t * c_{t-1} + i_t * c̃_t                   memory
-        h_t = o_t * tanh(c_t)                              hidden state
+        h_t = o_t * tanh(c_t)                             hidden state
 
     Every weight is a variable of its own, named as above: `W_x*` has the shape
     `(features, units)`, `W_h*` `(units, units)` and `b_*` `(units,)`. Their
@@ -310,7 +310,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
                 f"`{self.name}` got `weights` of {type(weights)}; expected a list of "
                 "arrays."
             )
-        self._check_weights(len(weights), weights)
+        self._check_weights(self.weights, len(weights), weights)
         super().set_weights(weights)
 
     def load_own_variables(self, store: Any) -> None:
@@ -320,18 +320,20 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
                 f"`{self.name}` got `weights` named {', '.join(sorted(store.keys()))}; "
                 "expected them to be numbered from 0."
             )
+        # Those of layers within the cell of a subclass are not in its own store.
+        own = self._trainable_variables + self._non_trainable_variables
         # One at a time, since a file may say that they are large.
-        self._check_weights(len(keys), (store[key] for key in keys))
+        self._check_weights(own, len(keys), (store[key] for key in keys))
         super().load_own_variables(store)
 
-    def _check_weights(self, number, values):
+    def _check_weights(self, weights, number, values):
         """Refuses values that do not fit before any of them is taken."""
-        if number != len(self.weights):
+        if number != len(weights):
             raise ValueError(
                 f"`{self.name}` got {number} `weights`; expected "
-                f"{len(self.weights)}: {', '.join(w.name for w in self.weights)}."
+                f"{len(weights)}: {', '.join(w.name for w in weights)}."
             )
-        for weight, value in zip(self.weights, values, strict=True):
+        for weight, value in zip(weights, values, strict=True):
             if not checks.are_numbers(value):
                 raise ValueError(
                     f"`{self.name}` got `weights` with {value!r} for {weight.name}; "
