@@ -150,7 +150,8 @@ class Checkpoint(keras.callbacks.Callback):
 
     That is the weights, the optimizer, the random numbers to come and the states of
     RNNs. Place it behind the callbacks that add to the logs, and start `fit`
-    with `initial_epoch=checkpoint.epochs`.
+    with `initial_epoch=checkpoint.epochs`. On torch, give dropout a seed: without, it
+    draws from the same numbers as torch's data loader, which `fit` makes anew.
 
     An epoch with a loss or a variable that is not finite is not saved. It ends the
     training, and the model is again what it was before that epoch, unless it

@@ -24,7 +24,7 @@ import pytest
 import time_machine
 
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
-KILLS = 16 if ON_TENSORFLOW else 5  # and those of the other tests
+KILLS = 12 if ON_TENSORFLOW else 5  # and those of the other tests
 SMALL = ["--units", "8", "--batch-size", "4", "--num-steps", "5", "--max-tokens", "300"]
 EXAMPLES = Path(time_machine.__file__).parent
 PATIENCE = 300  # seconds, for a slow machine
