@@ -90,7 +90,8 @@ class Checkpoints:
             path.write_bytes(content + hashlib.sha256(content).digest())
         for epochs, path in self._files():
             if epochs <= saved.epochs - KEPT:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def load(self):
         """The last checkpoint that is whole, as `Saved`, or `None` if there is none.
@@ -185,7 +186,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         arrays = [keras.ops.convert_to_numpy(v) for v in variables_of(self.model)]
-        self.failure = find_failure(epoch + 1, "loss", logs["loss"], arrays)
+        self.failure = find_failure(self.epochs, "loss", logs["loss"], arrays)
         if self.failure:
             self.model.stop_training = True
             return
@@ -226,13 +227,16 @@ def random_state():
     return {"python": random.getstate(), "numpy": of_numpy}
 
 
-def find_failure(epoch, name, value, arrays):
-    """Says what is not finite after an epoch, or gives `None`."""
+def find_failure(epochs, name, value, arrays):
+    """Says what is not finite in the epoch after so many, or gives `None`."""
     if not math.isfinite(value):
-        return f"the {name} of epoch {epoch} is {value}"
-    if not all(np.isfinite(array).all() for array in arrays):
-        return f"after epoch {epoch}, weights are not finite"
-    return None
+        failure = f"the {name} of epoch {epochs + 1} is {value}"
+    elif not all(np.isfinite(array).all() for array in arrays):
+        failure = f"after epoch {epochs + 1} there are weights that are not finite"
+    else:
+        return None
+    kept = f"the weights after epoch {epochs} are" if epochs else "nothing is"
+    return f"{failure}; {kept} kept"
 
 
 def set_aside(folder):

@@ -85,7 +85,7 @@ def train_d2l(
         except OverflowError:  # exp of the loss
             perplexity, speed = math.inf, math.nan
         arrays = [variable.numpy() for variable in variables]
-        failure = find_failure(epoch + 1, "perplexity", perplexity, arrays)
+        failure = find_failure(epochs, "perplexity", perplexity, arrays)
         if failure:
             if epochs:
                 restore(variables, files.load())

@@ -122,9 +122,7 @@ def compare(args):
                 name, args, batches, vocabulary, device, interrupt, *checkpoints[name]
             )
             if run["failure"]:
-                failures.append(
-                    f"{name}: {run['failure']}; {run['epochs']} epochs are kept."
-                )
+                failures.append(f"{name}: {run['failure']}.")
             if run["epochs"]:
                 run["text"] = {"source": text.source, "is_the_book": text.is_the_book}
                 runs.append(sum_up(run, batches.tokens_per_epoch))
@@ -204,7 +202,7 @@ def train(name, args, batches, vocabulary, device, interrupt, files, saved):
             write_page(model, vocabulary, batches.corpus, path, name)
     return {
         "epochs": checkpoint.epochs,
-        "failure": checkpoint.failure,
+        "failure": checkpoint.failure,  # a sentence, or None
         "seconds": checkpoint.seconds,
         "samples": samples,
         "history": checkpoint.history,
@@ -511,10 +509,11 @@ def origin_of(args, vocabulary, corpus, device):
     """All that decides what an epoch does: a checkpoint is of use for the same only."""
     names = ("units", "batch_size", "num_steps", "learning_rate", "sampling", "seed")
     text = repr(vocabulary.tokens).encode() + corpus.tobytes()
+    digest = hashlib.sha256(text).hexdigest()
     package = importlib.import_module(BACKEND)
     return {
         **{name: getattr(args, name) for name in names},
-        "text": f"SHA-256 {hashlib.sha256(text).hexdigest()}",
+        "text": f"{len(corpus)} characters, SHA-256 {digest}",
         "device": device,
         "backend": f"{BACKEND} {package.__version__}",
         "keras": keras.__version__,
@@ -542,7 +541,7 @@ def prepare_checkpoints(args, names, origin):
             name: saved.epochs for name, (_, saved) in checkpoints.items() if saved
         }
         print("Resumed:", finished or "nothing is finished, so all starts afresh")
-    folder.mkdir(exist_ok=True)
+    prepare_folder(folder)
     return checkpoints
 
 

@@ -227,7 +227,9 @@ def test_an_epoch_that_is_not_finite_is_undone(files, tmp_path, value):
         model.layers[-1].bias.assign(np.full(7, value))
 
     model, callback = train(files, 9, AtEpoch(2, spoil))
-    assert callback.failure == "the loss of epoch 3 is nan"
+    assert callback.failure == (
+        "the loss of epoch 3 is nan; the weights after epoch 2 are kept"
+    )
     assert callback.epochs == len(callback.history["loss"]) == 2
     assert values(model) == values(good)
     assert names(tmp_path) == ["good-1.npz", "good-2.npz", "run-1.npz", "run-2.npz"]
@@ -240,7 +242,10 @@ def test_weights_that_are_not_finite_are_not_saved(files, tmp_path):
                 self.model.layers[-1].bias.assign(np.full(7, np.inf))
 
     model, callback = train(files, 9, Spoil())
-    assert callback.failure == "after epoch 2, weights are not finite"
+    assert callback.failure == (
+        "after epoch 2 there are weights that are not finite; "
+        "the weights after epoch 1 are kept"
+    )
     assert all(np.isfinite(weight).all() for weight in model.get_weights())
     assert names(tmp_path) == ["run-1.npz"]
 
@@ -250,6 +255,6 @@ def test_nothing_is_kept_of_a_first_epoch_that_fails(files, tmp_path):
         model.layers[-1].bias.assign(np.full(7, np.nan))
 
     _, callback = train(files, 9, AtEpoch(0, spoil))
-    assert callback.failure == "the loss of epoch 1 is nan"
+    assert callback.failure == "the loss of epoch 1 is nan; nothing is kept"
     assert callback.epochs == 0
     assert names(tmp_path) == []
