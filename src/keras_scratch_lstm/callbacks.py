@@ -117,7 +117,9 @@ class PerplexityLogger(keras.callbacks.Callback):
         losses = [metric for metric in self.model.metrics if metric.name == "loss"]
         if not losses or not isinstance(shape, tuple) or None in shape[1:-1]:
             return None
-        return int(losses[0].count) * math.prod(shape[1:-1])
+        # On several replicas of TensorFlow, the count is the sum over them.
+        samples = keras.ops.convert_to_numpy(losses[0].count)
+        return int(samples) * math.prod(shape[1:-1])
 
     def _warn_of_penalties(self):
         if self.model.losses and not self._warned:
