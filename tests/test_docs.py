@@ -68,8 +68,6 @@ def test_the_blocks_of(page, tmp_path, monkeypatch):
         # Instead of from the net.
         text = BOOK if BOOK.exists() else ROOT / "examples" / "time_traveller.txt"
         monkeypatch.setattr(d2l, "download", lambda name: str(text))
-    if page.stem == "scale-out" and keras.backend.backend() != "jax":
-        pytest.skip("keras.distribution lays out weights on JAX alone")
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
     for block in blocks(page):
