@@ -19,6 +19,7 @@ NEEDS = {
     "pandas": r"to_dataframe",
     "d2l": r"from d2l",
 }
+ONLY_ON = {"tensorflow": r"from d2l", "jax": r"LayoutMap"}
 BOOK = ROOT.parent / "shared" / "data" / "timemachine.txt"
 
 
@@ -58,16 +59,15 @@ def test_the_blocks_of(page, tmp_path, monkeypatch):
     for package, sign in NEEDS.items():
         if re.search(sign, code) and not find_spec(package):
             pytest.skip(f"{package} is not installed")
+    for backend, sign in ONLY_ON.items():
+        if re.search(sign, code) and keras.backend.backend() != backend:
+            pytest.skip(f"runs on the {backend} backend")
     if "from d2l" in code:
-        if keras.backend.backend() != "tensorflow":
-            pytest.skip("d2l's loop needs the tensorflow backend")
         from d2l import tensorflow as d2l
 
         # Instead of from the net.
         text = BOOK if BOOK.exists() else ROOT / "examples" / "time_traveller.txt"
         monkeypatch.setattr(d2l, "download", lambda name: str(text))
-    if page.stem == "scale-out" and keras.backend.backend() != "jax":
-        pytest.skip("keras.distribution lays out weights on JAX alone")
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
     for block in blocks(page):
