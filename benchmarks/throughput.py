@@ -37,6 +37,7 @@ PAIRS = {  # ratio: above, below
         "RNN(LSTMCell)",
     ),
     "`ScratchLSTM` / bare torch": ("ScratchLSTM", "torch.nn.LSTM"),
+    "`ScratchLSTM` / torch's in `fit`": ("ScratchLSTM", "torch.nn.LSTM in fit"),
     "`ScratchLSTM` / d2l's loop": ("ScratchLSTM", "d2l"),
 }
 
@@ -125,6 +126,26 @@ def bare_torch(units, shape):
     return train
 
 
+def torch_in_fit(units, shape):
+    """torch's own layer through `model.fit`: what `fit` itself costs on torch."""
+    import keras
+    import torch
+
+    class LSTM(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = torch.nn.LSTM(VOCABULARY, units, batch_first=True)
+
+        def forward(self, x):
+            return self.lstm(x)[0]
+
+    def make_layer(units, return_sequences):
+        shape_out = (None, shape[2], units)
+        return keras.layers.TorchModuleWrapper(LSTM(), output_shape=shape_out)
+
+    return keras_contender(make_layer)(units, shape)
+
+
 def d2l_loop(units, shape):
     """The book's own code from scratch, as in the example."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -157,6 +178,8 @@ def contenders(backend):
     found = {name: keras_contender(make) for name, make in layers().items()}
     if importlib.util.find_spec("torch"):
         found["torch.nn.LSTM"] = bare_torch
+    if backend == "torch":
+        found["torch.nn.LSTM in fit"] = torch_in_fit
     if backend == "tensorflow" and importlib.util.find_spec("d2l"):
         found["d2l"] = d2l_loop
     return found

@@ -4,7 +4,10 @@ The book trains on H. G. Wells's "The Time Machine" (1895), one character at a
 time: https://d2l.ai/chapter_recurrent-neural-networks/language-model.html
 """
 
+import contextlib
+import copy
 import hashlib
+import http.client
 import os
 import random
 import re
@@ -51,7 +54,7 @@ def load_text(path=None):
         return _the_book(_read(cached), str(cached))
     try:
         content = _download()
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return load_own_text(BUNDLED)
     text = _the_book(content, URL)
     _keep(content, cached)
@@ -175,7 +178,15 @@ class Minibatches(keras.utils.PyDataset):
                 f"the text has {len(corpus)} characters; a minibatch of {batch_size} x "
                 f"{num_steps} needs at least {needed}."
             )
+        self.tokens_per_epoch = self.steps_per_epoch * tokens
+        self._first = 0
         self._epoch = None
+
+    def from_epoch(self, number):
+        """The same stream from the start of an epoch on."""
+        rest = copy.copy(self)
+        rest._first, rest._epoch = number, None
+        return rest
 
     @property
     def num_batches(self):
@@ -189,6 +200,7 @@ class Minibatches(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         number, step = divmod(index, self.steps_per_epoch)
+        number += self._first
         if self._epoch is None or self._epoch[0] != number:
             self._epoch = number, self.epoch(number)
         x, y = self._epoch[1]
@@ -232,10 +244,13 @@ def _download():
 
 def _keep(content, path):
     """Writes the file whole or not at all; a cache that cannot be is no error."""
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        os.replace(file.name, path)
-    except OSError:
-        pass
+            try:
+                file.write(content)
+                file.flush()
+                os.replace(file.name, path)
+            except OSError:
+                os.unlink(file.name)
+                raise

@@ -1,7 +1,10 @@
 """The book's LSTM from scratch, trained by the book's own loop (`d2l==0.17.0`)."""
 
+import math
+
 import keras
 import tensorflow as tf
+from checkpoint import Saved, find_failure, random_state, restore
 from d2l import tensorflow as d2l
 from tqdm import tqdm
 
@@ -43,7 +46,9 @@ def zero_state(batch_size, units):
     return tf.zeros((batch_size, units)), tf.zeros((batch_size, units))
 
 
-def train_d2l(args, batches, vocabulary, device, interrupt, prefixes, length):
+def train_d2l(
+    name, args, batches, vocabulary, device, interrupt, files, saved, prefixes, length
+):
     """Trains the book's model as `time_machine.train` does a cell."""
     keras.utils.set_random_seed(args.seed)
     with tf.distribute.OneDeviceStrategy(device).scope():
@@ -52,39 +57,55 @@ def train_d2l(args, batches, vocabulary, device, interrupt, prefixes, length):
         )
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         updater = keras.optimizers.SGD(args.learning_rate)
+        updater.build(net.trainable_variables)
+    # The states start at zero in each epoch, and nothing else is random.
+    variables = [*net.trainable_variables, *updater.variables]
+    epochs, failure, seconds = 0, None, 0.0
     history = {"perplexity": [], "tokens_per_sec": []}
-    timer, tokens = d2l.Timer(), 0
-    for epoch in tqdm(range(args.epochs), desc="d2l", unit="epoch"):
+    if saved:
+        epochs, seconds, history = saved.epochs, saved.seconds, saved.history
+        restore(variables, saved)
+    timer = d2l.Timer()
+    for epoch in tqdm(
+        range(epochs, args.epochs),
+        initial=epochs,
+        total=args.epochs,
+        desc=name,
+        unit="epoch",
+    ):
         x, y = batches.epoch(epoch)
-        perplexity, speed = d2l.train_epoch_ch8(
-            net,
-            [(tf.constant(X), tf.constant(Y)) for X, Y in zip(x, y, strict=True)],
-            loss,
-            updater,
-            use_random_iter=args.sampling == "random",
-        )
+        try:
+            perplexity, speed = d2l.train_epoch_ch8(
+                net,
+                [(tf.constant(X), tf.constant(Y)) for X, Y in zip(x, y, strict=True)],
+                loss,
+                updater,
+                use_random_iter=args.sampling == "random",
+            )
+        except OverflowError:  # exp of the loss
+            perplexity, speed = math.inf, math.nan
+        arrays = [variable.numpy() for variable in variables]
+        failure = find_failure(epochs, "perplexity", perplexity, arrays)
+        if failure:
+            if epochs:
+                restore(variables, files.load())
+            break
+        epochs, seconds = epoch + 1, seconds + timer.stop()
+        timer.start()
         history["perplexity"].append(float(perplexity))
         history["tokens_per_sec"].append(float(speed))
-        tokens += y.size
+        files.save(Saved(epochs, arrays, random_state(), history, seconds))
         if interrupt.requested:
             break
-    seconds = timer.stop()
     # Each token once, most frequent first, gives the same indices.
     vocab = d2l.Vocab([vocabulary.tokens[1:]])
     samples = {
         prefix: d2l.predict_ch8(prefix, length, net, vocab) for prefix in prefixes
     }
-    speed = tokens / seconds
     return {
-        "cell": "d2l",
-        "backend": "tensorflow",
-        "device": device,
-        "epochs": len(history["perplexity"]),
-        "perplexity": history["perplexity"][-1],
-        "tokens_per_sec": speed,
+        "epochs": epochs,
+        "failure": failure,
         "seconds": seconds,
         "samples": samples,
-        "closing_line": f"perplexity {history['perplexity'][-1]:.1f}, "
-        f"{speed:.1f} tokens/sec on {device}",
         "history": history,
     }

@@ -8,11 +8,18 @@ with the `ScratchLSTMCell`, once with the built-in `LSTMCell`, once with the
     python examples/time_machine.py
     python examples/time_machine.py --cell scratch --epochs 50
     python examples/time_machine.py --compare-d2l --out runs/with_d2l
+    python examples/time_machine.py --resume
+
+Each finished epoch is saved. After whatever ended the run, `--resume` and the same
+arguments go on from there, and end as if nothing had happened.
 """
 
 import argparse
 import contextlib
 import csv
+import functools
+import hashlib
+import importlib
 import json
 import math
 import os
@@ -34,6 +41,7 @@ from book_text import (
     load_text,
     tokenize,
 )
+from checkpoint import Checkpoint, Checkpoints, FileError, replacing, set_aside
 from matplotlib import pyplot as plt
 from tqdm import tqdm
 
@@ -42,6 +50,7 @@ from keras_scratch_lstm import (
     PerplexityLogger,
     ScratchLSTM,
     ScratchLSTMCell,
+    __version__,
     trace_gates,
 )
 
@@ -68,19 +77,29 @@ def main(argv=None):
     args = parse_arguments(argv)
     run_each_op_on_one_thread()
     try:
-        device = find_device(args.device)
-        text = load_own_text(args.own_text) if args.own_text else load_text(args.text)
-        tokens = tokenize(text.characters)
-        vocabulary = Vocabulary(tokens)
-        corpus = vocabulary.encode(tokens)[: args.max_tokens]
-        batches = Minibatches(
-            corpus, args.batch_size, args.num_steps, args.sampling, args.seed
-        )
-        if args.compare_d2l:
-            from_d2l = import_d2l()
-        prepare_folder(args.out)
-    except (TextError, ArgumentError) as error:
+        return compare(args)
+    except (TextError, ArgumentError, FileError) as error:
         return f"time_machine.py: error: {error}"
+
+
+def compare(args):
+    """Trains what is asked for, one after the other, and says how each went."""
+    device = find_device(args.device)
+    text = load_own_text(args.own_text) if args.own_text else load_text(args.text)
+    tokens = tokenize(text.characters)
+    vocabulary = Vocabulary(tokens)
+    corpus = vocabulary.encode(tokens)[: args.max_tokens]
+    batches = Minibatches(
+        corpus, args.batch_size, args.num_steps, args.sampling, args.seed
+    )
+    trainers = dict.fromkeys(LAYERS if args.cell == "all" else [args.cell], train)
+    if args.compare_d2l:
+        trainers["d2l"] = functools.partial(
+            import_d2l(), prefixes=PREFIXES, length=CONTINUATION
+        )
+    prepare_folder(args.out)
+    origin = origin_of(args, vocabulary, corpus, device)
+    checkpoints = prepare_checkpoints(args, list(trainers), origin)
 
     if not text.is_the_book:
         why = "as asked" if args.own_text else "as The Time Machine cannot be had here"
@@ -92,23 +111,22 @@ def main(argv=None):
             "On JAX, Keras's RNN carries no states in fit: with it, each minibatch of "
             "a cell starts at 0."
         )
-    runs = []
-
-    def add(run):
-        run["text"] = {"source": text.source, "is_the_book": text.is_the_book}
-        runs.append(run)
-        write_report(runs, args.out)
-
+    runs, failures = [], []
     interrupt = Interrupt()
     with interrupt, contextlib.suppress(KeyboardInterrupt):
-        for cell in list(LAYERS) if args.cell == "all" else [args.cell]:
-            if not interrupt.requested:
-                add(train(cell, args, batches, vocabulary, device, interrupt))
-        if args.compare_d2l and not interrupt.requested:
-            run = from_d2l(
-                args, batches, vocabulary, device, interrupt, PREFIXES, CONTINUATION
+        for name, trainer in trainers.items():
+            if interrupt.requested:
+                break
+            run = {"cell": name, "backend": BACKEND, "device": device}
+            run |= trainer(
+                name, args, batches, vocabulary, device, interrupt, *checkpoints[name]
             )
-            add(run)
+            if run["failure"]:
+                failures.append(f"{name}: {run['failure']}.")
+            if run["epochs"]:
+                run["text"] = {"source": text.source, "is_the_book": text.is_the_book}
+                runs.append(sum_up(run, batches.tokens_per_epoch))
+                write_report(runs, args.out)
     for run in runs:
         print(f"{run['cell']}: {run['closing_line']}")
         print(*(f"    {sample}" for sample in run["samples"].values()), sep="\n")
@@ -116,8 +134,8 @@ def main(argv=None):
         print(f"Report: {args.out}")
     if interrupt.requested:
         finished = sum(run["epochs"] for run in runs)
-        return f"Interrupted after {finished} finished epochs."
-    return 0
+        failures.append(f"Interrupted after {finished} finished epochs.")
+    return "\n".join(failures) or 0
 
 
 # --- one run -----------------------------------------------------------------
@@ -142,8 +160,8 @@ def build_model(layer, vocabulary_size, batch_size, num_steps):
     )
 
 
-def train(name, args, batches, vocabulary, device, interrupt):
-    """Trains one cell and says how it went."""
+def train(name, args, batches, vocabulary, device, interrupt, files, saved):
+    """Trains one cell, from where it was saved on, and says how it went."""
     with device_scope(device):
         keras.utils.set_random_seed(args.seed)
         model = build_model(
@@ -165,39 +183,51 @@ def train(name, args, batches, vocabulary, device, interrupt):
             steps_per_execution=steps_per_execution(batches.steps_per_epoch),
         )
         logger = PerplexityLogger(verbose=0)
-        progress = Progress(name, args.epochs, vocabulary)
+        checkpoint = Checkpoint(files, model, logger, saved)
+        progress = Progress(name, checkpoint.epochs, args.epochs, vocabulary)
         model.fit(
-            batches,
+            batches.from_epoch(checkpoint.epochs),
+            initial_epoch=checkpoint.epochs,
             epochs=args.epochs,
             steps_per_epoch=batches.steps_per_epoch,
             shuffle=False,
             verbose=0,
-            callbacks=[logger, ResetStates(), progress, interrupt],
+            callbacks=[logger, ResetStates(), checkpoint, progress, interrupt],
         )
         samples = {prefix: generate(model, vocabulary, prefix) for prefix in PREFIXES}
-    model.save(args.out / f"{name}.keras")
-    write_page(model, vocabulary, batches.corpus, args.out / f"{name}.html")
-    logs = model.history.history
+    if checkpoint.epochs:
+        with replacing(args.out / f"{name}.keras") as path:
+            model.save(path)
+        with replacing(args.out / f"{name}.html") as path:
+            write_page(model, vocabulary, batches.corpus, path, name)
     return {
-        "cell": name,
-        "backend": BACKEND,
-        "device": device,
-        "epochs": len(model.history.epoch),
-        "perplexity": logs["perplexity"][-1],
-        "tokens_per_sec": logger.tokens_per_sec,
-        "seconds": logger.seconds,
+        "epochs": checkpoint.epochs,
+        "failure": checkpoint.failure,  # a sentence, or None
+        "seconds": checkpoint.seconds,
         "samples": samples,
-        "closing_line": logger.closing_line,
-        "history": {key: logs[key] for key in ("perplexity", "tokens_per_sec")},
+        "history": checkpoint.history,
     }
 
 
-def write_page(model, vocabulary, corpus, path):
+def sum_up(run, tokens_per_epoch):
+    """Adds the numbers of the whole run, and the book's closing line."""
+    perplexity = run["history"]["perplexity"][-1]
+    speed = run["epochs"] * tokens_per_epoch / run["seconds"]
+    line = f"perplexity {perplexity:.1f}, {speed:.1f} tokens/sec on {run['device']}"
+    return {
+        **run,
+        "perplexity": perplexity,
+        "tokens_per_sec": speed,
+        "closing_line": line,
+    }
+
+
+def write_page(model, vocabulary, corpus, path, name):
     """What the gates do over the first characters of the text."""
     tokens = corpus[:PAGE_CHARACTERS]
     inputs = model.get_layer("one_hot")(tokens[None])
     # The model has minibatches of one size only; its cell reads what it is given.
-    rnn = keras.layers.RNN(model.get_layer("rnn").cell, name=path.stem)
+    rnn = keras.layers.RNN(model.get_layer("rnn").cell, name=name)
     rnn.build(inputs.shape)
     trace = trace_gates(rnn, inputs)
     trace.to_html(path, vocabulary.decode(tokens))
@@ -233,9 +263,9 @@ class ResetStates(keras.callbacks.Callback):
 class Progress(keras.callbacks.Callback):
     """One live line, and now and then what the model writes."""
 
-    def __init__(self, name, epochs, vocabulary):
+    def __init__(self, name, finished, epochs, vocabulary):
         super().__init__()
-        self._bar = tqdm(total=epochs, desc=name, unit="epoch")
+        self._bar = tqdm(initial=finished, total=epochs, desc=name, unit="epoch")
         self._every = max(1, epochs // SAMPLES_A_RUN)
         self._vocabulary = vocabulary
 
@@ -343,12 +373,14 @@ def import_d2l():
 def write_report(runs, out):
     """Writes the numbers, the curves and the picture of the runs so far."""
     results = [{k: v for k, v in run.items() if k != "history"} for run in runs]
-    (out / "results.json").write_text(json.dumps({"runs": results}, indent=2) + "\n")
-    with open(out / "history.csv", "w", newline="") as file:
+    with replacing(out / "results.json") as path:
+        path.write_text(json.dumps({"runs": results}, indent=2) + "\n")
+    with replacing(out / "history.csv") as path, open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["cell", "epoch", "perplexity", "tokens_per_sec"])
         for run in runs:
-            curves = zip(*run["history"].values(), strict=True)
+            logs = run["history"]
+            curves = zip(logs["perplexity"], logs["tokens_per_sec"], strict=True)
             writer.writerows(
                 [run["cell"], epoch, *values] for epoch, values in enumerate(curves, 1)
             )
@@ -382,7 +414,8 @@ def draw(runs, out):
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(title="cell", frameon=False)
     for suffix in ("png", "svg"):
-        figure.savefig(out / f"perplexity.{suffix}", dpi=150)
+        with replacing(out / f"perplexity.{suffix}") as path:
+            figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
@@ -426,6 +459,12 @@ def parse_arguments(argv):
     source.add_argument("--text", type=Path, help="where timemachine.txt lies")
     source.add_argument("--own-text", type=Path, help="any other text to train on")
     add("--out", type=Path, default=Path("runs/time_machine"), help="folder to fill")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the last finished epochs in --out; the other arguments as "
+        "before, but --epochs may grow",
+    )
     add("--compare-d2l", action="store_true", help="train the book's own code too")
     return parser.parse_args(argv)
 
@@ -464,6 +503,46 @@ def prepare_folder(out):
         raise ArgumentError(
             f"--out {out} cannot be written: {error.strerror}."
         ) from None
+
+
+def origin_of(args, vocabulary, corpus, device):
+    """All that decides what an epoch does: a checkpoint is of use for the same only."""
+    names = ("units", "batch_size", "num_steps", "learning_rate", "sampling", "seed")
+    text = repr(vocabulary.tokens).encode() + corpus.tobytes()
+    digest = hashlib.sha256(text).hexdigest()
+    package = importlib.import_module(BACKEND)
+    return {
+        **{name: getattr(args, name) for name in names},
+        "text": f"{len(corpus)} characters, SHA-256 {digest}",
+        "device": device,
+        "backend": f"{BACKEND} {package.__version__}",
+        "keras": keras.__version__,
+        "keras_scratch_lstm": __version__,
+    }
+
+
+def prepare_checkpoints(args, names, origin):
+    """For each run, where its checkpoints go, and the one to go on from, if any."""
+    folder = args.out / "checkpoints"
+    if folder.exists() and not args.resume:
+        aside = set_aside(folder)
+        print(f"The run starts afresh; checkpoints of an earlier one are in {aside}.")
+    checkpoints = {}
+    for name in names:
+        files = Checkpoints(folder, name, origin)
+        saved = files.load()
+        if saved and saved.epochs > args.epochs:
+            raise ArgumentError(
+                f"--epochs is {args.epochs}, but {saved.epochs} of {name} are finished."
+            )
+        checkpoints[name] = files, saved
+    if args.resume:
+        finished = {
+            name: saved.epochs for name, (_, saved) in checkpoints.items() if saved
+        }
+        print("Resumed:", finished or "nothing is finished, so all starts afresh")
+    prepare_folder(folder)
+    return checkpoints
 
 
 if __name__ == "__main__":

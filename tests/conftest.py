@@ -9,6 +9,16 @@ import pytest
 BOOK = Path(__file__).parents[2] / "shared" / "data" / "timemachine.txt"
 
 
+def pytest_collection_modifyitems(items):
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        return
+    skip = pytest.mark.skip(reason=f"the same on tensorflow, so not on {backend}")
+    for item in items:
+        if item.get_closest_marker("one_backend"):
+            item.add_marker(skip)
+
+
 @pytest.fixture
 def seed():
     """A seed of its own for each test, printed, or that of `TEST_SEED`."""

@@ -502,7 +502,7 @@ def test_a_trace_leaves_nothing_behind(x):
             ops.convert_to_numpy(state).tolist(),
             [ops.convert_to_numpy(weight).tolist() for weight in model.variables],
             random.getstate(),
-            np.random.get_state()[1].tolist(),
+            np.random.get_state()[1].tolist(),  # noqa: NPY002, it must stay
         )
 
     before, attributes = look(), sorted(vars(lstm))

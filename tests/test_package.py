@@ -53,8 +53,10 @@ def test_one_source_for_the_version():
     assert keras_scratch_lstm.__version__ == installed
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert re.search(rf"^## \[{re.escape(installed)}\]", changelog, re.MULTILINE)
+    assert f"\nversion: {installed}\n" in (ROOT / "CITATION.cff").read_text()
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
 def test_a_missing_backend_is_told_in_a_sentence(backend):
     done = run(WITHOUT.format(backend), KERAS_BACKEND=backend)
@@ -66,6 +68,7 @@ def test_a_missing_backend_is_told_in_a_sentence(backend):
     )
 
 
+@pytest.mark.one_backend
 def test_importing_the_package_imports_no_extra():
     code = (
         "import sys, keras; before = set(sys.modules); import keras_scratch_lstm; "

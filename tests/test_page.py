@@ -1,4 +1,5 @@
 import base64
+import html
 import json
 import re
 import shutil
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from keras_scratch_lstm.gates import ARRAYS, GateTrace
+
+pytestmark = pytest.mark.one_backend
 
 TEXT = 'The "Time" of 1895, (a\nsea) of it. I see: 7 Owls\n!'
 UNITS = 5
@@ -140,6 +143,39 @@ def test_hostile_text_stays_text(rng, path):
     assert data_of(path)[0]["tokens"] == tokens
 
 
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    "<!--<script>",
+    "]]>",
+    "\u2028\u2029",
+    "\x00",
+    "\x1b[31m",
+    "\u202egpj.exe",
+    "\u2066\u200f",
+    "\ud800",
+    "\"'`",
+    "{{ data }}{% raw %}",
+    "\\u003c/script\\u003e",
+    "&lt;img src=x onerror=alert(1)&gt;",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
+def test_a_hostile_layer_name_stays_text(name, rng, path):
+    trace = make_trace(rng, HOSTILE)
+    arrays = {array: getattr(trace, array) for array in ARRAYS}
+    GateTrace(**arrays, layer=name).to_html(path, HOSTILE)
+    page = path.read_text("utf-8")
+    assert page.count("<script") == page.count("</script>") == 2
+    assert "<!--" not in page
+    assert not re.search("[\x00\x1b\u2028\u2029\u202a-\u202e\u2066-\u2069]", page)
+    data, _ = data_of(path)
+    assert (data["tokens"], data["layer"]) == (HOSTILE, name)
+    title = html.unescape(re.search("<title>Gates of (.*?)</title>", page)[1])
+    shown = "".join(one if one.isprintable() else "�" for one in name)
+    assert title == shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -264,6 +300,23 @@ def test_pick_and_hover(visit, trace):
         assert token(page, step).get_attribute("aria-current") == "true"
         assert page.locator("#text [aria-current]").count() == 1
         assert_shows(page, trace, step, unit)
+
+
+def test_hostile_text_in_a_browser(visit, rng):
+    tokens = HOSTILE
+    page = visit(make_trace(rng, tokens), tokens)
+    marks = re.compile("[\x00-\x09\x0b-\x1f\u202a-\u202e\u2066-\u2069\u200f]")
+    assert not marks.search(page.inner_text("#text"))
+    assert "⟨U+202E⟩gpj.exe" in page.inner_text("#text")
+    for step, text in enumerate(tokens):
+        token(page, step).hover()
+        where = page.inner_text("#where")
+        assert not marks.search(where)
+        assert where.startswith(f"step {step}, ")
+        if text.isascii() and text.isprintable():
+            assert json.dumps(text) in where
+    assert page.locator("#text span").count() == len(tokens)
+    assert page.locator("img, #text script").count() == 0
 
 
 def background(page, step):

@@ -20,7 +20,7 @@ from keras_scratch_lstm.layer import ScratchLSTM
 from keras_scratch_lstm.metrics import Perplexity
 from keras_scratch_lstm.monitor import GateMonitor
 
-__version__ = version("keras-scratch-lstm")
+__version__: str = version("keras-scratch-lstm")
 
 __all__ = [
     "GateMonitor",

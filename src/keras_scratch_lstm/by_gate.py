@@ -1,6 +1,10 @@
 """Arguments that may differ from gate to gate."""
 
+from typing import Any, TypeGuard
+
 from keras import initializers, ops
+
+from keras_scratch_lstm import checks
 
 GATES = ("i", "f", "o", "c")
 
@@ -8,7 +12,7 @@ GATES = ("i", "f", "o", "c")
 FUSED_ORDER = ("i", "f", "c", "o")
 
 
-def is_by_gate(value):
+def is_by_gate(value: Any) -> TypeGuard[dict[str, Any]]:
     """Whether an argument is a choice by gate: a dict, but no serialized object."""
     return isinstance(value, dict) and "class_name" not in value
 
@@ -27,15 +31,21 @@ def resolve(argument, value, get, default=None):
     Returns:
         An object, or a dict with one for each gate.
     """
+    kind = argument.rpartition("_")[2]
+    expected = f"something that Keras has as {kind}, or a dict of such by gate"
+
+    def interpret(value):
+        return checks.interpret(argument, value, get, expected)
+
     if not is_by_gate(value):
-        return get(value)
+        return interpret(value)
     unknown = [gate for gate in value if gate not in GATES]
     if unknown:
         raise ValueError(
             f"`{argument}` names the gate {unknown[0]!r}; expected a dict with "
             f"keys among {', '.join(map(repr, GATES))}."
         )
-    return {gate: get(value.get(gate, default)) for gate in GATES}
+    return {gate: interpret(value.get(gate, default)) for gate in GATES}
 
 
 def serialize(value, serialize_one):

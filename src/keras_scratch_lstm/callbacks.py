@@ -4,8 +4,12 @@ import math
 import re
 import time
 import warnings
+from typing import Any
 
 import keras
+
+from keras_scratch_lstm import checks
+from keras_scratch_lstm._types import Logs
 
 
 class PerplexityLogger(keras.callbacks.Callback):
@@ -57,31 +61,31 @@ class PerplexityLogger(keras.callbacks.Callback):
         https://d2l.ai/chapter_recurrent-neural-networks/rnn-scratch.html)
     """
 
-    def __init__(self, verbose=1):
+    def __init__(self, verbose: int = 1) -> None:
         super().__init__()
-        self.verbose = verbose
+        self.verbose = checks.flag("verbose", verbose)
         self.on_train_begin()
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         self.closing_line = ""
-        self.tokens_per_sec = None
+        self.tokens_per_sec: float | None = None
         self.seconds = 0.0
         self._tokens = 0
-        self._start = None
-        self._epoch_seconds = 0.0
+        self._start: Any = None
+        self._epoch_seconds: float | None = 0.0
         self._warned = False
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         self._epoch_start = time.perf_counter()
         if self._start is None:
             self._start = self._epoch_start
         self._epoch_seconds = None
 
-    def on_test_begin(self, logs=None):
+    def on_test_begin(self, logs: Logs = None) -> None:
         # Validation within an epoch, and it is about to reset the counts.
         self._end_training_of_epoch()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         self._end_training_of_epoch()
         self.seconds = time.perf_counter() - self._start
         logs = {} if logs is None else logs
@@ -98,7 +102,7 @@ class PerplexityLogger(keras.callbacks.Callback):
         perplexity = logs.get("perplexity", math.nan)
         self.closing_line = f"perplexity {perplexity:.1f}{speed}{self._on_device()}"
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Logs = None) -> None:
         if self.verbose and self.closing_line:
             print(self.closing_line)
 

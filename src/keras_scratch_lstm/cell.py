@@ -1,24 +1,24 @@
 """The LSTM cell: twelve weights, six equations."""
 
-import numbers
-import operator
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
-from keras_scratch_lstm import by_gate
+from keras_scratch_lstm import by_gate, checks
 from keras_scratch_lstm._keras import DropoutRNNCell
+from keras_scratch_lstm._types import Activation, Choice, Config, Shape, Tensor
 from keras_scratch_lstm.by_gate import FUSED_ORDER, GATES
 
 
 class Gates(NamedTuple):
     """What the four gates let through at one step, each `(batch, units)`."""
 
-    i: object
-    f: object
-    o: object
-    c_tilde: object
+    i: Tensor
+    f: Tensor
+    o: Tensor
+    c_tilde: Tensor
 
 
 @keras.saving.register_keras_serializable("keras_scratch_lstm")
@@ -30,7 +30,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         o_t = sigmoid(x_t W_xo + h_{t-1} W_ho + b_o)      output gate
         c̃_t = tanh   (x_t W_xc + h_{t-1} W_hc + b_c)      candidate memory
         c_t = f_t * c_{t-1} + i_t * c̃_t                   memory
-        h_t = o_t * tanh(c_t)                              hidden state
+        h_t = o_t * tanh(c_t)                             hidden state
 
     Every weight is a variable of its own, named as above: `W_x*` has the shape
     `(features, units)`, `W_h*` `(units, units)` and `b_*` `(units,)`. Their
@@ -112,7 +112,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         https://d2l.ai/chapter_recurrent-modern/lstm.html), the letters
     """
 
-    def gates(self, x, h, c):
+    def gates(self, x: Tensor, h: Tensor, c: Tensor) -> Gates:
         """The gates of one step, from its input and the step before.
 
         Args:
@@ -123,6 +123,18 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
 
         Returns:
             `Gates(i, f, o, c_tilde)`, each of shape `(batch, units)`.
+
+        Example:
+
+        >>> import numpy as np
+        >>> from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
+        >>> class CoupledCell(ScratchLSTMCell):
+        ...     def gates(self, x, h, c):
+        ...         gates = super().gates(x, h, c)
+        ...         return gates._replace(f=1 - gates.i)
+        >>> layer = ScratchLSTM(cell=CoupledCell(4))
+        >>> layer(np.ones((2, 5, 3), "float32")).shape == (2, 4)
+        True
         """
         sigmoid, tanh = self.recurrent_activation, self.activation
         i = sigmoid(x @ self.W_xi + h @ self.W_hi + self.b_i)
@@ -131,15 +143,17 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         c_tilde = tanh(x @ self.W_xc + h @ self.W_hc + self.b_c)
         return Gates(i, f, o, c_tilde)
 
-    def call(self, inputs, states, training=False):
-        h, c = self._check_states(states)
+    def call(
+        self, inputs: Tensor, states: Sequence[Tensor], training: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        h, c = self._check_states(states, inputs)
         gates = self._gates_with_dropout if training else self.gates
         i, f, o, c_tilde = gates(inputs, h, c)
         c = f * c + i * c_tilde
         h = o * self.activation(c)
         return h, [h, c]
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         features, units = self._check_input_shape(input_shape), self.units
         W_x = by_gate.split_initializer(self.kernel_initializer, units)
         W_h = by_gate.split_initializer(self.recurrent_initializer, units)
@@ -158,32 +172,38 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
 
     def __init__(
         self,
-        units,
-        activation="tanh",
-        recurrent_activation="sigmoid",
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        recurrent_initializer="orthogonal",
-        bias_initializer="zeros",
-        unit_forget_bias=True,
-        kernel_regularizer=None,
-        recurrent_regularizer=None,
-        bias_regularizer=None,
-        kernel_constraint=None,
-        recurrent_constraint=None,
-        bias_constraint=None,
-        dropout=0.0,
-        recurrent_dropout=0.0,
-        seed=None,
-        **kwargs,
-    ):
-        units = _check_units(units)
-        dropout = _check_fraction("dropout", dropout)
-        recurrent_dropout = _check_fraction("recurrent_dropout", recurrent_dropout)
+        units: int,
+        activation: Activation = "tanh",
+        recurrent_activation: Activation = "sigmoid",
+        use_bias: bool = True,
+        kernel_initializer: Choice = "glorot_uniform",
+        recurrent_initializer: Choice = "orthogonal",
+        bias_initializer: Choice = "zeros",
+        unit_forget_bias: bool = True,
+        kernel_regularizer: Choice = None,
+        recurrent_regularizer: Choice = None,
+        bias_regularizer: Choice = None,
+        kernel_constraint: Choice = None,
+        recurrent_constraint: Choice = None,
+        bias_constraint: Choice = None,
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        units = checks.positive_integer("units", units)
+        use_bias = checks.flag("use_bias", use_bias)
+        unit_forget_bias = checks.flag("unit_forget_bias", unit_forget_bias)
+        dropout = checks.fraction("dropout", dropout)
+        recurrent_dropout = checks.fraction("recurrent_dropout", recurrent_dropout)
+        seed = checks.integer_or_none("seed", seed, low=0)
+        checks.float_dtype(kwargs.get("dtype"))
         super().__init__(**kwargs)
         self.units = units
-        self.activation = activations.get(activation)
-        self.recurrent_activation = activations.get(recurrent_activation)
+        self.activation = _activation("activation", activation)
+        self.recurrent_activation = _activation(
+            "recurrent_activation", recurrent_activation
+        )
         self.use_bias = use_bias
 
         def resolve(argument, value, get, default=None):
@@ -255,12 +275,26 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
             gates_seen_by("c").c_tilde,
         )
 
-    def get_initial_state(self, batch_size=None, dtype=None):
-        """Zeros for `h` and `c`, each of shape `(batch_size, units)`."""
-        dtype = dtype or self.compute_dtype
+    def get_initial_state(
+        self, batch_size: int | None = None, dtype: str | None = None
+    ) -> list[Tensor]:
+        """What a sequence begins with, where nothing else is given.
+
+        Args:
+            batch_size: Integer.
+            dtype: String. Default: `None`, that in which the cell computes.
+
+        Returns:
+            List `[h, c]` of zeros, each of shape `(batch_size, units)`.
+        """
+        # Within a graph it may be a tensor, or what a backend has for an open size.
+        is_none = batch_size is None or isinstance(batch_size, (str, float))
+        if is_none or (isinstance(batch_size, int) and batch_size < 0):
+            raise checks.wrong("batch_size", batch_size, "an integer")
+        dtype = keras.backend.standardize_dtype(dtype or self.compute_dtype)
         return [ops.zeros((batch_size, size), dtype=dtype) for size in self.state_size]
 
-    def get_config(self):
+    def get_config(self) -> Config:
         def serialize(argument, serialize_one):
             value = getattr(self, argument)
             return {argument: by_gate.serialize(value, serialize_one)}
@@ -286,23 +320,54 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
             "seed": self.seed,
         }
 
-    def set_weights(self, weights):
-        self._check_weights(weights)
+    @classmethod
+    def from_config(cls, config: Config) -> "ScratchLSTMCell":
+        return cls(**checks.config(config))
+
+    def set_weights(self, weights: Sequence[Tensor]) -> None:
+        """Takes all weights, or if one of them does not fit, none.
+
+        Args:
+            weights: List of arrays in the order of `weights`, which is that of the
+                book's parameters.
+
+        Raises:
+            ValueError: Their number or a shape does not fit; the message names it.
+        """
+        if not isinstance(weights, (list, tuple)):
+            raise ValueError(
+                f"`{self.name}` got `weights` of {type(weights)}; expected a list of "
+                "arrays."
+            )
+        self._check_weights(self.weights, len(weights), weights)
         super().set_weights(weights)
 
-    def load_own_variables(self, store):
-        self._check_weights([store[key] for key in sorted(store.keys(), key=int)])
+    def load_own_variables(self, store: Any) -> None:
+        keys = [str(number) for number in range(len(store.keys()))]
+        if set(keys) != set(store.keys()):
+            raise ValueError(
+                f"`{self.name}` got `weights` named {', '.join(sorted(store.keys()))}; "
+                "expected them to be numbered from 0."
+            )
+        # Those of layers within the cell of a subclass are not in its own store.
+        own = self._trainable_variables + self._non_trainable_variables
+        # One at a time, since a file may say that they are large.
+        self._check_weights(own, len(keys), (store[key] for key in keys))
         super().load_own_variables(store)
 
-    def _check_weights(self, values):
+    def _check_weights(self, weights, number, values):
         """Refuses values that do not fit before any of them is taken."""
-        values = list(values)
-        if len(values) != len(self.weights):
+        if number != len(weights):
             raise ValueError(
-                f"`{self.name}` got {len(values)} `weights`; expected "
-                f"{len(self.weights)}: {', '.join(w.name for w in self.weights)}."
+                f"`{self.name}` got {number} `weights`; expected "
+                f"{len(weights)}: {', '.join(w.name for w in weights)}."
             )
-        for weight, value in zip(self.weights, values, strict=True):
+        for weight, value in zip(weights, values, strict=True):
+            if not checks.are_numbers(value):
+                raise ValueError(
+                    f"`{self.name}` got `weights` with {value!r} for {weight.name}; "
+                    "expected an array of numbers."
+                )
             if tuple(value.shape) != tuple(weight.shape):
                 raise ValueError(
                     f"`{self.name}` got `weights` with {weight.name} of shape "
@@ -310,38 +375,34 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
                 )
 
     def _check_input_shape(self, input_shape):
-        if len(input_shape) != 2 or input_shape[-1] is None:
+        if not checks.is_shape(input_shape, ndim=2):
             raise ValueError(
-                f"`{self.name}` got `inputs` of shape {tuple(input_shape)}; expected "
+                f"`{self.name}` got `inputs` of shape {input_shape}; expected "
                 "(batch, features) with known features. For a sequence of shape "
                 "(batch, time, features), wrap the cell in `keras.layers.RNN`."
             )
         return input_shape[-1]
 
-    def _check_states(self, states):
-        shapes = [tuple(state.shape) for state in states]
+    def _check_states(self, states, inputs):
+        shapes = [
+            tuple(getattr(state, "shape", ())) for state in keras.tree.flatten(states)
+        ]
+        batch = inputs.shape[0]
         if len(shapes) != 2 or any(
-            len(shape) != 2 or shape[-1] not in (None, self.units) for shape in shapes
+            len(shape) != 2
+            or shape[1] not in (None, self.units)
+            or (None not in (shape[0], batch) and shape[0] != batch)
+            for shape in shapes
         ):
             raise ValueError(
                 f"`{self.name}` got `states` of shapes {shapes}; expected two, h and "
-                f"c, each of shape (batch, {self.units})."
+                f"c, each of shape (batch, {self.units}), beside `inputs` of shape "
+                f"{tuple(inputs.shape)}."
             )
         return states
 
 
-def _check_units(units):
-    try:
-        size = 0 if isinstance(units, bool) else operator.index(units)
-    except TypeError:
-        size = 0
-    if size <= 0:
-        raise ValueError(f"`units` is {units!r}; expected a positive integer.")
-    return size
-
-
-def _check_fraction(argument, value):
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= 1:
-        raise ValueError(f"`{argument}` is {value!r}; expected a number from 0 to 1.")
-    return float(value)
+def _activation(argument, value):
+    return checks.interpret(
+        argument, value, activations.get, "an activation, or the name of one"
+    )

@@ -2,11 +2,13 @@
 
 import tempfile
 from collections.abc import Mapping
+from typing import Any
 
 import keras
 import numpy as np
 from keras import constraints, layers, regularizers
 
+from keras_scratch_lstm import checks
 from keras_scratch_lstm.by_gate import FUSED_ORDER, GATES, is_by_gate
 from keras_scratch_lstm.cell import ScratchLSTMCell
 from keras_scratch_lstm.layer import ScratchLSTM
@@ -25,7 +27,7 @@ _SUMS = (regularizers.L1, regularizers.L2, regularizers.L1L2)
 _BY_COLUMN = (constraints.MaxNorm, constraints.MinMaxNorm, constraints.UnitNorm)
 
 
-def to_scratch(layer_or_model):
+def to_scratch(layer_or_model: Any) -> Any:
     """The same cell, layer or model, with our LSTM in place of the built-in one.
 
     Every `keras.layers.LSTM` becomes a `ScratchLSTM`, and every
@@ -61,7 +63,7 @@ def to_scratch(layer_or_model):
     return _convert(layer_or_model, _TO_SCRATCH)
 
 
-def to_builtin(layer_or_model):
+def to_builtin(layer_or_model: Any) -> Any:
     """The same cell, layer or model, with the built-in LSTM in place of ours.
 
     The inverse of `to_scratch`: what is said there holds here. A round trip, in
@@ -417,7 +419,7 @@ _TORCH_WEIGHTS = ("weight_ih_l0", "weight_hh_l0")
 _TORCH_BIASES = ("bias_ih_l0", "bias_hh_l0")
 
 
-def from_torch(state_dict, **arguments):
+def from_torch(state_dict: Mapping[str, Any], **arguments: Any) -> ScratchLSTM:
     """A `ScratchLSTM` with the weights of a `torch.nn.LSTM`.
 
     torch's two biases are added up, since the equations have one.
@@ -459,7 +461,17 @@ def from_torch(state_dict, **arguments):
             f"`state_dict` is {state_dict!r}; expected a dict, as `state_dict()` of a "
             "`torch.nn.LSTM` returns it."
         )
-    values = {key: np.asarray(value) for key, value in state_dict.items()}
+    for name in ("units", "use_bias", "cell"):
+        if name in arguments:
+            raise checks.wrong(
+                name, arguments[name], "it to be left out, since `state_dict` says it"
+            )
+    values = {
+        key: np.asarray(
+            checks.numbers_only(f"state_dict[{key!r}]", value, "an array of numbers")
+        )
+        for key, value in state_dict.items()
+    }
     use_bias = any(name in values for name in _TORCH_BIASES)
     names = _TORCH_WEIGHTS + (_TORCH_BIASES if use_bias else ())
     if set(values) != set(names):
@@ -489,7 +501,7 @@ def from_torch(state_dict, **arguments):
     return layer
 
 
-def to_torch(layer):
+def to_torch(layer: ScratchLSTM) -> dict[str, np.ndarray]:
     """The weights of a `ScratchLSTM`, as a `torch.nn.LSTM` has them.
 
     The inverse of `from_torch`. The bias is in `bias_ih_l0`; `bias_hh_l0` is

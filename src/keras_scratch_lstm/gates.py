@@ -8,22 +8,26 @@ import threading
 import weakref
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_scratch_lstm import recurrence
+from keras_scratch_lstm import _types, checks, recurrence
 from keras_scratch_lstm.by_gate import FUSED_ORDER, GATES
 from keras_scratch_lstm.cell import Gates, ScratchLSTMCell
 from keras_scratch_lstm.layer import ScratchLSTM
 
+if TYPE_CHECKING:
+    import pandas
+
 ARRAYS = ("i", "f", "o", "c_tilde", "c", "h")
 SATURATED = 0.1, 0.9  # below, above
 _FORMAT = "keras_scratch_lstm.GateTrace 1"
+_DTYPES = np.dtype("float32"), np.dtype("float64")
 
 # Numbers an array may have for the steps that are computed at once: 4 MB.
 _NUMBERS_AT_ONCE = 2**20
@@ -62,7 +66,7 @@ class GateTrace:
     Example:
 
     >>> import numpy as np, keras
-    >>> from keras_scratch_lstm import trace_gates
+    >>> from keras_scratch_lstm import GateTrace, trace_gates
     >>> layer = keras.layers.LSTM(4, name="lstm")
     >>> x = np.ones((2, 3, 5), "float32")
     >>> h = layer(x)
@@ -73,6 +77,12 @@ class GateTrace:
     True
     >>> trace.saturation()["f"].right.shape
     (4,)
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     trace.save(f"{folder}/trace.npz")
+    ...     again = GateTrace.load(f"{folder}/trace.npz")
+    >>> np.array_equal(again.f, trace.f)
+    True
     """
 
     i: np.ndarray
@@ -85,7 +95,32 @@ class GateTrace:
     layer: str = ""
     backward: "GateTrace | None" = None
 
-    def saturation(self):
+    def __post_init__(self) -> None:
+        for name in ARRAYS:
+            array = getattr(self, name)
+            if not isinstance(array, np.ndarray) or array.dtype not in _DTYPES:
+                raise checks.wrong(name, array, "an array of float32 or float64")
+            if array.ndim != 3 or array.shape != self.i.shape:
+                raise ValueError(
+                    f"`{name}` has the shape {array.shape}; expected (batch, time, "
+                    "units), the same for all six."
+                )
+        mask, of_mask = self.mask, self.i.shape[:2]
+        is_mask = isinstance(mask, np.ndarray) and mask.dtype == bool
+        if mask is not None and not (is_mask and mask.shape == of_mask):
+            raise checks.wrong(
+                "mask", mask, f"a Boolean array of shape {of_mask}, or None"
+            )
+        if not isinstance(self.layer, str):
+            raise checks.wrong("layer", self.layer, "a string")
+        backward = self.backward
+        is_trace = isinstance(backward, GateTrace) and backward.backward is None
+        if backward is not None and not is_trace:
+            raise checks.wrong(
+                "backward", backward, "a `GateTrace` without `backward`, or None"
+            )
+
+    def saturation(self) -> dict[str, Saturation]:
         """How often each gate of each unit is nearly shut, or nearly open.
 
         The left- and right-saturated fractions of Karpathy, Johnson and Li:
@@ -116,7 +151,9 @@ class GateTrace:
             for gate, values in (("i", self.i), ("f", self.f), ("o", self.o))
         }
 
-    def to_dataframe(self, tokens=None):
+    def to_dataframe(
+        self, tokens: Sequence[_types.Tokens] | None = None
+    ) -> "pandas.DataFrame":
         """One row for each number, as a pandas `DataFrame`.
 
         Args:
@@ -140,7 +177,12 @@ class GateTrace:
             ) from None
         batch, time, units = self.i.shape
         if tokens is not None:
-            tokens = list(tokens)
+            try:
+                tokens = list(tokens)
+            except TypeError:
+                raise checks.wrong(
+                    "tokens", tokens, f"the tokens of {batch} samples"
+                ) from None
             if len(tokens) != batch:
                 raise ValueError(
                     f"`tokens` has {len(tokens)} samples; expected {batch}, each with "
@@ -173,7 +215,9 @@ class GateTrace:
             }
         )
 
-    def to_html(self, path, tokens, sample=0):
+    def to_html(
+        self, path: _types.Path, tokens: _types.Tokens, sample: int = 0
+    ) -> None:
         """Writes a page on which to look at the gates over the text.
 
         One file that needs no network: pick a gate and a unit, and the text is
@@ -197,29 +241,46 @@ class GateTrace:
         page = render(self, tokens, sample).encode("utf-8", "replace")
         _write_whole(path, lambda file: file.write(page))
 
-    def save(self, path):
-        """Writes the trace to an `.npz` file, whole or not at all."""
+    def save(self, path: _types.Path) -> None:
+        """Writes the trace to an `.npz` file, whole or not at all.
+
+        Args:
+            path: Where to write it; `np.load` reads it, too.
+
+        Raises:
+            OSError: The file can't be written.
+        """
         content = {"format": np.array(_FORMAT), **self._to_arrays("")}
         _write_whole(path, lambda file: np.savez(file, **content))
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: _types.Path) -> "GateTrace":
         """Reads a trace that `save` has written; nothing in it is ever run.
+
+        Args:
+            path: Where it is.
+
+        Returns:
+            A `GateTrace` with the same arrays.
 
         Raises:
             OSError: The file can't be read.
             ValueError: It is damaged, or no gate trace.
         """
+        path = checks.path("path", path)
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            # To open a pipe is to wait for whoever writes to it.
+            raise checks.wrong("path", str(path), "a file")
         with open(path, "rb") as file:
             try:
                 return cls._from_arrays(_read_arrays(file), "")
             except _SIGNS_OF_DAMAGE as error:
                 raise ValueError(
-                    f"`path` is {os.fspath(path)!r}, which is damaged or no gate trace "
+                    f"`path` is {str(path)!r}, which is damaged or no gate trace "
                     f"({type(error).__name__}); expected a file of `GateTrace.save`."
                 ) from None
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         batch, time, units = self.i.shape
         return (
             f"GateTrace(layer={self.layer!r}, batch={batch}, time={time}, "
@@ -240,22 +301,19 @@ class GateTrace:
     def _from_arrays(cls, content, prefix):
         arrays = {name: content[prefix + name] for name in ARRAYS}
         mask = content.get(prefix + "mask")
-        shapes = {array.shape for array in arrays.values()}
-        dtypes = {array.dtype for array in arrays.values()}
-        if len(shapes) != 1 or len(*shapes) != 3:
-            raise ValueError("shapes")
-        if not dtypes <= {np.dtype("float32"), np.dtype("float64")}:
-            raise ValueError("dtypes")
-        if mask is not None and (mask.dtype, mask.shape) != (bool, (*shapes,)[0][:2]):
-            raise ValueError("mask")
         backward = None
         if not prefix and "backward_i" in content:
             backward = cls._from_arrays(content, "backward_")
-        layer = str(content[prefix + "layer"])
+        layer = content[prefix + "layer"]
+        if getattr(layer, "shape", None) != () or layer.dtype.kind != "U":
+            raise ValueError("layer")
+        layer = str(layer)
         return cls(**arrays, mask=mask, layer=layer, backward=backward)
 
 
-def trace_gates(model_or_layer, inputs, layer=None, batch_size=32):
+def trace_gates(
+    model_or_layer: Any, inputs: Any, layer: Any = None, batch_size: int = 32
+) -> GateTrace:
     """The gates and states of an LSTM, for every unit at every step.
 
     It works for models that are trained already: nothing is changed and
@@ -318,7 +376,7 @@ def trace_gates(model_or_layer, inputs, layer=None, batch_size=32):
                 f"`model_or_layer` is {model_or_layer.name!r}, which is not built yet; "
                 "expected one that has its weights."
             )
-    arrays = {lstm: {} for lstm in lstms}
+    arrays: dict[Any, dict[str, np.ndarray]] = {lstm: {} for lstm in lstms}
     for first, size, samples, calls in _calls(
         model_or_layer, target, inputs, batch_size
     ):
@@ -337,7 +395,7 @@ def trace_gates(model_or_layer, inputs, layer=None, batch_size=32):
                     "all at once."
                 )
             _put(whole, part, 0, first * fold, samples * fold)
-    trace = None
+    trace: Any = None
     for lstm, whole in reversed(arrays.items()):
         trace = GateTrace(**whole, layer=lstm.name, backward=trace)
     return trace
@@ -361,11 +419,7 @@ def check_tokens(tokens, time):
 def check_sample(trace, sample):
     """The index of one of the trace's samples."""
     samples = len(trace.i)
-    if isinstance(sample, bool) or sample not in range(samples):
-        raise ValueError(
-            f"`sample` is {sample!r}; expected an integer from 0 to {samples - 1}."
-        )
-    return int(sample)
+    return checks.index("sample", sample, samples)
 
 
 def weights_by_letter(cell):
@@ -521,19 +575,9 @@ def _calls(model, target, inputs, batch_size):
         `(first, size, samples, calls)`: the batch's first sample and its size, the
         number of all, and a dict of layer to arguments.
     """
-    inputs = keras.tree.map_structure(
-        lambda x: x if hasattr(x, "shape") else np.array(x), inputs
+    inputs, samples = check_inputs(
+        inputs, time_major=getattr(model, "time_major", False)
     )
-    time_major = getattr(model, "time_major", False)
-    shapes = [tuple(x.shape) for x in keras.tree.flatten(inputs)]
-    sizes = {shape[time_major] if len(shape) > time_major else 0 for shape in shapes}
-    if len(sizes) != 1 or 0 in sizes:
-        raise ValueError(
-            f"`inputs` has the shape{'s' * (len(shapes) != 1)} "
-            f"{', '.join(map(str, shapes))}; expected arrays of as many samples each, "
-            "at least one."
-        )
-    (samples,) = sizes
     batch_size = _batch_size(model, samples, batch_size)
 
     for start in range(0, samples, batch_size):
@@ -559,16 +603,30 @@ def _calls(model, target, inputs, batch_size):
         yield start, min(batch_size, samples - start), samples, arguments
 
 
+def check_inputs(inputs, argument="inputs", time_major=False):
+    """Inputs of a model as arrays, and how many samples they are."""
+    inputs = keras.tree.map_structure(
+        lambda x: x if hasattr(x, "shape") else np.array(x), inputs
+    )
+    arrays = keras.tree.flatten(inputs)
+    shapes = [tuple(x.shape) for x in arrays]
+    sizes = {shape[time_major] if len(shape) > time_major else 0 for shape in shapes}
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError(
+            f"`{argument}` has the shape{'s' * (len(shapes) != 1)} "
+            f"{', '.join(map(str, shapes)) or 'of none'}; expected arrays of as many "
+            "samples each, at least one."
+        )
+    if any(str(getattr(x, "dtype", "")) == "object" for x in arrays):
+        raise ValueError(
+            f"`{argument}` has the dtype object; expected arrays of numbers."
+        )
+    return inputs, sizes.pop()
+
+
 def _batch_size(model, samples, batch_size):
     """How many samples to run at a time, for this model."""
-    if (
-        isinstance(batch_size, bool)
-        or not isinstance(batch_size, int)
-        or batch_size < 1
-    ):
-        raise ValueError(
-            f"`batch_size` is {batch_size!r}; expected a positive integer."
-        )
+    batch_size = checks.positive_integer("batch_size", batch_size)
     for layer in model._flatten_layers():
         if getattr(layer, "time_major", False):
             # Nobody knows on which axis of the model's inputs the samples are.
@@ -596,6 +654,11 @@ def _by_direction(target, sequences, initial_state=None, mask=None, **_):
             "seen, in a compiled or vectorized part of the model; expected one called "
             "in the open, or the layer itself with its own inputs."
         ) from None
+    if 0 in sequences.shape or not checks.are_numbers(sequences):
+        raise ValueError(
+            f"`inputs` reach {target.name!r} as {checks.dtype_of(sequences)} of shape "
+            f"{sequences.shape}; expected real numbers, and at least one step."
+        )
     given = [] if initial_state is None else keras.tree.flatten(initial_state)
     calls = {}
     for index, layer in enumerate(_directions(target)):
@@ -700,7 +763,7 @@ class _Function(keras.Model):
         return self._function(inputs)
 
 
-_RECURRENCES = weakref.WeakKeyDictionary()
+_RECURRENCES: Any = weakref.WeakKeyDictionary()
 
 
 def _recurrence(layer):
@@ -867,10 +930,16 @@ _SIGNS_OF_DAMAGE = (
 
 def _read_arrays(file):
     """The arrays of a saved trace by name. Nothing is unpickled or unpacked."""
-    arrays = np.load(file, allow_pickle=False)
+    if not zipfile.is_zipfile(file):
+        raise ValueError("one array, or none")
     size = file.seek(0, os.SEEK_END)
-    if sum(info.file_size for info in arrays.zip.infolist()) > size:
+    file.seek(0)
+    arrays = np.load(file, allow_pickle=False)
+    members = arrays.zip.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise ValueError("compressed, which `save` does not do")
+    if sum(member.file_size for member in members) > size:
+        raise ValueError("longer than the file")
     if str(arrays["format"]) != _FORMAT:
         raise ValueError("format")
     return {name: arrays[name] for name in arrays.files}
@@ -878,7 +947,7 @@ def _read_arrays(file):
 
 def _write_whole(path, write):
     """Writes a file whole or not at all."""
-    path = Path(path)
+    path = checks.path("path", path)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with open(descriptor, "wb") as file:

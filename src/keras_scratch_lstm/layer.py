@@ -1,12 +1,16 @@
 """The cell over a whole sequence."""
 
 import inspect
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import keras
+import numpy as np
 from keras import ops
 
-from keras_scratch_lstm import recurrence
+from keras_scratch_lstm import checks, recurrence
 from keras_scratch_lstm._keras import keep_dtype
+from keras_scratch_lstm._types import Activation, Choice, Config, Shape, Tensor
 from keras_scratch_lstm.by_gate import GATES
 from keras_scratch_lstm.cell import ScratchLSTMCell
 
@@ -15,6 +19,7 @@ _CELL_DEFAULTS = {
     for name, parameter in inspect.signature(ScratchLSTMCell).parameters.items()
     if parameter.kind is not inspect.Parameter.VAR_KEYWORD
 }
+_FLAGS = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll")
 
 
 def _of_the_cell(name):
@@ -109,44 +114,59 @@ class ScratchLSTM(keras.layers.RNN):
     True
     >>> layer.cell.W_hf.shape == (4, 4)
     True
+
+    Reference:
+
+    - [Hochreiter and Schmidhuber, 1997](
+        https://doi.org/10.1162/neco.1997.9.8.1735)
+    - [Werbos, 1990](https://doi.org/10.1109/5.58337), the backward pass through
+      time
     """
 
     def __init__(
         self,
-        units=None,
-        activation="tanh",
-        recurrent_activation="sigmoid",
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        recurrent_initializer="orthogonal",
-        bias_initializer="zeros",
-        unit_forget_bias=True,
-        kernel_regularizer=None,
-        recurrent_regularizer=None,
-        bias_regularizer=None,
-        activity_regularizer=None,
-        kernel_constraint=None,
-        recurrent_constraint=None,
-        bias_constraint=None,
-        dropout=0.0,
-        recurrent_dropout=0.0,
-        seed=None,
-        return_sequences=False,
-        return_state=False,
-        go_backwards=False,
-        stateful=False,
-        unroll=False,
-        use_cudnn="auto",
-        time_major=False,
-        cell=None,
-        **kwargs,
-    ):
+        units: int | None = None,
+        activation: Activation = "tanh",
+        recurrent_activation: Activation = "sigmoid",
+        use_bias: bool = True,
+        kernel_initializer: Choice = "glorot_uniform",
+        recurrent_initializer: Choice = "orthogonal",
+        bias_initializer: Choice = "zeros",
+        unit_forget_bias: bool = True,
+        kernel_regularizer: Choice = None,
+        recurrent_regularizer: Choice = None,
+        bias_regularizer: Choice = None,
+        activity_regularizer: Choice = None,
+        kernel_constraint: Choice = None,
+        recurrent_constraint: Choice = None,
+        bias_constraint: Choice = None,
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        seed: int | None = None,
+        return_sequences: bool = False,
+        return_state: bool = False,
+        go_backwards: bool = False,
+        stateful: bool = False,
+        unroll: bool = False,
+        use_cudnn: bool | Literal["auto"] = "auto",
+        time_major: bool = False,
+        cell: ScratchLSTMCell | None = None,
+        **kwargs: Any,
+    ) -> None:
         given = locals()
         cell_arguments = {name: given[name] for name in _CELL_DEFAULTS}
-        if use_cudnn not in ("auto", True, False):
-            raise ValueError(
-                f"`use_cudnn` is {use_cudnn!r}; expected True, False or 'auto'."
-            )
+        if not isinstance(use_cudnn, (str, int)) or use_cudnn not in ("auto", 0, 1):
+            raise checks.wrong("use_cudnn", use_cudnn, "True, False or 'auto'")
+        flags = {name: checks.flag(name, given[name]) for name in _FLAGS}
+        if "zero_output_for_mask" in kwargs:
+            checks.flag("zero_output_for_mask", kwargs["zero_output_for_mask"])
+        time_major = checks.flag("time_major", time_major)
+        activity_regularizer = checks.interpret(
+            "activity_regularizer",
+            activity_regularizer,
+            keras.regularizers.get,
+            "a regularizer, the name of one, or None",
+        )
         if cell is not None:
             _check_cell(cell, cell_arguments)
         self_made = cell is None
@@ -159,18 +179,14 @@ class ScratchLSTM(keras.layers.RNN):
             )
         super().__init__(
             cell,
-            return_sequences=return_sequences,
-            return_state=return_state,
-            go_backwards=go_backwards,
-            stateful=stateful,
-            unroll=unroll,
+            **flags,
             activity_regularizer=activity_regularizer,
             **kwargs,
         )
         self.time_major = time_major
         self.use_cudnn = use_cudnn
         self._cell_is_self_made = self_made
-        self.recurrence = None
+        self.recurrence: str | None = None
 
     units = _of_the_cell("units")
     activation = _of_the_cell("activation")
@@ -191,13 +207,13 @@ class ScratchLSTM(keras.layers.RNN):
     seed = _of_the_cell("seed")
 
     @property
-    def variables(self):
+    def variables(self) -> list[Any]:
         """The weights, the random seeds, and the states of a stateful layer."""
         # Keras keeps the states of an RNN to itself. But only what stands here
         # is carried from step to step by `fit` and `predict` on JAX.
         return [*super().variables, *(self.states or [])]
 
-    def build(self, sequences_shape, initial_state_shape=None):
+    def build(self, sequences_shape: Shape, initial_state_shape: Any = None) -> None:
         self._check_sequences_shape(sequences_shape)
         sequences_shape = self._batch_major(sequences_shape)
         if self.stateful and sequences_shape[0] is None:
@@ -213,16 +229,23 @@ class ScratchLSTM(keras.layers.RNN):
         self.input_spec = keras.InputSpec(shape=(batch, time, features))
         self.built = True
 
-    def call(self, sequences, initial_state=None, mask=None, training=False):
+    def call(
+        self,
+        sequences: Tensor,
+        initial_state: Sequence[Tensor] | None = None,
+        mask: Tensor | None = None,
+        training: bool = False,
+    ) -> Any:
         if isinstance(mask, (list, tuple)):  # one of the states, too
-            mask = mask[0]
+            mask = mask[0] if mask else None
         if mask is not None:
+            mask = checks.numbers_only("mask", mask, "truth values")
             mask = ops.convert_to_tensor(mask)
             self._check_mask(mask, sequences)
         if self.time_major:
             sequences = ops.swapaxes(sequences, 0, 1)
             mask = None if mask is None else ops.swapaxes(mask, 0, 1)
-        self._check_batch_size(sequences)
+        self._check_sequences(sequences)
         if initial_state is not None:
             self._check_initial_state(initial_state, sequences.shape[0])
         elif self.stateful:
@@ -237,7 +260,13 @@ class ScratchLSTM(keras.layers.RNN):
         outputs, *states = result
         return ops.swapaxes(outputs, 0, 1), *states
 
-    def inner_loop(self, sequences, initial_state, mask, training=False):
+    def inner_loop(
+        self,
+        sequences: Tensor,
+        initial_state: Sequence[Tensor],
+        mask: Tensor | None,
+        training: bool = False,
+    ) -> Any:
         ways = {}
         if self._follows_the_equations(training):
             ways = recurrence.ways(self.use_cudnn)
@@ -292,7 +321,10 @@ class ScratchLSTM(keras.layers.RNN):
             h_all = h_all * ops.cast(mask, h_all.dtype)[:, :, None]
         return h_all[-1], ops.swapaxes(h_all, 0, 1), [h, c]
 
-    def compute_output_shape(self, sequences_shape, initial_state_shape=None):
+    def compute_output_shape(
+        self, sequences_shape: Shape, initial_state_shape: Any = None
+    ) -> Any:
+        self._check_sequences_shape(sequences_shape)
         shape = super().compute_output_shape(self._batch_major(sequences_shape))
         if not self.return_sequences:
             return shape
@@ -301,10 +333,10 @@ class ScratchLSTM(keras.layers.RNN):
         outputs_shape, *states_shape = shape
         return self._batch_major(outputs_shape), *states_shape
 
-    def set_weights(self, weights):
+    def set_weights(self, weights: Sequence[Tensor]) -> None:
         self.cell.set_weights(weights)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         config = super().get_config()
         cell = config.pop("cell")
         if self._cell_is_self_made:
@@ -322,8 +354,8 @@ class ScratchLSTM(keras.layers.RNN):
         }
 
     @classmethod
-    def from_config(cls, config):
-        config = dict(config)
+    def from_config(cls, config: Config) -> "ScratchLSTM":
+        config = dict(checks.config(config))
         if isinstance(config.get("cell"), dict):
             config["cell"] = keras.saving.deserialize_keras_object(config["cell"])
         return cls(**config)
@@ -336,10 +368,10 @@ class ScratchLSTM(keras.layers.RNN):
         return (batch, time, *rest)
 
     def _check_sequences_shape(self, shape):
-        if len(shape) != 3 or shape[2] is None:
+        if not checks.is_shape(shape, ndim=3):
             first = "time, batch" if self.time_major else "batch, time"
             raise ValueError(
-                f"`{self.name}` got `sequences` of shape {tuple(shape)}; expected "
+                f"`{self.name}` got `sequences` of shape {shape}; expected "
                 f"({first}, features) with known features."
             )
 
@@ -351,7 +383,18 @@ class ScratchLSTM(keras.layers.RNN):
                 "the `sequences` have it."
             )
 
-    def _check_batch_size(self, sequences):
+    def _check_sequences(self, sequences):
+        shape = tuple(sequences.shape)
+        if shape[1] == 0:
+            raise ValueError(
+                f"`{self.name}` got `sequences` of shape {shape}, batch first; "
+                "expected at least one step."
+            )
+        if not checks.are_numbers(sequences):
+            raise ValueError(
+                f"`{self.name}` got `sequences` of {checks.dtype_of(sequences)}; "
+                "expected real numbers."
+            )
         batch_size = sequences.shape[0]
         expected = self.states[0].shape[0] if self.stateful else None
         if not _may_be_equal((batch_size,), (expected,)):
@@ -389,7 +432,7 @@ def _check_cell(cell, arguments):
         )
     for name, value in arguments.items():
         default = None if name == "units" else _CELL_DEFAULTS[name]
-        if value is not default and value != default:
+        if not np.array_equal(value, default):  # the value may be anything
             raise ValueError(
                 f"`{name}` is {value!r} beside a `cell`; expected it to be left out, "
                 "since it is the cell's to choose."

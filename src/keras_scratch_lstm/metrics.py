@@ -1,9 +1,13 @@
 """Perplexity, token by token."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
+from keras_scratch_lstm import checks
 from keras_scratch_lstm._keras import get_keras_mask
+from keras_scratch_lstm._types import Config, Tensor
 
 
 @keras.saving.register_keras_serializable("keras_scratch_lstm")
@@ -38,7 +42,8 @@ class Perplexity(keras.metrics.Metric):
             `y_true`: how much each token counts. Default: `None`.
 
     Returns:
-        Scalar, at least 1; 0 before the first token.
+        Scalar, at least 1; 0 before the first token. NaN, once a token that counts
+        is not in the vocabulary.
 
     Raises:
         ValueError: The shapes do not fit together.
@@ -60,18 +65,43 @@ class Perplexity(keras.metrics.Metric):
     """
 
     def __init__(
-        self, name="perplexity", from_logits=True, ignore_class=None, dtype=None
-    ):
-        super().__init__(name=name, dtype=dtype)
-        self.from_logits = from_logits
-        self.ignore_class = ignore_class
+        self,
+        name: str = "perplexity",
+        from_logits: bool = True,
+        ignore_class: int | None = None,
+        dtype: Any = None,
+    ) -> None:
+        if not isinstance(name, str | None):
+            raise checks.wrong("name", name, "a string")
+        super().__init__(name=name, dtype=checks.float_dtype(dtype))
+        self.from_logits = checks.flag("from_logits", from_logits)
+        self.ignore_class = checks.integer_or_none("ignore_class", ignore_class)
         self._direction = "down"
         self._cross_entropy = self._add_total("cross_entropy")
         self._tokens = self._add_total("tokens")
 
-    def update_state(self, y_true, y_pred, sample_weight=None):
-        """Adds a batch to the totals."""
+    def update_state(
+        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None
+    ) -> None:
+        """Adds a batch to the totals.
+
+        Args:
+            y_true: See the class, as for the others.
+            y_pred: See the class.
+            sample_weight: See the class. Default: `None`.
+
+        Raises:
+            ValueError: The shapes do not fit together.
+        """
         mask = get_keras_mask(y_pred)
+        y_true = checks.numbers_only("y_true", y_true, "integer tokens")
+        y_pred = checks.numbers_only("y_pred", y_pred, "real numbers")
+        if sample_weight is not None:
+            sample_weight = checks.numbers_only(
+                "sample_weight", sample_weight, "real numbers, or None"
+            )
+        if tuple(y_pred.shape)[-1:] in ((), (0,)):
+            raise checks.wrong("y_pred", y_pred, "a number for each token there is")
         y_true = ops.cast(y_true, "int32")
         y_pred = ops.cast(y_pred, self.dtype)
         if len(y_true.shape) == len(y_pred.shape) and y_true.shape[-1] == 1:
@@ -85,24 +115,31 @@ class Perplexity(keras.metrics.Metric):
         if self.ignore_class is not None:
             ignored = ops.equal(y_true, self.ignore_class)
             weights = ops.where(ignored, 0, weights)
-            y_true = ops.where(ignored, 0, y_true)  # -1 is no index
+        # What is no index is an error on one backend and a zero on another.
+        known = ops.logical_and(y_true >= 0, y_true < y_pred.shape[-1])
+        y_true = ops.where(known, y_true, 0)
 
         cross_entropy = ops.sparse_categorical_crossentropy(
             y_true, y_pred, from_logits=self.from_logits
         )
+        cross_entropy = ops.where(known, cross_entropy, float("nan"))
         # A token that does not count may hold anything, NaN included.
         cross_entropy = ops.where(ops.equal(weights, 0), 0, cross_entropy)
         _add(self._cross_entropy, ops.sum(cross_entropy * weights))
         _add(self._tokens, ops.sum(weights))
 
-    def result(self):
-        """The perplexity of all tokens since the last reset."""
+    def result(self) -> Tensor:
+        """The perplexity of all tokens since the last reset.
+
+        Returns:
+            Scalar tensor, at least 1; 0 before the first token.
+        """
         cross_entropy, tokens = map(_total, (self._cross_entropy, self._tokens))
         some = ops.not_equal(tokens, 0)
         mean = cross_entropy / ops.where(some, tokens, 1)
         return ops.where(some, ops.exp(mean), 0)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return {
             **super().get_config(),
             "from_logits": self.from_logits,

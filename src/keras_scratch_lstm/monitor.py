@@ -1,10 +1,19 @@
 """How the gates fare while a model trains."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
 
-from keras_scratch_lstm.gates import find_lstms, trace_gates, weights_by_letter
+from keras_scratch_lstm import checks
+from keras_scratch_lstm._types import Logs
+from keras_scratch_lstm.gates import (
+    check_inputs,
+    find_lstms,
+    trace_gates,
+    weights_by_letter,
+)
 
 
 class GateMonitor(keras.callbacks.Callback):
@@ -53,19 +62,26 @@ class GateMonitor(keras.callbacks.Callback):
     - [Karpathy, Johnson and Li, 2015](https://arxiv.org/abs/1506.02078)
     """
 
-    def __init__(self, probe, layer=None):
+    def __init__(self, probe: Any, layer: Any = None) -> None:
         super().__init__()
+        check_inputs(probe, "probe")
+        if not isinstance(layer, str | keras.layers.Layer | None):
+            raise checks.wrong("layer", layer, "the name of a layer, or the layer")
         self.probe = probe
         self.layer = layer
 
-    def on_train_begin(self, logs=None):
-        find_lstms(self.model, self.layer)  # or an error, before any work is done
+    def on_train_begin(self, logs: Logs = None) -> None:
+        # Or an error, before any work is done.
+        find_lstms(self.model, self.layer)
+        if self.model.built:
+            trace_gates(self.model, self.probe, self.layer)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         logs = {} if logs is None else logs
         _, lstms = find_lstms(self.model, self.layer)
         trace = trace_gates(self.model, self.probe, self.layer)
-        for lstm, trace_of_it in zip(lstms, (trace, trace.backward), strict=False):
+        traces = [one for one in (trace, trace.backward) if one]
+        for lstm, trace_of_it in zip(lstms, traces, strict=True):
             for gate, (left, right) in trace_of_it.saturation().items():
                 logs[f"{lstm.name}/{gate}_left_saturated"] = float(left.mean())
                 logs[f"{lstm.name}/{gate}_right_saturated"] = float(right.mean())

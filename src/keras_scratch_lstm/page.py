@@ -30,7 +30,13 @@ def render(trace, tokens, sample=0):
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     source = resources.files(__package__).joinpath("page.html").read_text("utf-8")
     data = {"layer": trace.layer, "tokens": tokens, **encode(trace, sample)}
-    return environment.from_string(source).render(layer=trace.layer, data=data)
+    template = environment.from_string(source)
+    return template.render(layer=_visible(trace.layer), data=data)
+
+
+def _visible(text):
+    """Without what could turn the direction of the page's own words."""
+    return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
 def encode(trace, sample):

@@ -1,6 +1,21 @@
 """Pictures of gate traces, with matplotlib.
 
 Each function returns the `Figure`, and saves it where a `path` is given.
+
+Example:
+
+>>> import keras, numpy as np
+>>> from keras_scratch_lstm import trace_gates
+>>> from keras_scratch_lstm.plotting import plot_gates, plot_text
+>>> x = np.ones((1, 4, 3), "float32")
+>>> layer = keras.layers.LSTM(8)
+>>> h = layer(x)
+>>> trace = trace_gates(layer, x)
+>>> figure = plot_gates(trace, [0, 5], tokens="time")
+>>> [ax.get_ylabel() for ax in figure.axes]
+['unit 0', 'unit 5']
+>>> plot_text(trace, 5, "time").axes[0].get_title(loc="left")
+'memory c of unit 5'
 """
 
 try:
@@ -11,12 +26,24 @@ except ImportError:
         '`pip install "keras-scratch-lstm[plot]"`.'
     ) from None
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
-from keras_scratch_lstm.gates import ARRAYS, SATURATED, check_sample, check_tokens
+from keras_scratch_lstm import checks
+from keras_scratch_lstm._types import Path, Tokens
+from keras_scratch_lstm.gates import (
+    ARRAYS,
+    SATURATED,
+    GateTrace,
+    check_sample,
+    check_tokens,
+)
 
 WIDTH = 9  # inches
 DPI = 150
@@ -41,7 +68,14 @@ _TITLES = {
 _MOST_TICKS = 100
 
 
-def plot_gates(trace, units, tokens=None, sample=0, steps=None, path=None):
+def plot_gates(
+    trace: GateTrace,
+    units: int | Sequence[int],
+    tokens: Tokens | None = None,
+    sample: int = 0,
+    steps: slice | None = None,
+    path: Path | None = None,
+) -> Figure:
     """The three gates of chosen units over a text, one row a unit.
 
     Args:
@@ -67,7 +101,7 @@ def plot_gates(trace, units, tokens=None, sample=0, steps=None, path=None):
     for unit, ax in zip(units, rows, strict=True):
         for gate, style in _STYLES.items():
             values = getattr(trace, gate)[sample, steps, unit]
-            options = style | {"markersize": 3, "linewidth": 1.4}
+            options: dict[str, Any] = style | {"markersize": 3, "linewidth": 1.4}
             if len(steps) > _MOST_TICKS:
                 options |= {"marker": None, "linewidth": 0.9}
             ax.plot(steps, values, label=_TITLES[gate], **options)
@@ -84,8 +118,14 @@ def plot_gates(trace, units, tokens=None, sample=0, steps=None, path=None):
 
 
 def plot_heatmap(
-    trace, name="f", tokens=None, sample=0, steps=None, ax=None, path=None
-):
+    trace: GateTrace,
+    name: str = "f",
+    tokens: Tokens | None = None,
+    sample: int = 0,
+    steps: slice | None = None,
+    ax: Axes | None = None,
+    path: Path | None = None,
+) -> Figure:
     """One gate or state of all units over a text: units down, steps across.
 
     Args:
@@ -123,7 +163,7 @@ def plot_heatmap(
     return _save(figure, path)
 
 
-def plot_saturation(trace, path=None):
+def plot_saturation(trace: GateTrace, path: Path | None = None) -> Figure:
     """How often the gates of each unit are nearly shut, and nearly open.
 
     A point for each unit: across, the share of steps at which its gate is below
@@ -144,6 +184,7 @@ def plot_saturation(trace, path=None):
     - [Karpathy, Johnson and Li, 2015](https://arxiv.org/abs/1506.02078),
       figure 3
     """
+    _check_trace(trace)
     figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
     low, high = SATURATED
     for ax, (gate, shares) in zip(
@@ -172,7 +213,16 @@ def plot_saturation(trace, path=None):
     return _save(figure, path)
 
 
-def plot_text(trace, unit, tokens, name="c", sample=0, steps=None, ax=None, path=None):
+def plot_text(
+    trace: GateTrace,
+    unit: int,
+    tokens: Tokens,
+    name: str = "c",
+    sample: int = 0,
+    steps: slice | None = None,
+    ax: Axes | None = None,
+    path: Path | None = None,
+) -> Figure:
     """The text itself, coloured by the memory of one unit.
 
     Args:
@@ -194,7 +244,7 @@ def plot_text(trace, unit, tokens, name="c", sample=0, steps=None, ax=None, path
     sample, steps, tokens = _what_to_draw(trace, sample, steps, tokens)
     if tokens is None:
         raise ValueError("`tokens` is None; expected the tokens of the text.")
-    (unit,) = _check_units(trace, unit)
+    unit = checks.index("unit", unit, trace.i.shape[-1])
     values = getattr(trace, _check_name(name))[sample, steps, unit]
     places, rows = _set_type([_visible(token) for token in tokens])
     figure, ax = _figure_of(ax, height=0.9 + 0.23 * rows)
@@ -234,32 +284,38 @@ def plot_text(trace, unit, tokens, name="c", sample=0, steps=None, ax=None, path
 # --- what is drawn -----------------------------------------------------------
 
 
+def _check_trace(trace):
+    if not isinstance(trace, GateTrace):
+        raise checks.wrong("trace", trace, "a `GateTrace`")
+
+
 def _what_to_draw(trace, sample, steps, tokens):
+    _check_trace(trace)
     sample, time = check_sample(trace, sample), trace.i.shape[1]
     if tokens is not None:
         tokens = check_tokens(tokens, time)
-    if steps is not None and not isinstance(steps, slice):
-        raise ValueError(f"`steps` is {steps!r}; expected a slice, or None.")
-    chosen = np.arange(time)[slice(None) if steps is None else steps]
+    steps = slice(None) if steps is None else steps
+    try:
+        chosen = np.arange(time)[slice(*steps.indices(time))]
+    except (AttributeError, TypeError, ValueError):  # no slice, or not of integers
+        raise checks.wrong("steps", steps, "a slice, or None") from None
     if not len(chosen):
-        raise ValueError(f"`steps` is {steps!r}, none of the {time} steps.")
+        raise checks.wrong("steps", steps, f"some of the {time} steps")
     return sample, chosen, tokens and [tokens[step] for step in chosen]
 
 
 def _check_units(trace, units):
     size = trace.i.shape[-1]
-    units = list(units) if np.ndim(units) else [units]
-    for unit in units or [None]:
-        if isinstance(unit, bool) or unit not in range(size):
-            raise ValueError(
-                f"`unit{'s' * (len(units) != 1)}` has {unit!r}; expected integers from "
-                f"0 to {size - 1}."
-            )
-    return [int(unit) for unit in units]
+    several = isinstance(units, (list, tuple, range, np.ndarray))
+    argument = "units" if several else "unit"
+    units = list(units) if several else [units]
+    if not units:
+        raise checks.wrong(argument, units, f"integers from 0 to {size - 1}")
+    return [checks.index(argument, unit, size) for unit in units]
 
 
 def _check_name(name):
-    if name not in ARRAYS:
+    if not isinstance(name, str) or name not in ARRAYS:
         raise ValueError(
             f"`name` is {name!r}; expected one of {', '.join(map(repr, ARRAYS))}."
         )
@@ -287,6 +343,8 @@ _LINE = 88  # characters
 
 def _figure_of(ax, height):
     if ax is not None:
+        if not isinstance(ax, Axes):
+            raise checks.wrong("ax", ax, "`Axes` of matplotlib, or None")
         return ax.figure, ax
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots()
@@ -338,5 +396,11 @@ def _set_type(tokens):
 
 def _save(figure, path):
     if path is not None:
-        figure.savefig(path, dpi=DPI)
+        path = checks.path("path", path)
+        try:
+            figure.savefig(path, dpi=DPI)
+        except ValueError as error:
+            raise checks.wrong(
+                "path", str(path), "an ending that matplotlib knows"
+            ) from error
     return figure

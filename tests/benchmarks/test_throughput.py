@@ -26,9 +26,6 @@ def throughput():
 
 @pytest.fixture
 def run(tmp_path):
-    if BACKEND != "tensorflow":
-        pytest.skip("many processes, so on one backend only")
-
     def run(*arguments):
         command = [sys.executable, SCRIPT, "--backend", BACKEND, "--out", tmp_path]
         command += [f"--{name}={value}" for name, value in TINY.items()]
@@ -39,6 +36,7 @@ def run(tmp_path):
     return run
 
 
+@pytest.mark.one_backend
 def test_the_main_table(run, throughput):
     pytest.importorskip("matplotlib")
     printed, out = run()
@@ -54,6 +52,7 @@ def test_the_main_table(run, throughput):
         assert (out / f"throughput.{ending}").stat().st_size > 1000
 
 
+@pytest.mark.one_backend
 def test_the_grid(run):
     _, out = run("--grid")
     found = json.loads((out / "grid.json").read_text())[BACKEND]
@@ -64,12 +63,14 @@ def test_the_grid(run):
     assert found["geometric_mean"] == pytest.approx(statistics.geometric_mean(ratios))
 
 
+@pytest.mark.one_backend
 def test_long_sequences(run):
     _, out = run("--steps")
     found = json.loads((out / "steps.json").read_text())[BACKEND]
     assert [one["steps"] for one in found["lengths"]] == [2, 5]
 
 
+@pytest.mark.one_backend
 def test_inference(run):
     _, out = run("--inference")
     found = json.loads((out / "inference.json").read_text())[BACKEND]

@@ -18,6 +18,8 @@ from book_text import (
     tokenize,
 )
 
+pytestmark = pytest.mark.one_backend
+
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path, monkeypatch):

@@ -92,6 +92,7 @@ def test_saved_and_loaded(tmp_path, rng, cell):
     np.testing.assert_array_equal(numpy(again(x)), numpy(model(x)))
 
 
+@pytest.mark.one_backend
 def test_it_says_what_it_shows(capsys):
     main(["--steps", "8", "--units", "4", "--epochs", "1"])
     lines = capsys.readouterr().out.splitlines()

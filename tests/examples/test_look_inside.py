@@ -198,6 +198,7 @@ def test_what_cannot_be_met(tmp_path, own_text, out):
     )
 
 
+@pytest.mark.one_backend
 def test_as_a_script(own_text, out):
     done = subprocess.run(
         [sys.executable, EXAMPLE, "--text", own_text, "--out", out, *SMALL],

@@ -24,11 +24,12 @@ Nothing here knows of layers or variables.
 """
 
 import contextlib
+import contextvars
 import importlib
 
 import keras
 
-_allowed = None
+_allowed = contextvars.ContextVar("allowed", default=None)  # of each thread its own
 
 
 def ways(use_cudnn="auto"):
@@ -48,19 +49,19 @@ def ways(use_cudnn="auto"):
         found["cudnn"] = getattr(module, "lstm_in_cudnn", cudnn.lstm)
     if use_cudnn is not True:
         found[backend] = module.lstm
-    return {name: lstm for name, lstm in found.items() if _allowed in (None, name)}
+    allowed = _allowed.get()
+    return {name: lstm for name, lstm in found.items() if allowed in (None, name)}
 
 
 @contextlib.contextmanager
 def only(way):
-    """Allows one way alone, or the plain loop, for tests and benchmarks.
+    """Allows one way alone, or the plain loop, in this thread.
 
     Args:
         way: `"loop"`, `"tensorflow"`, `"jax"`, `"torch"` or `"cudnn"`.
     """
-    global _allowed
-    before, _allowed = _allowed, way
+    before = _allowed.set(way)
     try:
         yield
     finally:
-        _allowed = before
+        _allowed.reset(before)

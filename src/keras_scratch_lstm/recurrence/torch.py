@@ -1,11 +1,9 @@
 """The recurrence on torch: its own `lstm`, which is cuDNN's on a GPU.
 
-torch has the gates in the order of Keras's fused weights, one below the other.
+torch has the gates in the order i, f, c, o, one below the other.
 """
 
 import torch
-
-from keras_scratch_lstm.by_gate import side_by_side
 
 
 def has_gpu():
@@ -26,15 +24,20 @@ def lstm_in_cudnn(x, h, c, W_x, W_h, b, mask):
 
 
 def _torch_lstm(x, h, c, W_x, W_h, b):
-    weights = [side_by_side(W_x).T.contiguous(), side_by_side(W_h).T.contiguous()]
+    weights = [_stacked(W_x), _stacked(W_h)]
     if b is not None:
-        bias = side_by_side(b)
+        bias = _stacked(b)
         weights += [bias, torch.zeros_like(bias)]
     training = torch.is_grad_enabled()
     h_all, h, c = torch.lstm(
         x, (h[None], c[None]), weights, b is not None, 1, 0.0, training, False, False
     )
     return h_all, h[0], c[0]
+
+
+def _stacked(weights):
+    i, f, o, c = (weight.t() for weight in weights)
+    return torch.cat([i, f, c, o])
 
 
 def _loop(x, h, c, W_x, W_h, b, mask):

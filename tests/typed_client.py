@@ -1,0 +1,99 @@
+"""What a user writes, for the type checker: `mypy` reads it, and it is never run.
+
+Each `assert_type` fails where a type got lost, and each `type: ignore` where the
+checker would let a mistake pass.
+"""
+
+from typing import Any, assert_type
+
+import keras
+import numpy as np
+from matplotlib.figure import Figure
+
+from keras_scratch_lstm import (
+    GateMonitor,
+    GateTrace,
+    Perplexity,
+    PerplexityLogger,
+    ScratchLSTM,
+    ScratchLSTMCell,
+    to_builtin,
+    to_scratch,
+    trace_gates,
+)
+from keras_scratch_lstm.cell import Gates
+from keras_scratch_lstm.convert import from_torch, to_torch
+from keras_scratch_lstm.gates import Saturation
+from keras_scratch_lstm.plotting import (
+    plot_gates,
+    plot_heatmap,
+    plot_saturation,
+    plot_text,
+)
+
+
+class CoupledCell(ScratchLSTMCell):
+    def gates(self, x: Any, h: Any, c: Any) -> Gates:
+        gates = super().gates(x, h, c)
+        return gates._replace(f=1 - gates.i)
+
+
+def layers() -> None:
+    initializer = keras.initializers.Orthogonal()
+    cell = ScratchLSTMCell(
+        4,
+        activation=keras.activations.relu,
+        kernel_initializer={"i": "zeros", "f": initializer},
+        recurrent_regularizer={"f": "l2"},
+        seed=3,
+        name="cell",
+    )
+    assert_type(cell.get_config(), dict[str, Any])
+    assert_type(cell(np.ones((2, 3)), cell.get_initial_state(2)), Any)
+    layer = ScratchLSTM(4, return_sequences=True, use_cudnn=False)
+    assert_type(layer.recurrence, str | None)
+    print(layer.cell.W_hf.shape, ScratchLSTM(cell=CoupledCell(4)))
+
+    ScratchLSTMCell("4")  # type: ignore[arg-type]
+    ScratchLSTMCell(4, use_bias="no")  # type: ignore[arg-type]
+    ScratchLSTM(4, use_cudnn="always")  # type: ignore[arg-type]
+    ScratchLSTM(cell=keras.layers.LSTMCell)
+    ScratchLSTM(cell="a cell")  # type: ignore[arg-type]
+
+
+def training(model: Any, x: np.ndarray) -> None:
+    model.compile(metrics=[Perplexity(ignore_class=0)])
+    logger = PerplexityLogger(verbose=0)
+    model.fit(x, callbacks=[GateMonitor(x, layer="lstm"), logger])
+    assert_type(logger.closing_line, str)
+    assert_type(logger.tokens_per_sec, float | None)
+    assert_type(logger.seconds, float)
+    Perplexity(from_logits="yes")  # type: ignore[arg-type]
+
+
+def looking_inside(model: Any, x: np.ndarray) -> None:
+    trace = trace_gates(model, x, layer="lstm")
+    assert_type(trace, GateTrace)
+    assert_type(trace.f, np.ndarray)
+    assert_type(trace.mask, np.ndarray | None)
+    assert_type(trace.backward, GateTrace | None)
+    assert_type(trace.saturation(), dict[str, Saturation])
+    assert_type(trace.saturation()["f"].right, np.ndarray)
+    trace.to_html("gates.html", "a text")
+    trace.to_html("gates.html", ["some", "words"], sample=1)
+    trace.save("trace.npz")
+    assert_type(GateTrace.load("trace.npz"), GateTrace)
+    assert_type(plot_gates(trace, [1, 2], tokens="a text"), Figure)
+    assert_type(plot_heatmap(trace, "c", steps=slice(10)), Figure)
+    assert_type(plot_saturation(trace, path="saturation.png"), Figure)
+    assert_type(plot_text(trace, 3, "a text"), Figure)
+    trace_gates(model, x, batch_size="all")  # type: ignore[arg-type]
+    print(trace.saturation().f)  # type: ignore[attr-defined]
+    plot_gates(trace)  # type: ignore[call-arg]
+
+
+def conversion(model: Any) -> None:
+    print(to_builtin(to_scratch(model)))
+    layer = from_torch({"weight_ih_l0": np.ones((16, 8))}, return_state=True)
+    assert_type(layer, ScratchLSTM)
+    assert_type(to_torch(layer), dict[str, np.ndarray])
