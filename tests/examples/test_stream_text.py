@@ -4,7 +4,6 @@ import subprocess
 import sys
 import textwrap
 
-import keras
 import numpy as np
 import pytest
 import stream_text
@@ -160,9 +159,7 @@ MEASURE = """
 """
 
 
-@pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="the same on every backend"
-)
+@pytest.mark.one_backend
 def test_memory_stays_flat_over_a_gigabyte(tmp_path, rng):
     words = ["".join(rng.choice(list("abcdefghij"), n)) for n in rng.integers(1, 9, 50)]
     block = bytearray()
@@ -195,4 +192,4 @@ def test_memory_stays_flat_over_a_gigabyte(tmp_path, rng):
     assert found["tokens"] == found["steps"] * 64 * 250
     # All but what does not fill a row of windows.
     assert 0 <= repeats[1] * tokens - found["tokens"] < 64 * 251 + 251
-    assert found["growth"] < 100 * MB
+    assert found["growth"] < 200 * MB
