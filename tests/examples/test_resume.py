@@ -215,9 +215,10 @@ def test_killed_at_each_call_that_touches_a_file(tmp_path, processes, rng):
     for epochs in (1, 2):
         calls = save(tmp_path, epochs)
     calls = save(tmp_path, 3)
-    touching = [k for k, name in enumerate(calls) if name in TOUCHES_FILES]
+    first = calls.index("open")  # what is written before goes into memory
+    touching = [k for k in range(first, len(calls)) if calls[k] in TOUCHES_FILES]
     assert {calls[k] for k in touching} >= {"open", "write", "fsync", "replace"}
-    others = rng.choice(len(calls), 10, replace=False)
+    others = rng.choice(len(calls), 5, replace=False)
     found = set()
     for k in sorted({*touching, *others.tolist()}):
         for path in tmp_path.iterdir():
