@@ -4,6 +4,7 @@ import contextlib
 import csv
 import errno
 import http.server
+import io
 import json
 import multiprocessing
 import os
@@ -215,9 +216,10 @@ def test_killed_at_each_call_that_touches_a_file(tmp_path, processes, rng):
     for epochs in (1, 2):
         calls = save(tmp_path, epochs)
     calls = save(tmp_path, 3)
-    touching = [k for k, name in enumerate(calls) if name in TOUCHES_FILES]
+    first = calls.index("open")  # what is written before goes into memory
+    touching = [k for k in range(first, len(calls)) if calls[k] in TOUCHES_FILES]
     assert {calls[k] for k in touching} >= {"open", "write", "fsync", "replace"}
-    others = rng.choice(len(calls), 10, replace=False)
+    others = rng.choice(len(calls), 5, replace=False)
     found = set()
     for k in sorted({*touching, *others.tolist()}):
         for path in tmp_path.iterdir():
@@ -271,7 +273,7 @@ def test_what_is_refused_and_what_is_not(tmp_path, arguments, capsys):
     printed = capsys.readouterr().out
     assert f"{path} is damaged, or no checkpoint of this program: passed" in printed
     assert "Resumed: {'layer': 2}" in printed
-    with np.load(path) as file, np.load(checkpoint.io.BytesIO(before[path])) as whole:
+    with np.load(path) as file, np.load(io.BytesIO(before[path])) as whole:
         for key in set(file.files) - {"header"}:
             np.testing.assert_array_equal(file[key], whole[key])
 
@@ -379,8 +381,10 @@ def test_a_limit_on_the_size_of_files(tmp_path, arguments):
     before = contents(out)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    aside = io.StringIO()  # where pytest captures it, the limit holds, too
     try:
-        answer = time_machine.main([*arguments, "--epochs", "3"])
+        with contextlib.redirect_stdout(aside), contextlib.redirect_stderr(aside):
+            answer = time_machine.main([*arguments, "--epochs", "3"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     path = out / "checkpoints" / "layer-3.npz"
