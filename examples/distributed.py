@@ -84,6 +84,10 @@ def main(argv=None):
         if args.worker:
             end(error, 1)
         return f"distributed.py: error: {error}"
+    except KeyboardInterrupt:
+        if args.worker:
+            end("interrupted.", 1)
+        return "distributed.py: error: interrupted."
 
 
 def load(args):
@@ -294,8 +298,6 @@ def launch(args, argv):
                     stderr=log,
                 )
         return wait(workers, args)
-    except KeyboardInterrupt:
-        return "distributed.py: interrupted."
     finally:
         for worker in workers.values():
             worker.kill()
@@ -365,7 +367,7 @@ def train(args, names, vocabulary, batches, steps):
         callbacks.append(Progress(args.epochs))
     with contextlib.ExitStack() as stack:
         if args.processes > 1:
-            stack.enter_context(noticing_losses())
+            stack.enter_context(noticing_losses(args))
             callbacks.append(stack.enter_context(TimeLimit(args.timeout)))
         model.fit(
             batches,
@@ -403,17 +405,17 @@ class ClippedSGD(keras.optimizers.SGD):
 
 
 @contextlib.contextmanager
-def noticing_losses():
-    """Ends this process where another has gone."""
+def noticing_losses(args):
+    """Ends this process where another has gone, of which JAX has many errors."""
     try:
         yield
-    except KeyboardInterrupt:
-        end("interrupted.", 128 + signal.SIGINT)
-    except Exception as error:
-        if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
-            raise
+    except Exception:
         traceback.print_exc()
-        end("a step failed, as it does where another process is lost.", LOST)
+        end(
+            "a step failed, as it does where another process is lost; "
+            f"{log_of(args.rank, args)} has what it said.",
+            LOST,
+        )
 
 
 class Progress(keras.callbacks.Callback):

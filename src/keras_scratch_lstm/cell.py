@@ -123,6 +123,18 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
 
         Returns:
             `Gates(i, f, o, c_tilde)`, each of shape `(batch, units)`.
+
+        Example:
+
+        >>> import numpy as np
+        >>> from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
+        >>> class CoupledCell(ScratchLSTMCell):
+        ...     def gates(self, x, h, c):
+        ...         gates = super().gates(x, h, c)
+        ...         return gates._replace(f=1 - gates.i)
+        >>> layer = ScratchLSTM(cell=CoupledCell(4))
+        >>> layer(np.ones((2, 5, 3), "float32")).shape == (2, 4)
+        True
         """
         sigmoid, tanh = self.recurrent_activation, self.activation
         i = sigmoid(x @ self.W_xi + h @ self.W_hi + self.b_i)
@@ -266,7 +278,15 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
     def get_initial_state(
         self, batch_size: int | None = None, dtype: str | None = None
     ) -> list[Tensor]:
-        """Zeros for `h` and `c`, each of shape `(batch_size, units)`."""
+        """What a sequence begins with, where nothing else is given.
+
+        Args:
+            batch_size: Integer.
+            dtype: String. Default: `None`, that in which the cell computes.
+
+        Returns:
+            List `[h, c]` of zeros, each of shape `(batch_size, units)`.
+        """
         # Within a graph it may be a tensor, or what a backend has for an open size.
         is_none = batch_size is None or isinstance(batch_size, (str, float))
         if is_none or (isinstance(batch_size, int) and batch_size < 0):
@@ -305,6 +325,15 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         return cls(**checks.config(config))
 
     def set_weights(self, weights: Sequence[Tensor]) -> None:
+        """Takes all weights, or if one of them does not fit, none.
+
+        Args:
+            weights: List of arrays in the order of `weights`, which is that of the
+                book's parameters.
+
+        Raises:
+            ValueError: Their number or a shape does not fit; the message names it.
+        """
         if not isinstance(weights, (list, tuple)):
             raise ValueError(
                 f"`{self.name}` got `weights` of {type(weights)}; expected a list of "

@@ -66,7 +66,7 @@ class GateTrace:
     Example:
 
     >>> import numpy as np, keras
-    >>> from keras_scratch_lstm import trace_gates
+    >>> from keras_scratch_lstm import GateTrace, trace_gates
     >>> layer = keras.layers.LSTM(4, name="lstm")
     >>> x = np.ones((2, 3, 5), "float32")
     >>> h = layer(x)
@@ -77,6 +77,12 @@ class GateTrace:
     True
     >>> trace.saturation()["f"].right.shape
     (4,)
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     trace.save(f"{folder}/trace.npz")
+    ...     again = GateTrace.load(f"{folder}/trace.npz")
+    >>> np.array_equal(again.f, trace.f)
+    True
     """
 
     i: np.ndarray
@@ -236,13 +242,26 @@ class GateTrace:
         _write_whole(path, lambda file: file.write(page))
 
     def save(self, path: _types.Path) -> None:
-        """Writes the trace to an `.npz` file, whole or not at all."""
+        """Writes the trace to an `.npz` file, whole or not at all.
+
+        Args:
+            path: Where to write it; `np.load` reads it, too.
+
+        Raises:
+            OSError: The file can't be written.
+        """
         content = {"format": np.array(_FORMAT), **self._to_arrays("")}
         _write_whole(path, lambda file: np.savez(file, **content))
 
     @classmethod
     def load(cls, path: _types.Path) -> "GateTrace":
         """Reads a trace that `save` has written; nothing in it is ever run.
+
+        Args:
+            path: Where it is.
+
+        Returns:
+            A `GateTrace` with the same arrays.
 
         Raises:
             OSError: The file can't be read.

@@ -114,6 +114,13 @@ class ScratchLSTM(keras.layers.RNN):
     True
     >>> layer.cell.W_hf.shape == (4, 4)
     True
+
+    Reference:
+
+    - [Hochreiter and Schmidhuber, 1997](
+        https://doi.org/10.1162/neco.1997.9.8.1735)
+    - [Werbos, 1990](https://doi.org/10.1109/5.58337), the backward pass through
+      time
     """
 
     def __init__(

@@ -83,7 +83,16 @@ class Perplexity(keras.metrics.Metric):
     def update_state(
         self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None
     ) -> None:
-        """Adds a batch to the totals."""
+        """Adds a batch to the totals.
+
+        Args:
+            y_true: See the class, as for the others.
+            y_pred: See the class.
+            sample_weight: See the class. Default: `None`.
+
+        Raises:
+            ValueError: The shapes do not fit together.
+        """
         mask = get_keras_mask(y_pred)
         y_true = checks.numbers_only("y_true", y_true, "integer tokens")
         y_pred = checks.numbers_only("y_pred", y_pred, "real numbers")
@@ -120,7 +129,11 @@ class Perplexity(keras.metrics.Metric):
         _add(self._tokens, ops.sum(weights))
 
     def result(self) -> Tensor:
-        """The perplexity of all tokens since the last reset."""
+        """The perplexity of all tokens since the last reset.
+
+        Returns:
+            Scalar tensor, at least 1; 0 before the first token.
+        """
         cross_entropy, tokens = map(_total, (self._cross_entropy, self._tokens))
         some = ops.not_equal(tokens, 0)
         mean = cross_entropy / ops.where(some, tokens, 1)

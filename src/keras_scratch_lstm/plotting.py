@@ -1,6 +1,21 @@
 """Pictures of gate traces, with matplotlib.
 
 Each function returns the `Figure`, and saves it where a `path` is given.
+
+Example:
+
+>>> import keras, numpy as np
+>>> from keras_scratch_lstm import trace_gates
+>>> from keras_scratch_lstm.plotting import plot_gates, plot_text
+>>> x = np.ones((1, 4, 3), "float32")
+>>> layer = keras.layers.LSTM(8)
+>>> h = layer(x)
+>>> trace = trace_gates(layer, x)
+>>> figure = plot_gates(trace, [0, 5], tokens="time")
+>>> [ax.get_ylabel() for ax in figure.axes]
+['unit 0', 'unit 5']
+>>> plot_text(trace, 5, "time").axes[0].get_title(loc="left")
+'memory c of unit 5'
 """
 
 try:

@@ -58,7 +58,7 @@ def run(*arguments):
 
 def the_one_sentence(stderr):
     """The error in what a program has said beside the logs of its libraries."""
-    (sentence,) = re.findall("^distributed.py: (?:error: )?(.*)", stderr, re.M)
+    (sentence,) = re.findall("^distributed.py: error: (.*)", stderr, re.M)
     assert "Traceback" not in stderr
     return sentence
 
