@@ -27,6 +27,7 @@ def blocks(page):
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.M)
 
 
+@pytest.mark.one_backend
 def test_there_are_blocks():
     assert {page.name for page in PAGES if blocks(page)} >= {
         "README.md",
@@ -44,6 +45,7 @@ def test_there_are_blocks():
     }
 
 
+@pytest.mark.one_backend
 def test_no_block_is_missed():
     """Other languages have no name or stand indented, which nothing runs."""
     for page in PAGES:
@@ -74,6 +76,7 @@ def test_the_blocks_of(page, tmp_path, monkeypatch):
         exec(compile(block, page.name, "exec"), names)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("page", PAGES[:2], ids=lambda p: p.stem)
 def test_the_links_of(page):
     """They are absolute, so that they work on PyPI, and lead to what is there."""

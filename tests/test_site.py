@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+pytestmark = pytest.mark.one_backend
+
 
 class Loads(HTMLParser):
     """What a browser loads with a page."""
