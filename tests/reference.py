@@ -1,5 +1,7 @@
 """An LSTM and a perplexity in NumPy, float64, to compare with."""
 
+import re
+
 import numpy as np
 
 NAMES = ["W_xi", "W_hi", "b_i", "W_xf", "W_hf", "b_f"]
@@ -37,3 +39,8 @@ def cross_entropy(y_true, logits):
     logits = logits - logits.max(-1, keepdims=True)
     log_sum = np.log(np.exp(logits).sum(-1))
     return log_sum - np.take_along_axis(logits, y_true[..., None], -1)[..., 0]
+
+
+def label(parameter):
+    """A parameter as a test's name, the same in each process: without addresses."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(parameter))

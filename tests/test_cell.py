@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from reference import NAMES, fuse, lstm_step, sigmoid, weights_of
+from reference import NAMES, fuse, label, lstm_step, sigmoid, weights_of
 
 from keras_scratch_lstm import ScratchLSTMCell
 from keras_scratch_lstm.cell import Gates
@@ -106,7 +106,7 @@ def drawn_by_numpy(shape, dtype=None):
         {"recurrent_initializer": None},
         {"dtype": "mixed_float16"},
     ],
-    ids=str,
+    ids=label,
 )
 def test_the_same_seed_gives_the_same_weights(arguments):
     values = []

@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from reference import NAMES, fuse
+from reference import NAMES, fuse, label
 
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
 from keras_scratch_lstm.convert import from_torch, to_builtin, to_scratch, to_torch
@@ -456,7 +456,7 @@ def test_custom_layers_beside_it_need_not_be_registered(rng):
         {"kernel_constraint": keras.constraints.UnitNorm(axis=[0])},
         {"bias_constraint": "non_neg", "kernel_constraint": "non_neg"},
     ],
-    ids=str,
+    ids=label,
 )
 def test_regularizers_and_constraints_that_are_carried_over_mean_the_same(
     rng, arguments
@@ -490,7 +490,7 @@ def test_regularizers_and_constraints_that_are_carried_over_mean_the_same(
         ({"kernel_constraint": keras.constraints.UnitNorm(axis=[0, 1])}, "axis 0"),
         ({"bias_constraint": "max_norm"}, "on a matrix MaxNorm"),
     ],
-    ids=str,
+    ids=label,
 )
 def test_regularizers_and_constraints_across_gates_are_refused(arguments, expected):
     for make_layer, convert in ((layers.LSTM, to_scratch), (ScratchLSTM, to_builtin)):
