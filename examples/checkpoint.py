@@ -50,8 +50,10 @@ def replacing(path):
 
 
 class Saved(NamedTuple):
-    """What a run is after so many epochs: the values of its variables, the random
-    state outside them, and what it has to report."""
+    """What a run is after so many epochs.
+
+    The values of its variables, the random state outside them, and what it reports.
+    """
 
     epochs: int
     arrays: list
