@@ -13,6 +13,7 @@ on JAX those of many. docs/scale-out.md has the launch lines for a cluster.
 """
 
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -54,6 +55,7 @@ from time_machine import (
 from keras_scratch_lstm import Perplexity, PerplexityLogger, ScratchLSTM
 
 BACKEND = keras.backend.backend()
+METRICS_ARE_SUMMED = "synchronization" in inspect.signature(keras.Variable).parameters
 LINES_A_RUN = 10
 LOST = 75  # exit status of a process that has lost another one
 TICK = 0.2  # seconds
@@ -135,6 +137,11 @@ def on_devices(args):
         devices = tf.config.list_logical_devices("GPU")
         devices = devices or tf.config.list_logical_devices("CPU")
         names = choose([device.name for device in devices], args)
+        if len(names) > 1 and not METRICS_ARE_SUMMED:
+            raise ArgumentError(
+                f"Keras {keras.__version__} counts each replica again at each step; "
+                "expected a newer one, such as 3.15, for several on TensorFlow."
+            )
         with tf.distribute.MirroredStrategy(names).scope():
             yield names
         return

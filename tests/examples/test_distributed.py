@@ -26,6 +26,10 @@ SMALL += ["--epochs", str(EPOCHS), "--seed", str(SEED)]
 PATIENCE = 500  # seconds, on a machine that has much else to do
 
 on_jax = pytest.mark.skipif(BACKEND != "jax", reason="what JAX alone has")
+on_replicas = pytest.mark.skipif(
+    BACKEND != "tensorflow" or not distributed.METRICS_ARE_SUMMED,
+    reason="what TensorFlow alone has, and with a Keras that sums its metrics",
+)
 on_tensorflow = pytest.mark.skipif(
     BACKEND != "tensorflow", reason="what TensorFlow alone has"
 )
@@ -108,7 +112,7 @@ def on_one_device(corpus, vocabulary_size, sampling):
             "--own-text",
             "random",
             2,
-            marks=on_tensorflow,
+            marks=on_replicas,
         ),
     ],
     ids=["4 devices", "2 processes", "2 replicas"],
@@ -150,7 +154,7 @@ def test_the_numbers_are_those_of_one_device(
     assert model.get_layer("rnn").cell.units == UNITS
 
 
-@on_tensorflow
+@on_replicas
 def test_a_stream_is_split_among_replicas(own_text, out, tmp_path):
     found = []
     for devices in ("1", "2"):
