@@ -339,9 +339,9 @@ def hostile_traces(path, canary):
     code = "__import__('os').mkdir('x')"
     archive(path, members() | {"f.npy": header(code) + bytes(96)})
     yield "code for a shape"
-    bomb = npy(np.zeros((1, 2**26, 1), "float32"))
+    bomb = npy(np.zeros((1, 2**24, 1), "float32"))
     for compression in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
-        archive(path, dict.fromkeys(members(), bomb), compression)
+        archive(path, members() | {"f.npy": bomb}, compression)
         yield f"zip bomb {compression}"
     archive(path, members(), zipfile.ZIP_LZMA)
     yield "LZMA, whose dictionary may be 4 GB"
@@ -369,9 +369,9 @@ def test_a_hostile_trace(tmp_path, canary):
 
 
 def test_a_member_that_hides_its_size(tmp_path):
-    """The directory says 224 bytes, the data is packed, and unpacks to 256 MB."""
+    """The directory says 224 bytes, the data is packed, and unpacks to 64 MB."""
     path = tmp_path / "trace.npz"
-    content = members() | {"f.npy": npy(np.zeros((1, 2**26, 1), "float32"))}
+    content = members() | {"f.npy": npy(np.zeros((1, 2**24, 1), "float32"))}
     archive(path, content, zipfile.ZIP_DEFLATED)
     whole = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as file:
