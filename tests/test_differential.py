@@ -18,7 +18,7 @@ from reference import fuse
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, recurrence
 
 # More than 1,000 in all, the fewest on JAX, which compiles each.
-EXAMPLES = {"tensorflow": 230, "torch": 720, "jax": 70}[BACKEND]
+EXAMPLES = {"tensorflow": 240, "torch": 740, "jax": 40}[BACKEND]
 EXAMPLES_OF_FIT = {"tensorflow": 8, "torch": 20, "jax": 3}[BACKEND]
 for profile, factor in {"quick": 1, "long": 20}.items():
     settings.register_profile(

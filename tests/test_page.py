@@ -491,7 +491,6 @@ def test_hostile_text_is_shown_as_it_is(visit, rng):
         "<!--<script>",
         "{{ 7 * 7 }}",
         "",
-        "\u202egnol",
     ]
     page = visit(make_trace(rng, tokens), tokens)
     assert page.locator("img").count() == 0

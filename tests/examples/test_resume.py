@@ -160,6 +160,7 @@ def test_killed_again_and_again(tmp_path, arguments, processes, rng):
     assert not list(out.rglob("unfinished-*"))
 
 
+@pytest.mark.one_backend
 def test_killed_in_each_cell(tmp_path, arguments, processes):
     out, straight = tmp_path / "out", tmp_path / "straight"
     arguments = [*arguments, "--epochs", "40"]
@@ -211,7 +212,7 @@ def save(folder, epochs, die_at=None):
     return calls
 
 
-@pytest.mark.skipif(not ON_TENSORFLOW, reason="the same on each backend")
+@pytest.mark.one_backend
 def test_killed_at_each_call_that_touches_a_file(tmp_path, processes, rng):
     for epochs in (1, 2):
         calls = save(tmp_path, epochs)
@@ -246,6 +247,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.one_backend
 def test_what_is_refused_and_what_is_not(tmp_path, arguments, capsys):
     out = tmp_path / "out"
     arguments = [*arguments, "--cell", "layer", "--out", str(out)]
@@ -353,6 +355,7 @@ def mount(tmp_path):
     subprocess.run(["umount", str(folder)], check=False, capture_output=True)
 
 
+@pytest.mark.one_backend
 def test_a_full_disk(arguments, mount):
     disk = mount("size=4m")
     out = disk / "out"
@@ -374,6 +377,7 @@ def test_a_full_disk(arguments, mount):
     assert epochs(out, "layer") == 3
 
 
+@pytest.mark.one_backend
 def test_a_limit_on_the_size_of_files(tmp_path, arguments):
     out = tmp_path / "out"
     arguments = [*arguments, "--cell", "layer", "--out", str(out), "--resume"]
@@ -393,6 +397,7 @@ def test_a_limit_on_the_size_of_files(tmp_path, arguments):
     assert contents(out) == before
 
 
+@pytest.mark.one_backend
 def test_a_folder_that_can_only_be_read(arguments, mount):
     disk = mount("size=1m")
     (disk / "mine").write_text("mine")
@@ -442,6 +447,7 @@ def cache(tmp_path, monkeypatch):
     return path
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "answer",
     [
@@ -463,6 +469,7 @@ def test_a_wrong_download_ends_the_run(tmp_path, cache, serve, answer):
     assert not list(cache.parent.iterdir())
 
 
+@pytest.mark.one_backend
 def test_a_cache_file_that_is_cut_short_ends_the_run(tmp_path, cache):
     cache.write_bytes(b"The Time Machine, by H. G. We")
     out = tmp_path / "out"
@@ -475,6 +482,7 @@ def test_a_cache_file_that_is_cut_short_ends_the_run(tmp_path, cache):
     assert cache.read_bytes() == b"The Time Machine, by H. G. We"
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("answer", "seconds"),
     [
@@ -494,6 +502,7 @@ def test_no_download_is_no_harm(cache, serve, monkeypatch, answer, seconds):
     assert not list(cache.parent.iterdir())
 
 
+@pytest.mark.one_backend
 def test_a_cache_without_room_is_left_as_it_is(cache, monkeypatch, mount):
     disk = mount("size=16k")
     monkeypatch.setattr(book_text, "_cache", lambda: disk)
