@@ -246,11 +246,11 @@ def _keep(content, path):
     """Writes the file whole or not at all; a cache that cannot be is no error."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent)
+        try:
+            with open(descriptor, "wb") as file:
                 file.write(content)
-                file.flush()
-                os.replace(file.name, path)
-            except OSError:
-                os.unlink(file.name)
-                raise
+            os.replace(name, path)
+        except OSError:
+            os.unlink(name)
+            raise

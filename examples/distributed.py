@@ -325,7 +325,9 @@ def wait(workers, args):
     failed = {rank: worker.poll() for rank, worker in workers.items() if worker.poll()}
     rank = min(failed, key=lambda rank: failed[rank] in (LOST, -signal.SIGABRT))
     status, log = failed[rank], log_of(rank, args)
-    said = re.findall("^distributed.py: error: (.*)", log.read_text("utf-8"), re.M)
+    said = re.findall(
+        "^distributed.py: error: (.*)", log.read_text("utf-8", "replace"), re.M
+    )
     if said:
         return f"distributed.py: error: process {rank}: {said[-1]}"
     if status == -signal.SIGABRT:

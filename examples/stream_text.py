@@ -154,7 +154,6 @@ def stream(text, batch_size, num_steps, sampling, seed):
             blocks, args=(number,), output_signature=(one, one)
         ).unbatch()
         if not sequential:
-            dataset = dataset.shuffle(SHUFFLED, seed=seed + number)
             dataset = dataset.batch(batch_size, drop_remainder=True)
         return dataset.take(steps)
 
@@ -182,10 +181,12 @@ def _random_blocks(text, num_steps, rng):
     num_windows = (len(text) - offset - 1) // num_steps
     with text.open() as file:
         reader = _Reader(text, file, offset)
-        for first in range(0, num_windows, BLOCK):
-            count = min(BLOCK, num_windows - first)
+        for first in range(0, num_windows, SHUFFLED):
+            count = min(SHUFFLED, num_windows - first)
+            order = rng.sample(range(count), count)
             tokens = reader.take(count * num_steps)
-            yield tokens[:-1].reshape(count, -1), tokens[1:].reshape(count, -1)
+            x, y = tokens[:-1].reshape(count, -1), tokens[1:].reshape(count, -1)
+            yield x[order], y[order]
 
 
 class _Reader:

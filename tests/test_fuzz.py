@@ -185,7 +185,8 @@ F = np.full((2, 3, 4), 0.5, "float32")
     )
 )
 def test_a_trace(given):
-    trace = outcome(lambda: GateTrace(**dict.fromkeys(ARRAYS, F) | given), *given)
+    names = names_of([*ARRAYS, "mask", "layer", "backward"])
+    trace = outcome(lambda: GateTrace(**dict.fromkeys(ARRAYS, F) | given), *names)
     if trace is not None:
         repr(trace)
         trace.saturation()

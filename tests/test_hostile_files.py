@@ -186,7 +186,10 @@ def at_most(size):
         status = Path("/proc/self/status").read_text()
         return 1024 * int(re.search(rf"^{key}:\s+(\d+) kB", status, re.MULTILINE)[1])
 
-    Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+    except OSError as error:
+        pytest.skip(f"the peak of memory can't be measured here: {error}")
     before = resident("VmRSS")
     yield
     assert resident("VmHWM") - before < size

@@ -196,7 +196,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         unit_forget_bias = checks.flag("unit_forget_bias", unit_forget_bias)
         dropout = checks.fraction("dropout", dropout)
         recurrent_dropout = checks.fraction("recurrent_dropout", recurrent_dropout)
-        seed = checks.integer_or_none("seed", seed, low=0)
+        seed = checks.integer_or_none("seed", seed, low=0, high=2**32 - 1)
         checks.float_dtype(kwargs.get("dtype"))
         super().__init__(**kwargs)
         self.units = units
@@ -334,11 +334,13 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         Raises:
             ValueError: Their number or a shape does not fit; the message names it.
         """
-        if not isinstance(weights, (list, tuple)):
+        try:
+            weights = list(weights)
+        except TypeError:
             raise ValueError(
                 f"`{self.name}` got `weights` of {type(weights)}; expected a list of "
                 "arrays."
-            )
+            ) from None
         self._check_weights(self.weights, len(weights), weights)
         super().set_weights(weights)
 

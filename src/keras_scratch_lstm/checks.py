@@ -21,9 +21,10 @@ def wrong(argument, value, expected):
     return ValueError(f"`{argument}` is {came}; expected {expected}.")
 
 
-def flag(argument, value):
-    if not isinstance(value, (bool, np.bool_, int)) or value not in (0, 1):
-        raise wrong(argument, value, "True or False")
+def flag(argument, value, expected="True or False"):
+    is_flag = isinstance(value, (bool, np.bool_, int, np.integer)) and value in (0, 1)
+    if not is_flag:
+        raise wrong(argument, value, expected)
     return bool(value)
 
 
@@ -34,10 +35,9 @@ def positive_integer(argument, value):
     return number
 
 
-def integer_or_none(argument, value, low=-(2**31)):
+def integer_or_none(argument, value, low=-(2**31), high=2**31 - 1):
     """An integer of 32 bits, since JAX has no others unless asked."""
     number = 0 if value is None else _integer(value)
-    high = 2**31 - 1
     if number is None or not low <= number <= high:
         raise wrong(argument, value, f"an integer from {low} to {high}, or None")
     return None if value is None else number

@@ -617,11 +617,18 @@ def check_inputs(inputs, argument="inputs", time_major=False):
             f"{', '.join(map(str, shapes)) or 'of none'}; expected arrays of as many "
             "samples each, at least one."
         )
-    if any(str(getattr(x, "dtype", "")) == "object" for x in arrays):
+    if any(
+        str(getattr(x, "dtype", "")) == "object" and not _is_text(x) for x in arrays
+    ):
         raise ValueError(
             f"`{argument}` has the dtype object; expected arrays of numbers."
         )
     return inputs, sizes.pop()
+
+
+def _is_text(array):
+    """Whether they are strings, as pandas has them, for a model that takes those."""
+    return all(isinstance(value, (str, bytes)) for value in np.ravel(array))
 
 
 def _batch_size(model, samples, batch_size):

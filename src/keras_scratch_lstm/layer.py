@@ -155,8 +155,8 @@ class ScratchLSTM(keras.layers.RNN):
     ) -> None:
         given = locals()
         cell_arguments = {name: given[name] for name in _CELL_DEFAULTS}
-        if not isinstance(use_cudnn, (str, int)) or use_cudnn not in ("auto", 0, 1):
-            raise checks.wrong("use_cudnn", use_cudnn, "True, False or 'auto'")
+        if not (isinstance(use_cudnn, str) and use_cudnn == "auto"):
+            use_cudnn = checks.flag("use_cudnn", use_cudnn, "True, False or 'auto'")
         flags = {name: checks.flag(name, given[name]) for name in _FLAGS}
         if "zero_output_for_mask" in kwargs:
             checks.flag("zero_output_for_mask", kwargs["zero_output_for_mask"])

@@ -116,7 +116,7 @@ class Perplexity(keras.metrics.Metric):
             ignored = ops.equal(y_true, self.ignore_class)
             weights = ops.where(ignored, 0, weights)
         # What is no index is an error on one backend and a zero on another.
-        known = ops.logical_and(y_true >= 0, y_true < y_pred.shape[-1])
+        known = ops.logical_and(y_true >= 0, y_true < ops.shape(y_pred)[-1])
         y_true = ops.where(known, y_true, 0)
 
         cross_entropy = ops.sparse_categorical_crossentropy(

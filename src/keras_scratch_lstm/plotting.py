@@ -306,7 +306,7 @@ def _what_to_draw(trace, sample, steps, tokens):
 
 def _check_units(trace, units):
     size = trace.i.shape[-1]
-    several = isinstance(units, (list, tuple, range, np.ndarray))
+    several = isinstance(units, (list, tuple, range)) or getattr(units, "ndim", 0)
     argument = "units" if several else "unit"
     units = list(units) if several else [units]
     if not units:

@@ -293,9 +293,9 @@ def test_the_launcher_says_who_ended_the_run(tmp_path, endings, expected):
         with open(distributed.log_of(rank, args), "wb") as log:
             code = ["-c", ENDINGS.get(ending, "")]
             workers[rank] = subprocess.Popen([sys.executable, *code], stderr=log)
-    result = distributed.wait(workers, args)
     for worker in workers.values():
         worker.wait()
+    result = distributed.wait(workers, args)
     if expected:
         rank = expected.partition(" ")[2][0]
         log = tmp_path / f"process-{rank}.log"

@@ -163,7 +163,7 @@ def test_killed_again_and_again(tmp_path, arguments, processes, rng):
 @pytest.mark.one_backend
 def test_killed_in_each_cell(tmp_path, arguments, processes):
     out, straight = tmp_path / "out", tmp_path / "straight"
-    arguments = [*arguments, "--epochs", "40"]
+    arguments = [*arguments, "--epochs", "80"]
     resumed = [*arguments, "--out", str(out), "--resume"]
     for name in time_machine.LAYERS:
         process = processes(run, resumed)
@@ -171,7 +171,7 @@ def test_killed_in_each_cell(tmp_path, arguments, processes):
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    finished = out / "checkpoints" / "scratch-40.npz"
+    finished = out / "checkpoints" / "scratch-80.npz"
     before = finished.stat()
     finish(processes(run, resumed))
     after = finished.stat()
