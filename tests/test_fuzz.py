@@ -30,6 +30,9 @@ from keras_scratch_lstm import (
 from keras_scratch_lstm.convert import from_torch, to_torch
 from keras_scratch_lstm.gates import ARRAYS
 
+# bad_inputs/ has the same sentences on each backend.
+pytestmark = pytest.mark.one_backend
+
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 CASES = 10_000 if LONG else 200
 SLOW = 1 if LONG else 4
