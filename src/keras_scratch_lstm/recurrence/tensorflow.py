@@ -1,11 +1,14 @@
 """The recurrence on TensorFlow: a loop forth, and a loop back derived by hand.
 
 One product a gate, not one for all gates side by side: TensorFlow runs small
-products beside each other faster than one that it cuts up itself. The letters
-and the derivation are in docs/backward.md.
+products beside each other faster than one that it cuts up itself. Several steps in
+each turn of the loop, since a turn costs as much as a few operations. The letters and
+the derivation are in docs/backward.md.
 """
 
 import tensorflow as tf
+
+STEPS_A_TURN = 5  # more was no faster, and takes longer to build
 
 
 def has_gpu():
@@ -36,86 +39,72 @@ def _recurrence(mask):
     @tf.custom_gradient
     def recurrence(z_i, z_f, z_o, z_c, h_0, c_0, *W_h):
         time = tf.shape(z_i)[0]
-        z = [_array(time, h_0.dtype).unstack(z) for z in (z_i, z_f, z_o, z_c)]
+        z_all = [_array(time, h_0.dtype).unstack(z) for z in (z_i, z_f, z_o, z_c)]
         kept = None if mask is None else mask[:, :, None]
 
         def step(t, h, c, *written):
-            z_i, z_f, z_o, z_c = (array.read(t) for array in z)
+            z_i, z_f, z_o, z_c = (z.read(t) for z in z_all)
             i = tf.sigmoid(z_i + tf.matmul(h, W_h[0]))
             f = tf.sigmoid(z_f + tf.matmul(h, W_h[1]))
             o = tf.sigmoid(z_o + tf.matmul(h, W_h[2]))
             c_tilde = tf.tanh(z_c + tf.matmul(h, W_h[3]))
             c_new = f * c + i * c_tilde
-            h_new = o * tf.tanh(c_new)
+            tanh_c = tf.tanh(c_new)
+            h_new = o * tanh_c
             if kept is not None:
                 c_new = tf.where(kept[t], c_new, c)
                 h_new = tf.where(kept[t], h_new, h)
-            values = (i, f, o, c_tilde, c_new, h_new)
-            written = (w.write(t, v) for w, v in zip(written, values, strict=True))
-            return t + 1, h_new, c_new, *written
+            values = (i, f, o, c_tilde, c, tanh_c, h_new)
+            return t + 1, h_new, c_new, *_write(written, t, values)
 
-        empty = [_array(time, h_0.dtype, h_0.shape) for _ in range(6)]
+        empty = [_array(time, h_0.dtype, h_0.shape) for _ in range(7)]
         # No `maximum_iterations` here: tf2onnx does not get along with it.
-        _, h, c, *written = tf.while_loop(
-            lambda t, *_: t < time, step, (tf.constant(0), h_0, c_0, *empty)
+        _, h, c, *saved, h_all = _loop(
+            step,
+            (tf.constant(0), h_0, c_0, *empty),
+            lambda t, steps: t + steps <= time,
+            z_i.shape[0],
         )
-        i, f, o, c_tilde, c_all, h_all = (array.stack() for array in written)
+        h_all = h_all.stack()
 
         def backward(dh_all, dh_last, dc_last):
-            c_before = tf.concat([c_0[None], c_all[:-1]], 0)
-            h_before = tf.concat([h_0[None], h_all[:-1]], 0)
-            tanh_c = tf.tanh(c_all)
-            # What dc and dh are multiplied by, for all steps at once.
-            to_z = [
-                _sigmoid_grad(i, c_tilde),
-                _sigmoid_grad(f, c_before),
-                _sigmoid_grad(o, tanh_c),
-                _tanh_grad(c_tilde, i),
-            ]
-            to_c, through_c = _tanh_grad(tanh_c, o), f
-            if kept is not None:
-                share = tf.cast(kept, h_0.dtype)
-                to_z = [factor * share for factor in to_z]
-                to_c, through_c = to_c * share, tf.where(kept, f, 1)
-            factors = [
-                _array(time, h_0.dtype).unstack(factor)
-                for factor in (dh_all, *to_z, to_c, through_c)
-            ]
+            dh_out = _array(time, h_0.dtype).unstack(dh_all)
             W_hi, W_hf, W_ho, W_hc = (tf.transpose(W) for W in W_h)
 
             def step_back(t, dh, dc, *written):
-                dh_out, to_i, to_f, to_o, to_c_tilde, to_c, through_c = (
-                    array.read(t) for array in factors
-                )
-                dh += dh_out
-                dc += dh * to_c
-                dz_i, dz_f, dz_o, dz_c = (
-                    dc * to_i,
-                    dc * to_f,
-                    dh * to_o,
-                    dc * to_c_tilde,
-                )
-                dh_before = (tf.matmul(dz_i, W_hi) + tf.matmul(dz_f, W_hf)) + (
+                i, f, o, c_tilde, c_before, tanh_c = (value.read(t) for value in saved)
+                dh += dh_out.read(t)
+                if kept is not None:  # what goes past the step, and what goes in
+                    dh_past, dc_past = (tf.where(kept[t], 0, d) for d in (dh, dc))
+                    dh, dc = (tf.where(kept[t], d, 0) for d in (dh, dc))
+                dc += _tanh_grad(tanh_c, dh * o)
+                dz_i = _sigmoid_grad(i, dc * c_tilde)
+                dz_f = _sigmoid_grad(f, dc * c_before)
+                dz_o = _sigmoid_grad(o, dh * tanh_c)
+                dz_c = _tanh_grad(c_tilde, dc * i)
+                dh = (tf.matmul(dz_i, W_hi) + tf.matmul(dz_f, W_hf)) + (
                     tf.matmul(dz_o, W_ho) + tf.matmul(dz_c, W_hc)
                 )
+                dc *= f
                 if kept is not None:
-                    dh_before += tf.where(kept[t], tf.zeros_like(dh), dh)
-                values = (dz_i, dz_f, dz_o, dz_c)
-                written = (w.write(t, v) for w, v in zip(written, values, strict=True))
-                return t - 1, dh_before, dc * through_c, *written
+                    dh, dc = dh + dh_past, dc + dc_past
+                written = _write(written, t, (dz_i, dz_f, dz_o, dz_c))
+                return t - 1, dh, dc, *written
 
             empty = [_array(time, h_0.dtype, h_0.shape) for _ in range(4)]
-            _, dh_0, dc_0, *written = tf.while_loop(
-                lambda t, *_: t >= 0,
+            _, dh_0, dc_0, *dz = _loop(
                 step_back,
                 (time - 1, dh_last, dc_last, *empty),
+                lambda t, steps: t + 1 >= steps,
+                z_i.shape[0],
                 maximum_iterations=time,
             )
-            dz = [array.stack() for array in written]
+            dz = [dz_gate.stack() for dz_gate in dz]
+            # The gradient of each gate's weights in one product over all steps.
             units = h_0.shape[-1]
-            rows = tf.reshape(h_before, (-1, units))
+            h_before = tf.reshape(tf.concat([h_0[None], h_all[:-1]], 0), (-1, units))
             dW_h = [
-                tf.matmul(rows, tf.reshape(dz_gate, (-1, units)), transpose_a=True)
+                tf.matmul(h_before, tf.reshape(dz_gate, (-1, units)), transpose_a=True)
                 for dz_gate in dz
             ]
             return *dz, dh_0, dc_0, *dW_h
@@ -125,8 +114,29 @@ def _recurrence(mask):
     return recurrence
 
 
+def _loop(step, carried, left, time, **options):
+    """`step` as long as a step is `left`; `time` is their number where it is known."""
+
+    def turn(*carried):
+        for _ in range(STEPS_A_TURN):
+            carried = step(*carried)
+        return carried
+
+    def while_left(steps, body, carried):
+        return tf.while_loop(lambda t, *_: left(t, steps), body, carried, **options)
+
+    carried = while_left(STEPS_A_TURN, turn, carried)
+    if time is None or time % STEPS_A_TURN:  # too few for a turn
+        carried = while_left(1, step, carried)
+    return carried
+
+
 def _array(time, dtype, shape=None):
-    return tf.TensorArray(dtype, time, element_shape=shape)
+    return tf.TensorArray(dtype, time, clear_after_read=False, element_shape=shape)
+
+
+def _write(arrays, t, values):
+    return (array.write(t, value) for array, value in zip(arrays, values, strict=True))
 
 
 def _sigmoid_grad(y, dy):
