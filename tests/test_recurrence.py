@@ -26,10 +26,10 @@ def layer_with(rng, units=4, features=3, **arguments):
     return layer
 
 
-def all_gradients(layer, mask, rng):
+def all_gradients(layer, mask, rng, steps=5):
     """A loss on all outputs and the last states, by weights, inputs and states."""
     dtype = layer.compute_dtype
-    y, y_h, y_c = (rng.normal(size=size) for size in [(3, 5, 4), (3, 4), (3, 4)])
+    y, y_h, y_c = (rng.normal(size=size) for size in [(3, steps, 4), (3, 4), (3, 4)])
 
     def loss(x, h, c):
         outputs, *states = layer(x, initial_state=[h, c], mask=mask)
@@ -72,6 +72,30 @@ def test_outputs_and_gradients_are_the_loops(rng, way, mask, go_backwards, use_b
         # On JAX some of Keras's own operations compute in float32.
         tolerance = 1e-5 if BACKEND == "jax" else 1e-12
         np.testing.assert_allclose(one, other, atol=tolerance)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 6, 10, 13])
+@pytest.mark.parametrize("way", WAYS)
+def test_sequences_of_any_length(rng, way, steps):
+    """TensorFlow runs five steps at a time, and what is left over one by one."""
+    mask = rng.random((3, steps)) < 0.8
+    if way == "cudnn":
+        mask = None
+    with double_precision():
+        layer = layer_with(
+            rng, dtype="float64", return_sequences=True, return_state=True
+        )
+        inputs = [rng.normal(size=size) for size in [(3, steps, 3), (3, 4), (3, 4)]]
+        results = []
+        state = rng.bit_generator.state
+        for taken in (way, "loop"):
+            rng.bit_generator.state = state
+            with recurrence.only(taken):
+                outputs, gradients = all_gradients(layer, mask, rng, steps)(*inputs)
+            assert layer.recurrence == taken
+            results.append([*outputs, *gradients])
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 if BACKEND == "jax" else 1e-12)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -242,6 +266,24 @@ def test_a_batch_and_a_time_of_unknown_size(rng):
         with recurrence.only("loop"):
             loop = ops.convert_to_numpy(layer(x))
         np.testing.assert_allclose(fast, loop, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_training_on_sequences_of_unknown_length(rng, way):
+    shapes = [(3, 5, 3), (2, 9, 3), (4, 7, 3), (1, 1, 3)]
+    batches = [[rng.normal(size=shape) for _ in "xy"] for shape in shapes]
+    results = []
+    for taken in (way, "loop"):
+        keras.utils.set_random_seed(3)
+        layer = ScratchLSTM(3, return_sequences=True)
+        model = keras.Sequential([keras.Input((None, 3)), layer])
+        model.compile(keras.optimizers.SGD(0.5), "mse")
+        with recurrence.only(taken):
+            losses = [model.train_on_batch(x, y) for x, y in batches]
+        assert layer.recurrence == taken
+        results.append([losses, *model.get_weights()])
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.skipif("cudnn" in WAYS, reason="here is a GPU")
