@@ -423,14 +423,10 @@ def generators(units, characters):
             def step(k, carried):
                 tokens, token, h, c = carried
                 x = ops.one_hot(token, VOCABULARY, dtype="float32")
-                output, (h, c) = self.cell(x, [h, c])
-                token = ops.cast(ops.argmax(self.logits(output), -1), "int32")
-                return (
-                    ops.where(ops.arange(characters) == k, token, tokens),
-                    token,
-                    h,
-                    c,
-                )
+                # `call` itself, since what Keras does around it is most of a step.
+                output, (h, c) = self.cell.call(x, [h, c])
+                token = ops.cast(ops.argmax(self.logits.call(output), -1), "int32")
+                return ops.slice_update(tokens, (k,), token), token, h, c
 
             tokens = ops.zeros((characters,), "int32")
             h, c = self.cell.get_initial_state(batch_size=1)

@@ -233,6 +233,26 @@ def test_exported_as_a_saved_model(tmp_path, rng, exported):
         assert_same(loaded.serve(x).numpy(), exported, x)
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="a gradient of TensorFlow's")
+@each_export
+def test_an_exported_model_has_its_gradient(tmp_path, rng, exported):
+    """In a graph of its own, so that the loop back reads copies."""
+    import tensorflow as tf
+
+    exported.export(tmp_path / "model", format="tf_saved_model", verbose=False)
+    loaded = tf.saved_model.load(str(tmp_path / "model"))
+    x = tf.constant(inputs_of(exported, rng))
+    gradients = []
+    for model in (loaded.serve, tf.function(exported), exported):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(tf.sin(model(x)))
+        gradients.append(tape.gradient(loss, x).numpy())
+    assert np.ptp(gradients[-1]) > 0
+    for gradient in gradients[:-1]:
+        np.testing.assert_allclose(gradient, gradients[-1], rtol=0, atol=1e-5)
+
+
 @pytest.mark.skipif(BACKEND == "jax", reason="Keras exports no ONNX from JAX")
 @pytest.mark.filterwarnings("ignore:In the future `np.object`:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*might cause the trace to be incorrect")

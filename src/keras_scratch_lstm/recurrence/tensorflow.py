@@ -1,9 +1,10 @@
 """The recurrence on TensorFlow: a loop forth, and a loop back derived by hand.
 
 One product a gate, not one for all gates side by side: TensorFlow runs small
-products beside each other faster than one that it cuts up itself. Several steps in
-each turn of the loop, since a turn costs as much as a few operations. The letters and
-the derivation are in docs/backward.md.
+products beside each other faster than one that it cuts up itself. Back, several steps
+make one turn of the loop, since a turn costs as much as a few operations; forth not,
+since tf2onnx takes only a loop that writes once a turn. The letters and the derivation
+are in docs/backward.md.
 """
 
 import tensorflow as tf
@@ -49,34 +50,35 @@ def _recurrence(mask):
             o = tf.sigmoid(z_o + tf.matmul(h, W_h[2]))
             c_tilde = tf.tanh(z_c + tf.matmul(h, W_h[3]))
             c_new = f * c + i * c_tilde
-            tanh_c = tf.tanh(c_new)
-            h_new = o * tanh_c
+            h_new = o * tf.tanh(c_new)
             if kept is not None:
                 c_new = tf.where(kept[t], c_new, c)
                 h_new = tf.where(kept[t], h_new, h)
-            values = (i, f, o, c_tilde, c, tanh_c, h_new)
+            values = (i, f, o, c_tilde, c, h_new)
             return t + 1, h_new, c_new, *_write(written, t, values)
 
-        empty = [_array(time, h_0.dtype, h_0.shape) for _ in range(7)]
+        empty = [_array(time, h_0.dtype, h_0.shape) for _ in range(6)]
         # No `maximum_iterations` here: tf2onnx does not get along with it.
-        _, h, c, *saved, h_all = _loop(
-            step,
-            (tf.constant(0), h_0, c_0, *empty),
-            lambda t, steps: t + steps <= time,
-            z_i.shape[0],
+        _, h, c, *saved, h_all = tf.while_loop(
+            lambda t, *_: t < time, step, (tf.constant(0), h_0, c_0, *empty)
         )
         h_all = h_all.stack()
+        stacked, graph = [array.stack() for array in saved], _graph()
 
         def backward(dh_all, dh_last, dc_last):
-            dh_out = _array(time, h_0.dtype).unstack(dh_all)
+            values, dh_out = saved, _array(time, h_0.dtype).unstack(dh_all)
+            if _graph() is not graph:  # as that of a SavedModel, which takes no arrays
+                values = [_array(time, h_0.dtype).unstack(value) for value in stacked]
             W_hi, W_hf, W_ho, W_hc = (tf.transpose(W) for W in W_h)
 
-            def step_back(t, dh, dc, *written):
-                i, f, o, c_tilde, c_before, tanh_c = (value.read(t) for value in saved)
+            def step_back(t, dh, dc, c, *written):
+                i, f, o, c_tilde, c_before = (value.read(t) for value in values)
+                tanh_c = tf.tanh(c)
                 dh += dh_out.read(t)
                 if kept is not None:  # what goes past the step, and what goes in
-                    dh_past, dc_past = (tf.where(kept[t], 0, d) for d in (dh, dc))
-                    dh, dc = (tf.where(kept[t], d, 0) for d in (dh, dc))
+                    nothing = tf.zeros_like(dh)
+                    dh_past, dc_past = (tf.where(kept[t], nothing, d) for d in (dh, dc))
+                    dh, dc = (tf.where(kept[t], d, nothing) for d in (dh, dc))
                 dc += _tanh_grad(tanh_c, dh * o)
                 dz_i = _sigmoid_grad(i, dc * c_tilde)
                 dz_f = _sigmoid_grad(f, dc * c_before)
@@ -89,16 +91,11 @@ def _recurrence(mask):
                 if kept is not None:
                     dh, dc = dh + dh_past, dc + dc_past
                 written = _write(written, t, (dz_i, dz_f, dz_o, dz_c))
-                return t - 1, dh, dc, *written
+                return t - 1, dh, dc, c_before, *written
 
             empty = [_array(time, h_0.dtype, h_0.shape) for _ in range(4)]
-            _, dh_0, dc_0, *dz = _loop(
-                step_back,
-                (time - 1, dh_last, dc_last, *empty),
-                lambda t, steps: t + 1 >= steps,
-                z_i.shape[0],
-                maximum_iterations=time,
-            )
+            carried = (time - 1, dh_last, dc_last, c, *empty)
+            _, dh_0, dc_0, _, *dz = _loop_back(step_back, carried, time, z_i.shape[0])
             dz = [dz_gate.stack() for dz_gate in dz]
             # The gradient of each gate's weights in one product over all steps.
             units = h_0.shape[-1]
@@ -114,21 +111,27 @@ def _recurrence(mask):
     return recurrence
 
 
-def _loop(step, carried, left, time, **options):
-    """`step` as long as a step is `left`; `time` is their number where it is known."""
+def _loop_back(step, carried, time, known_time):
+    """`step` from the last to the first, with the number of the step carried first."""
 
     def turn(*carried):
         for _ in range(STEPS_A_TURN):
             carried = step(*carried)
         return carried
 
-    def while_left(steps, body, carried):
-        return tf.while_loop(lambda t, *_: left(t, steps), body, carried, **options)
+    def loop(body, steps, carried):
+        return tf.while_loop(
+            lambda t, *_: t + 1 >= steps, body, carried, maximum_iterations=time
+        )
 
-    carried = while_left(STEPS_A_TURN, turn, carried)
-    if time is None or time % STEPS_A_TURN:  # too few for a turn
-        carried = while_left(1, step, carried)
+    carried = loop(turn, STEPS_A_TURN, carried)
+    if known_time is None or known_time % STEPS_A_TURN:  # too few for a turn
+        carried = loop(step, 1, carried)
     return carried
+
+
+def _graph():
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
 def _array(time, dtype, shape=None):
