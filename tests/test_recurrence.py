@@ -26,10 +26,11 @@ def layer_with(rng, units=4, features=3, **arguments):
     return layer
 
 
-def all_gradients(layer, mask, rng, steps=5):
+def all_gradients(layer, mask, rng, steps=5, batch=3):
     """A loss on all outputs and the last states, by weights, inputs and states."""
     dtype = layer.compute_dtype
-    y, y_h, y_c = (rng.normal(size=size) for size in [(3, steps, 4), (3, 4), (3, 4)])
+    shapes = [(batch, steps, 4), (batch, 4), (batch, 4)]
+    y, y_h, y_c = (rng.normal(size=shape) for shape in shapes)
 
     def loss(x, h, c):
         outputs, *states = layer(x, initial_state=[h, c], mask=mask)
@@ -74,24 +75,39 @@ def test_outputs_and_gradients_are_the_loops(rng, way, mask, go_backwards, use_b
         np.testing.assert_allclose(one, other, atol=tolerance)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4, 6, 10, 13])
+@pytest.mark.parametrize("use_bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize(
+    ("batch", "steps"),
+    [(1, 1), (1, 7), (3, 1), (3, 2), (3, 4), (3, 6), (3, 10), (2, 13)],
+)
 @pytest.mark.parametrize("way", WAYS)
-def test_sequences_of_any_length(rng, way, steps):
-    """Back, TensorFlow runs five at a time, and what is left over one by one."""
-    mask = rng.random((3, steps)) < 0.8
+def test_batches_and_sequences_of_any_length(rng, way, batch, steps, use_bias):
+    """Back, TensorFlow runs five steps at a time, and what is left over one by one.
+
+    For one sample, JAX has products of its own.
+    """
+    mask = rng.random((batch, steps)) < 0.8
     if way == "cudnn":
         mask = None
+        if not use_bias:
+            pytest.skip("not served in cuDNN")
     with double_precision():
         layer = layer_with(
-            rng, dtype="float64", return_sequences=True, return_state=True
+            rng,
+            dtype="float64",
+            return_sequences=True,
+            return_state=True,
+            use_bias=use_bias,
         )
-        inputs = [rng.normal(size=size) for size in [(3, steps, 3), (3, 4), (3, 4)]]
+        shapes = [(batch, steps, 3), (batch, 4), (batch, 4)]
+        inputs = [rng.normal(size=shape) for shape in shapes]
         results = []
         state = rng.bit_generator.state
         for taken in (way, "loop"):
             rng.bit_generator.state = state
             with recurrence.only(taken):
-                outputs, gradients = all_gradients(layer, mask, rng, steps)(*inputs)
+                gradient = all_gradients(layer, mask, rng, steps, batch)
+                outputs, gradients = gradient(*inputs)
             assert layer.recurrence == taken
             results.append([*outputs, *gradients])
     for one, other in zip(*results, strict=True):
