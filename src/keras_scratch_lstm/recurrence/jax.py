@@ -4,7 +4,7 @@ In training the gates run two by two, i with f and o with c: with one product of
 four, or with four, it took about a seventh longer at 256 units on two cores. Without
 gradients, where nothing is kept, four products took a third less than two. For one
 sample a copy of the weights costs as much as a step: one product of all four and
-nothing transposed took 5.6 ms in place of 8.3 at 512 units. The letters and the
+nothing transposed took some 5 ms in place of 7.6 at 512 units. The letters and the
 derivation are in docs/backward.md.
 """
 
@@ -120,7 +120,7 @@ def _backward(residuals, gradients):
 
 
 def _over_all_steps(x, h_before, dz, b):
-    """The gradients of all weights, in one product over all steps."""
+    """The gradients of all weights, over all steps at once."""
     inputs = [x, h_before, jnp.ones((*x.shape[:2], 1), dz.dtype)]
     features, units = x.shape[-1], h_before.shape[-1]
     if x.shape[1] == 1:  # gate by gate, and nothing is copied
