@@ -34,7 +34,7 @@ def _recurrence(x, h_0, c_0, W_x, W_h, b, mask):
 
 
 def _forward(x, h_0, c_0, W_x, W_h, b, mask):
-    together = 4 if len(h_0) == 1 else 2
+    together = 4 if h_0.shape[0] == 1 else 2
     W_x, W_h, b = (_side_by_side(weights, together) for weights in (W_x, W_h, b))
     h, c, saved = _scan(x, h_0, c_0, W_x, W_h, b, mask, keep=slice(None))
     return (saved[-1], h, c), (saved, x, h_0, c_0, W_x, W_h, b, mask)
@@ -95,7 +95,7 @@ def _backward(residuals, gradients):
         to_c, through_c = to_c * kept, jnp.where(kept, f, 1)
     W_x, W_h = (jnp.concatenate(W, -1) for W in (W_x, W_h))
     # A copy the other way round is faster to multiply by, but not for one sample.
-    W_h_T = None if len(h_0) == 1 else W_h.T
+    W_h_T = None if h_0.shape[0] == 1 else W_h.T
 
     def step_back(gradients, inputs):
         dh, dc = gradients
