@@ -26,14 +26,14 @@ def layer_with(rng, units=4, features=3, **arguments):
     return layer
 
 
-def all_gradients(layer, mask, rng, steps=5, batch=3):
+def all_gradients(layer, mask, rng, steps=5, batch=3, training=True):
     """A loss on all outputs and the last states, by weights, inputs and states."""
     dtype = layer.compute_dtype
     shapes = [(batch, steps, 4), (batch, 4), (batch, 4)]
     y, y_h, y_c = (rng.normal(size=shape) for shape in shapes)
 
     def loss(x, h, c):
-        outputs, *states = layer(x, initial_state=[h, c], mask=mask)
+        outputs, *states = layer(x, initial_state=[h, c], mask=mask, training=training)
         total = sum(
             ops.sum(ops.cast(weight, dtype) * ops.sin(value))
             for weight, value in zip((y, y_h, y_c), (outputs, *states), strict=True)
@@ -75,14 +75,22 @@ def test_outputs_and_gradients_are_the_loops(rng, way, mask, go_backwards, use_b
         np.testing.assert_allclose(one, other, atol=tolerance)
 
 
+in_training = pytest.mark.parametrize(
+    "training", [True, False], ids=["training", "inference"]
+)
+
+
 @pytest.mark.parametrize("use_bias", [True, False], ids=["bias", "no_bias"])
+@in_training
 @pytest.mark.parametrize(
     ("batch", "steps"),
     [(1, 1), (1, 7), (3, 1), (3, 2), (3, 4), (3, 6), (3, 10), (2, 13)],
 )
 @pytest.mark.parametrize("way", WAYS)
-def test_batches_and_sequences_of_any_length(rng, way, batch, steps, use_bias):
-    """Back, TensorFlow runs five steps at a time, and what is left over one by one.
+def test_batches_and_sequences_of_any_length(
+    rng, way, batch, steps, training, use_bias
+):
+    """In training, TensorFlow runs five steps at a time, and what is left one by one.
 
     For one sample, JAX has products of its own.
     """
@@ -106,7 +114,7 @@ def test_batches_and_sequences_of_any_length(rng, way, batch, steps, use_bias):
         for taken in (way, "loop"):
             rng.bit_generator.state = state
             with recurrence.only(taken):
-                gradient = all_gradients(layer, mask, rng, steps, batch)
+                gradient = all_gradients(layer, mask, rng, steps, batch, training)
                 outputs, gradients = gradient(*inputs)
             assert layer.recurrence == taken
             results.append([*outputs, *gradients])
@@ -114,8 +122,9 @@ def test_batches_and_sequences_of_any_length(rng, way, batch, steps, use_bias):
         np.testing.assert_allclose(one, other, atol=1e-5 if BACKEND == "jax" else 1e-12)
 
 
+@in_training
 @pytest.mark.parametrize("way", WAYS)
-def test_second_derivatives_are_the_loops(rng, way):
+def test_second_derivatives_are_the_loops(rng, way, training):
     """The gradient of the gradient's square, as in a gradient penalty."""
     if way == "cudnn":
         pytest.skip("cuDNN has no second derivative")
@@ -127,7 +136,7 @@ def test_second_derivatives_are_the_loops(rng, way):
             "tensorflow": _tf_penalty,
             "jax": _jax_penalty,
             "torch": _torch_penalty,
-        }[BACKEND](layer, x)
+        }[BACKEND](lambda x: layer(x, training=training), layer.cell.weights, x)
 
     results = {}
     for taken in (way, "loop"):
@@ -139,44 +148,69 @@ def test_second_derivatives_are_the_loops(rng, way):
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
-def _tf_penalty(layer, x):
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="only there is it a choice")
+@in_training
+@pytest.mark.parametrize("time", [7, None])
+def test_second_derivatives_compiled_by_xla(rng, time, training):
+    layer = layer_with(rng)
+    x = rng.normal(size=(3, 7, 3)).astype("float32")
+    results = []
+    for taken, jit_compile in ((WAYS[0], True), ("loop", False)):
+        with recurrence.only(taken):
+            results.append(
+                _tf_penalty(
+                    lambda x: layer(x, training=training),
+                    layer.cell.weights,
+                    x,
+                    shape=(None, time, 3),
+                    jit_compile=jit_compile,
+                )
+            )
+        assert layer.recurrence == taken
+    for one, other in zip(*results, strict=True):
+        assert np.ptp(other) > 0
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def _tf_penalty(call, weights, x, shape=None, jit_compile=False):
     import tensorflow as tf
 
-    weights = [weight.value for weight in layer.cell.weights]
+    weights = [weight.value for weight in weights]
+    signature = [tf.TensorSpec(shape or x.shape)]
 
-    @tf.function
+    @tf.function(input_signature=signature, jit_compile=jit_compile)
     def penalty(x):
         with tf.GradientTape() as outer:
             with tf.GradientTape() as inner:
                 inner.watch(x)
-                loss = tf.reduce_sum(layer(x) ** 2)
+                loss = tf.reduce_sum(call(x) ** 2)
             penalty = tf.reduce_sum(inner.gradient(loss, x) ** 2)
         return outer.gradient(penalty, weights)
 
     return [gradient.numpy() for gradient in penalty(tf.constant(x))]
 
 
-def _jax_penalty(layer, x):
+def _jax_penalty(call, weights, x):
     import jax
 
     def loss(x, values):
-        pairs = list(zip(layer.cell.weights, values, strict=True))
+        pairs = list(zip(weights, values, strict=True))
         with keras.StatelessScope(pairs):
-            return ops.sum(layer(x) ** 2)
+            return ops.sum(call(x) ** 2)
 
     def penalty(values):
         return ops.sum(jax.grad(loss)(x, values) ** 2)
 
-    values = [weight.value for weight in layer.cell.weights]
+    values = [weight.value for weight in weights]
     return [np.asarray(gradient) for gradient in jax.jit(jax.grad(penalty))(values)]
 
 
-def _torch_penalty(layer, x):
+def _torch_penalty(call, weights, x):
     import torch
 
     x = torch.tensor(x, requires_grad=True)
-    weights = [weight.value for weight in layer.cell.weights]
-    loss = (layer(x) ** 2).sum()
+    weights = [weight.value for weight in weights]
+    loss = (call(x) ** 2).sum()
     (dx,) = torch.autograd.grad(loss, x, create_graph=True)
     gradients = torch.autograd.grad((dx**2).sum(), weights)
     return [gradient.numpy() for gradient in gradients]

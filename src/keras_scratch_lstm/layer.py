@@ -316,7 +316,7 @@ class ScratchLSTM(keras.layers.RNN):
 
         W_x, W_h = by_letter("W_x"), by_letter("W_h")
         b = by_letter("b_") if cell.use_bias else None
-        h_all, h, c = lstm(x, *initial_state, W_x, W_h, b, mask)
+        h_all, h, c = lstm(x, *initial_state, W_x, W_h, b, mask, training)
         if mask is not None and self.zero_output_for_mask:
             h_all = h_all * ops.cast(mask, h_all.dtype)[:, :, None]
         return h_all[-1], ops.swapaxes(h_all, 0, 1), [h, c]

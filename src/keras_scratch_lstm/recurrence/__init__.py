@@ -2,7 +2,7 @@
 
 Each file has one function, the contract:
 
-    lstm(x, h, c, W_x, W_h, b, mask) -> (h_all, h, c)
+    lstm(x, h, c, W_x, W_h, b, mask, training) -> (h_all, h, c)
 
 - `x`: the sequence, `(time, batch, features)`.
 - `h`, `c`: the states to begin with, each `(batch, units)`.
@@ -11,6 +11,8 @@ Each file has one function, the contract:
   bias, `b` is `None`.
 - `mask`: Boolean tensor `(time, batch)`, or `None`. A step that it marks
   `False` leaves `h` and `c` as they are.
+- `training`: Boolean, whether to be fast with gradients or without. They are due in
+  both cases.
 
 It returns the outputs, `(time, batch, units)`, and the last `h` and `c`. The
 output of a step is `h`; where the mask marks the first steps `False`, it is what

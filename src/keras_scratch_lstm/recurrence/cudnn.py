@@ -6,7 +6,7 @@ from keras_scratch_lstm import _keras
 from keras_scratch_lstm.by_gate import side_by_side
 
 
-def lstm(x, h, c, W_x, W_h, b, mask):
+def lstm(x, h, c, W_x, W_h, b, mask, training):
     if mask is not None or b is None:
         raise NotImplementedError
     _, h_all, (h, c) = _keras.lstm(

@@ -17,7 +17,7 @@ def has_gpu():
     return jax.default_backend() == "gpu"
 
 
-def lstm(x, h, c, W_x, W_h, b, mask):
+def lstm(x, h, c, W_x, W_h, b, mask, training):
     weights = (tuple(W_x), tuple(W_h), None if b is None else tuple(b))
     return _recurrence(x, h, c, *weights, mask)
 

@@ -1,10 +1,10 @@
 """The recurrence on TensorFlow: a loop forth, and a loop back derived by hand.
 
 One product a gate, not one for all gates side by side: TensorFlow runs small
-products beside each other faster than one that it cuts up itself. Back, several steps
-make one turn of the loop, since a turn costs as much as a few operations; forth not,
-since tf2onnx takes only a loop that writes once a turn. The letters and the derivation
-are in docs/backward.md.
+products beside each other faster than one that it cuts up itself. Several steps make
+one turn of the loop, since a turn costs as much as a few operations; but not in
+inference, since tf2onnx takes only a loop that writes once a turn. The letters and the
+derivation are in docs/backward.md.
 """
 
 import tensorflow as tf
@@ -16,7 +16,7 @@ def has_gpu():
     return bool(tf.config.list_logical_devices("GPU"))
 
 
-def lstm(x, h, c, W_x, W_h, b, mask):
+def lstm(x, h, c, W_x, W_h, b, mask, training):
     time, batch = tf.shape(x)[0], tf.shape(x)[1]
     rows = tf.reshape(x, (-1, x.shape[-1]))
     units = h.shape[-1]
@@ -27,19 +27,20 @@ def lstm(x, h, c, W_x, W_h, b, mask):
             projected = tf.nn.bias_add(projected, b[gate])
         projected = tf.reshape(projected, (time, batch, units))
         z.append(tf.ensure_shape(projected, (x.shape[0], x.shape[1], units)))
-    h_all, h, c = _recurrence(mask)(*z, h, c, *W_h)
+    recurrence = _recurrence(mask, STEPS_A_TURN if training else 1)
+    h_all, h, c = recurrence(*z, h, c, *W_h)
     if mask is not None:  # zeros before the first step that counts
         begun = tf.cumsum(tf.cast(mask, h.dtype)) > 0
         h_all = tf.where(begun[:, :, None], h_all, 0)
     return h_all, h, c
 
 
-def _recurrence(mask):
+def _recurrence(mask, steps_a_turn):
     """The loop over projected inputs; the mask, which has no gradient, aside."""
 
     @tf.custom_gradient
     def recurrence(z_i, z_f, z_o, z_c, h_0, c_0, *W_h):
-        time = tf.shape(z_i)[0]
+        time = tf.shape(z_i)[0] if z_i.shape[0] is None else z_i.shape[0]
         z_all = [_array(time, h_0.dtype).unstack(z) for z in (z_i, z_f, z_o, z_c)]
         kept = None if mask is None else mask[:, :, None]
 
@@ -58,10 +59,8 @@ def _recurrence(mask):
             return t + 1, h_new, c_new, *_write(written, t, values)
 
         empty = [_array(time, h_0.dtype, h_0.shape) for _ in range(6)]
-        # No `maximum_iterations` here: tf2onnx does not get along with it.
-        _, h, c, *saved, h_all = tf.while_loop(
-            lambda t, *_: t < time, step, (tf.constant(0), h_0, c_0, *empty)
-        )
+        carried = (tf.constant(0), h_0, c_0, *empty)
+        _, h, c, *saved, h_all = _loop(step, carried, time, steps_a_turn)
         h_all = h_all.stack()
         stacked, graph = [array.stack() for array in saved], _graph()
 
@@ -71,7 +70,8 @@ def _recurrence(mask):
                 values = [_array(time, h_0.dtype).unstack(value) for value in stacked]
             W_hi, W_hf, W_ho, W_hc = (tf.transpose(W) for W in W_h)
 
-            def step_back(t, dh, dc, c, *written):
+            def step_back(done, dh, dc, c, *written):
+                t = time - 1 - done
                 i, f, o, c_tilde, c_before = (value.read(t) for value in values)
                 tanh_c = tf.tanh(c)
                 dh += dh_out.read(t)
@@ -91,11 +91,11 @@ def _recurrence(mask):
                 if kept is not None:
                     dh, dc = dh + dh_past, dc + dc_past
                 written = _write(written, t, (dz_i, dz_f, dz_o, dz_c))
-                return t - 1, dh, dc, c_before, *written
+                return done + 1, dh, dc, c_before, *written
 
             empty = [_array(time, h_0.dtype, h_0.shape) for _ in range(4)]
-            carried = (time - 1, dh_last, dc_last, c, *empty)
-            _, dh_0, dc_0, _, *dz = _loop_back(step_back, carried, time, z_i.shape[0])
+            carried = (tf.constant(0), dh_last, dc_last, c, *empty)
+            _, dh_0, dc_0, _, *dz = _loop(step_back, carried, time)
             dz = [dz_gate.stack() for dz_gate in dz]
             # The gradient of each gate's weights in one product over all steps.
             units = h_0.shape[-1]
@@ -111,23 +111,28 @@ def _recurrence(mask):
     return recurrence
 
 
-def _loop_back(step, carried, time, known_time):
-    """`step` from the last to the first, with the number of the step carried first."""
+def _loop(step, carried, time, steps_a_turn=STEPS_A_TURN):
+    """`step`, `time` times over, with the number of steps done carried first."""
 
     def turn(*carried):
-        for _ in range(STEPS_A_TURN):
+        for _ in range(steps_a_turn):
             carried = step(*carried)
         return carried
 
     def loop(body, steps, carried):
+        # XLA asks for the maximum in second derivatives.
         return tf.while_loop(
-            lambda t, *_: t + 1 >= steps, body, carried, maximum_iterations=time
+            lambda done, *_: done + steps <= time,
+            body,
+            carried,
+            maximum_iterations=time,
         )
 
-    carried = loop(turn, STEPS_A_TURN, carried)
-    if known_time is None or known_time % STEPS_A_TURN:  # too few for a turn
-        carried = loop(step, 1, carried)
-    return carried
+    if steps_a_turn > 1:
+        carried = loop(turn, steps_a_turn, carried)
+        if isinstance(time, int) and time % steps_a_turn == 0:
+            return carried
+    return loop(step, 1, carried)  # what is too little for a turn
 
 
 def _graph():

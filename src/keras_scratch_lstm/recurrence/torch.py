@@ -10,14 +10,14 @@ def has_gpu():
     return torch.cuda.is_available() and torch.backends.cudnn.is_available()
 
 
-def lstm(x, h, c, W_x, W_h, b, mask):
+def lstm(x, h, c, W_x, W_h, b, mask, training):
     if mask is not None:
         return _loop(x, h, c, W_x, W_h, b, mask)
     with torch.backends.cudnn.flags(enabled=False):
         return _torch_lstm(x, h, c, W_x, W_h, b)
 
 
-def lstm_in_cudnn(x, h, c, W_x, W_h, b, mask):
+def lstm_in_cudnn(x, h, c, W_x, W_h, b, mask, training):
     if mask is not None or x.device.type != "cuda":
         raise NotImplementedError
     return _torch_lstm(x, h, c, W_x, W_h, b)
