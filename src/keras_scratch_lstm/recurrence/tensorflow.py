@@ -19,13 +19,13 @@ def has_gpu():
 def lstm(x, h, c, W_x, W_h, b, mask, training):
     time, batch = tf.shape(x)[0], tf.shape(x)[1]
     rows = tf.reshape(x, (-1, x.shape[-1]))
+    if b is not None:  # weights of an input that is always 1: one gradient for both
+        rows = tf.concat([rows, tf.ones_like(rows[:, :1])], 1)
+        W_x = [tf.concat([W, b[None]], 0) for W, b in zip(W_x, b, strict=True)]
     units = h.shape[-1]
     z = []
-    for gate, W in enumerate(W_x):
-        projected = tf.matmul(rows, W)
-        if b is not None:
-            projected = tf.nn.bias_add(projected, b[gate])
-        projected = tf.reshape(projected, (time, batch, units))
+    for W in W_x:
+        projected = tf.reshape(tf.matmul(rows, W), (time, batch, units))
         z.append(tf.ensure_shape(projected, (x.shape[0], x.shape[1], units)))
     recurrence = _recurrence(mask, STEPS_A_TURN if training else 1)
     h_all, h, c = recurrence(*z, h, c, *W_h)
