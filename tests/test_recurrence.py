@@ -172,6 +172,25 @@ def test_second_derivatives_compiled_by_xla(rng, time, training):
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="only there are gradients taken forwards")
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("mask", [None, "masked"])
+def test_hessians_are_the_loops(rng, mask, batch):
+    """Of the gradients taken backwards, those taken forwards."""
+    import jax
+
+    layer = layer_with(rng)
+    x = rng.normal(size=(batch, 5, 3)).astype("float32")
+    mask = mask and rng.random((batch, 5)) < 0.8
+    results = {}
+    for taken in ("jax", "loop"):
+        with recurrence.only(taken):
+            results[taken] = jax.hessian(lambda x: ops.sum(layer(x, mask=mask) ** 2))(x)
+        assert layer.recurrence == taken
+    assert np.ptp(results["loop"]) > 0
+    np.testing.assert_allclose(results["jax"], results["loop"], atol=1e-4)
+
+
 def _tf_penalty(call, weights, x, shape=None, jit_compile=False):
     import tensorflow as tf
 
