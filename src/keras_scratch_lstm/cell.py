@@ -386,9 +386,9 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         return input_shape[-1]
 
     def _check_states(self, states, inputs):
-        shapes = [
-            tuple(getattr(state, "shape", ())) for state in keras.tree.flatten(states)
-        ]
+        # Not flattened: that would take longer than all the rest of the check.
+        given = states if isinstance(states, (list, tuple)) else [states]
+        shapes = [tuple(getattr(state, "shape", ())) for state in given]
         batch = inputs.shape[0]
         if len(shapes) != 2 or any(
             len(shape) != 2
