@@ -12,7 +12,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "throughput.py"
 BACKEND = keras.backend.backend()
-TINY = {"rounds": 3, "batches": 2, "batch": 2, "time": 4, "units": 3, "characters": 20}
+TINY = {"rounds": 2, "batches": 2, "batch": 2, "time": 4, "units": 3, "characters": 20}
 TINY |= {"grid-batches": "1,2", "grid-units": "2,3", "step-counts": "2,5"}
 
 
