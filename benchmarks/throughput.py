@@ -361,18 +361,17 @@ def measure_steps(backend, options):
     for steps in options.step_counts:
         one = argparse.Namespace(**vars(options))
         one.given = [*options.given, "--time", str(steps), "--batches", "2"]
-        memory = ask_one(backend, "ScratchLSTM", one)["peak_memory_mb"]
-        functions = {}
+        functions, per_step = {}, {}
         for name in ("LSTM", "ScratchLSTM"):
+            memory = ask_one(backend, name, one)["peak_memory_mb"]
+            per_step[f"mb_a_step_{name}"] = memory / steps
             shape = (2, options.batch, steps)
             functions[name] = contenders(backend)[name](options.units, shape)
             functions[name]()
-        times = rounds_of(functions, options.rounds)
-        per_step = {
-            f"ms_a_step_{name}": 1e3 * statistics.median(values) / (2 * steps)
-            for name, values in times.items()
-        }
-        found.append({"steps": steps, "mb_a_step": memory / steps, **per_step})
+        for name, values in rounds_of(functions, options.rounds).items():
+            milliseconds = 1e3 * statistics.median(values) / (2 * steps)
+            per_step[f"ms_a_step_{name}"] = milliseconds
+        found.append({"steps": steps, **per_step})
         print(backend, found[-1], flush=True)
     return {"lengths": found}
 
