@@ -617,8 +617,13 @@ def main(arguments=None):
 
 
 def parse(arguments):
+    def number(argument):
+        if not argument.isdecimal() or int(argument) == 0:
+            raise argparse.ArgumentTypeError(f"{argument!r} came; expected 1 or more.")
+        return int(argument)
+
     def numbers(argument):
-        return [int(number) for number in argument.split(",")]
+        return [number(one) for one in argument.split(",")]
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=BACKENDS)
@@ -628,12 +633,12 @@ def parse(arguments):
             f"--{name}", dest="measure", action="store_const", const=name
         )
     parser.set_defaults(measure="main")
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--batches", type=int, default=20, help="of one round")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--time", type=int, default=35, help="steps of a sequence")
-    parser.add_argument("--units", type=int, default=256)
-    parser.add_argument("--characters", type=int, default=1000, help="to generate")
+    parser.add_argument("--rounds", type=number, default=21)
+    parser.add_argument("--batches", type=number, default=20, help="of one round")
+    parser.add_argument("--batch", type=number, default=32)
+    parser.add_argument("--time", type=number, default=35, help="steps of a sequence")
+    parser.add_argument("--units", type=number, default=256)
+    parser.add_argument("--characters", type=number, default=1000, help="to generate")
     parser.add_argument("--grid-batches", type=numbers, default=[1, 8, 32, 128])
     parser.add_argument("--grid-units", type=numbers, default=[64, 128, 256, 512])
     parser.add_argument(

@@ -273,6 +273,37 @@ def test_however_the_training_step_is_compiled(rng, way, compiled):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="only there does the compiler tell")
+@pytest.mark.parametrize("batch", [32, 128])
+def test_training_takes_no_more_memory_than_the_built_in(batch):
+    """In one compiled step, beside the weights and the data."""
+    import jax
+
+    def memory(layer):
+        x = np.zeros((batch, 35, 28), "float32")
+        layer.build(x.shape)
+        trainable, others = (
+            [variable.value for variable in variables]
+            for variables in (
+                layer.trainable_variables,
+                layer.non_trainable_variables,
+            )
+        )
+
+        def loss(trainable, x):
+            outputs, _ = layer.stateless_call(trainable, others, x, training=True)
+            return ops.sum(outputs**2)
+
+        step = jax.jit(jax.value_and_grad(loss)).lower(trainable, x).compile()
+        return step.memory_analysis().temp_size_in_bytes
+
+    ours, built_in = (
+        memory(make(256, return_sequences=True))
+        for make in (ScratchLSTM, keras.layers.LSTM)
+    )
+    assert 0 < ours <= built_in, (ours, built_in)
+
+
 # --- which way is taken ------------------------------------------------------
 
 

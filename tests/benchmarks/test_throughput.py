@@ -88,6 +88,15 @@ def test_both_generate_the_same_text(throughput):
     assert len(found) == 30
 
 
+@pytest.mark.parametrize("wrong", ["0", "-1", "1.5", "a"])
+@pytest.mark.parametrize("argument", ["rounds", "grid-units"])
+def test_a_number_that_is_none(throughput, capsys, argument, wrong):
+    with pytest.raises(SystemExit):
+        throughput.parse([f"--{argument}={wrong}"])
+    expected = f"argument --{argument}: '{wrong}' came; expected 1 or more.\n"
+    assert capsys.readouterr().err.endswith(expected)
+
+
 def test_ratios_are_taken_round_by_round(throughput):
     times = {"ScratchLSTM": [1.0, 2.0, 4.0], "LSTM": [3.0, 4.0, 4.0]}
     assert throughput.ratios(times) == {"`ScratchLSTM` / `LSTM`": 2.0}

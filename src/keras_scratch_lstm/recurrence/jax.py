@@ -9,9 +9,8 @@ over their factors, which takes a third less memory: from some 30 MB on, new mem
 each step costs as much time as the products do.
 
 For one sample a copy of the weights costs as much as a step: one product of all four
-and nothing transposed took some 5 ms in place of 7.6 at 512 units; and what is written
-over something took a sixth longer. The letters and the derivation are in
-docs/backward.md.
+and nothing transposed took some 5 ms in place of 7.6 at 512 units; and to write over
+took a sixth longer. The letters and the derivation are in docs/backward.md.
 """
 
 import functools
@@ -134,10 +133,10 @@ _recurrence.defvjp(_forward, _backward)
 
 
 def _scan(step, reverse, weights, states, inputs, replaced):
-    """`step` over all steps: of `inputs`, and of `replaced`, for which it has others.
+    """Runs a step over all steps, and stacks its outputs and its replacements.
 
-    Returns:
-        The last states, the outputs, and what takes the place of `replaced`.
+    The step takes the weights, the states, and its own of `inputs` and `replaced`. It
+    returns the states, its outputs, and what takes the place of its own of `replaced`.
     """
 
     def at(states, values):
