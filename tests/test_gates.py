@@ -1,4 +1,5 @@
 import gc
+import os
 import random
 import re
 import threading
@@ -844,6 +845,20 @@ def test_a_saved_trace_is_the_same_when_loaded(dtype, trace, tmp_path):
         assert one.layer == other.layer
         assert one.i.dtype == other.i.dtype
     assert loaded.backward.backward is None
+
+
+def test_a_file_is_for_those_whom_any_new_file_is_for(trace, tmp_path, monkeypatch):
+    path, plain = tmp_path / "trace.npz", tmp_path / "plain"
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            # It is that of all threads, so it is left alone even for a moment.
+            patch.setattr(os, "umask", None)
+            trace.save(path)
+        plain.touch()
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode == plain.stat().st_mode
 
 
 def test_a_file_is_written_whole_or_not_at_all(trace, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import os
-import tempfile
+import secrets
 import threading
 import weakref
 import zipfile
@@ -955,15 +955,10 @@ def _read_arrays(file):
 def _write_whole(path, write):
     """Writes a file whole or not at all."""
     path = checks.path("path", path)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with open(descriptor, "wb") as file:
+    part = path.parent / f"{path.name}.{secrets.token_hex(4)}"
+    with contextlib.ExitStack() as undo:
+        with open(part, "xb") as file:
+            undo.callback(os.unlink, part)
             write(file)
-        # As `open` would have made it, not for its owner alone.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+        os.replace(part, path)
+        undo.pop_all()
