@@ -22,8 +22,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
-from keras_scratch_lstm.cell import Gates
+from keras_scratch_lstm import Gates, ScratchLSTM, ScratchLSTMCell
 
 
 @keras.saving.register_keras_serializable("custom_gates")

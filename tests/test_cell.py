@@ -6,8 +6,7 @@ import pytest
 from keras import layers
 from reference import NAMES, fuse, label, lstm_step, sigmoid, weights_of
 
-from keras_scratch_lstm import ScratchLSTMCell
-from keras_scratch_lstm.cell import Gates
+from keras_scratch_lstm import Gates, ScratchLSTMCell
 
 numpy = keras.ops.convert_to_numpy
 

@@ -7,8 +7,14 @@ import pytest
 from keras import layers, ops
 from reference import NAMES, fuse, label
 
-from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
-from keras_scratch_lstm.convert import from_torch, to_builtin, to_scratch, to_torch
+from keras_scratch_lstm import (
+    ScratchLSTM,
+    ScratchLSTMCell,
+    from_torch,
+    to_builtin,
+    to_scratch,
+    to_torch,
+)
 
 BACKEND = keras.backend.backend()
 BUILTIN = (layers.LSTM, layers.LSTMCell)

@@ -210,7 +210,7 @@ def compare_a_step(case):
     else:
         start, states = carried if case["stateful"] else [], []
 
-    with recurrence.only(case["way"]):
+    with recurrence.force(case["way"]):
         our_outputs, our_gradients, our_weights = train(ours, case, x, states)
     (output, *last), gradients, weights = train(theirs, case, x, start)
 
@@ -274,7 +274,7 @@ def test_fit_trains_it_as_the_built_in_one(case, known_shape, xla):
     def draw(*shape):  # two minibatches
         return rng.normal(size=(2 * batch, *shape)).astype(dtype)
 
-    with in_precision_of(case), recurrence.only(case["way"]):
+    with in_precision_of(case), recurrence.force(case["way"]):
         both = pair(case, rng)
         dtype = both[0].variable_dtype
         data = {"x": draw(time, features)}

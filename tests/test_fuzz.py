@@ -23,12 +23,13 @@ from keras_scratch_lstm import (
     PerplexityLogger,
     ScratchLSTM,
     ScratchLSTMCell,
+    from_torch,
     to_builtin,
     to_scratch,
+    to_torch,
     trace_gates,
 )
-from keras_scratch_lstm.convert import from_torch, to_torch
-from keras_scratch_lstm.gates import ARRAYS
+from keras_scratch_lstm.tracing.trace import ARRAYS
 
 # bad_inputs/ has the same sentences on each backend.
 pytestmark = pytest.mark.one_backend

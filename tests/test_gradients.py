@@ -104,7 +104,7 @@ def test_the_gradients_of_a_layer(rng, case):
     arguments = {"return_sequences": True, **CASES[case]}
     way, mask = arguments.pop("way", None), arguments.pop("mask", None)
     cell = arguments.pop("cell", None)
-    with double_precision(), recurrence.only(way):
+    with double_precision(), recurrence.force(way):
         if cell:
             arguments["cell"] = cell(3, tanh(), dtype="float64")
         else:

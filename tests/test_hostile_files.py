@@ -24,7 +24,7 @@ import pytest
 from keras import layers
 
 from keras_scratch_lstm import GateTrace, ScratchLSTM, ScratchLSTMCell
-from keras_scratch_lstm.gates import ARRAYS
+from keras_scratch_lstm.tracing.trace import ARRAYS
 
 KERAS = tuple(int(part) for part in keras.__version__.split(".")[:2])
 MB = 2**20

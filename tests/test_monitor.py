@@ -5,9 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
-from keras_scratch_lstm.gates import trace_gates
-from keras_scratch_lstm.monitor import GateMonitor
+from keras_scratch_lstm import GateMonitor, ScratchLSTM, ScratchLSTMCell, trace_gates
 
 TIME, FEATURES, UNITS = 4, 3, 5
 WEIGHTS = [letter + gate for gate in "ifoc" for letter in ("W_x", "W_h", "b_")]

@@ -9,8 +9,8 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 from matplotlib.figure import Figure
 from PIL import Image
 
-from keras_scratch_lstm import plotting
-from keras_scratch_lstm.gates import ARRAYS, GateTrace
+from keras_scratch_lstm import GateTrace, plotting
+from keras_scratch_lstm.tracing.trace import ARRAYS
 
 pytestmark = pytest.mark.one_backend
 

@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, recurrence
 
-WAYS = list(recurrence.ways())
+WAYS = list(recurrence.implementations())
 MASKS = {
     "unmasked": None,
     "padded": [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]],
@@ -61,7 +61,7 @@ def test_outputs_and_gradients_are_the_loops(rng, way, mask, go_backwards, use_b
         state = rng.bit_generator.state
         for taken in (way, "loop"):
             rng.bit_generator.state = state
-            with recurrence.only(taken):
+            with recurrence.force(taken):
                 results[taken] = all_gradients(layer, mask, rng)(*inputs)
             assert layer.recurrence == taken
     outputs, gradients = results[way]
@@ -113,7 +113,7 @@ def test_batches_and_sequences_of_any_length(
         state = rng.bit_generator.state
         for taken in (way, "loop"):
             rng.bit_generator.state = state
-            with recurrence.only(taken):
+            with recurrence.force(taken):
                 gradient = all_gradients(layer, mask, rng, steps, batch, training)
                 outputs, gradients = gradient(*inputs)
             assert layer.recurrence == taken
@@ -140,7 +140,7 @@ def test_second_derivatives_are_the_loops(rng, way, training):
 
     results = {}
     for taken in (way, "loop"):
-        with recurrence.only(taken):
+        with recurrence.force(taken):
             results[taken] = penalty(x)
         assert layer.recurrence == taken
     for one, other in zip(results[way], results["loop"], strict=True):
@@ -156,7 +156,7 @@ def test_second_derivatives_compiled_by_xla(rng, time, training):
     x = rng.normal(size=(3, 7, 3)).astype("float32")
     results = []
     for taken, jit_compile in ((WAYS[0], True), ("loop", False)):
-        with recurrence.only(taken):
+        with recurrence.force(taken):
             results.append(
                 _tf_penalty(
                     lambda x: layer(x, training=training),
@@ -184,7 +184,7 @@ def test_hessians_are_the_loops(rng, mask, batch):
     mask = mask and rng.random((batch, 5)) < 0.8
     results = {}
     for taken in ("jax", "loop"):
-        with recurrence.only(taken):
+        with recurrence.force(taken):
             results[taken] = jax.hessian(lambda x: ops.sum(layer(x, mask=mask) ** 2))(x)
         assert layer.recurrence == taken
     assert np.ptp(results["loop"]) > 0
@@ -244,7 +244,7 @@ def trained(way, rng, **compiled):
     )
     model.compile(keras.optimizers.SGD(0.5), "mse", **compiled)
     x, y = rng.normal(size=(12, 5, 3)), rng.normal(size=(12, 5, 2))
-    with recurrence.only(way):
+    with recurrence.force(way):
         history = model.fit(x, y, batch_size=3, epochs=2, shuffle=False, verbose=0)
     assert layer.recurrence == way
     return [history.history["loss"], *model.get_weights()]
@@ -351,7 +351,7 @@ def test_both_directions_are_fast(rng, mask):
     x = rng.normal(size=(3, 5, 3)).astype("float32")
     fast = ops.convert_to_numpy(both(x, mask=mask))
     assert both.forward_layer.recurrence == both.backward_layer.recurrence == WAYS[0]
-    with recurrence.only("loop"):
+    with recurrence.force("loop"):
         loop = ops.convert_to_numpy(both(x, mask=mask))
     np.testing.assert_allclose(fast, loop, atol=1e-6)
     assert mask is None or not fast[~mask].any()
@@ -363,7 +363,7 @@ def test_a_batch_and_a_time_of_unknown_size(rng):
     for shape in [(3, 5, 3), (2, 9, 3), (1, 1, 3)]:
         x = rng.normal(size=shape).astype("float32")
         fast = model.predict(x, verbose=0)
-        with recurrence.only("loop"):
+        with recurrence.force("loop"):
             loop = ops.convert_to_numpy(layer(x))
         np.testing.assert_allclose(fast, loop, atol=1e-6)
 
@@ -383,7 +383,7 @@ def test_training_on_sequences_of_unknown_length(rng, way):
             [keras.Input((None, 3)), keras.layers.Masking(), layer]
         )
         model.compile(keras.optimizers.SGD(0.5), "mse")
-        with recurrence.only(taken):
+        with recurrence.force(taken):
             losses = [model.train_on_batch(x, y) for x, y in batches]
         assert layer.recurrence == taken
         results.append([losses, *model.get_weights()])
@@ -404,6 +404,6 @@ def test_cudnn_is_taken_on_a_gpu(rng):
     layer = layer_with(rng, use_cudnn=True)
     fast = ops.convert_to_numpy(layer(x))
     assert layer.recurrence == "cudnn"
-    with recurrence.only("loop"):
+    with recurrence.force("loop"):
         layer.use_cudnn = False
         np.testing.assert_allclose(fast, ops.convert_to_numpy(layer(x)), atol=1e-4)

@@ -8,7 +8,7 @@ import pytest
 from keras import layers, ops
 
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, recurrence, trace_gates
-from keras_scratch_lstm.gates import ARRAYS
+from keras_scratch_lstm.tracing.trace import ARRAYS
 
 THREADS, TIMES = 8, 4
 BACKEND = keras.backend.backend()
@@ -105,10 +105,10 @@ def test_traces_among_calls(model, inputs):
 def test_only_holds_in_its_own_thread():
     def ways(way):
         if way is None:
-            return sorted(recurrence.ways())
-        with recurrence.only(way):
-            return sorted(recurrence.ways())
+            return sorted(recurrence.implementations())
+        with recurrence.force(way):
+            return sorted(recurrence.implementations())
 
-    everything = sorted(recurrence.ways())
+    everything = sorted(recurrence.implementations())
     results = at_once(ways, [None, "loop"] * (THREADS // 2))
     assert results == [[everything] * TIMES, [[]] * TIMES] * (THREADS // 2)

@@ -5,10 +5,10 @@ import inspect
 import pytest
 
 import keras_scratch_lstm
-from keras_scratch_lstm import cell, convert, gates
+from keras_scratch_lstm import cell, convert, tracing
 
 PUBLIC = [getattr(keras_scratch_lstm, name) for name in keras_scratch_lstm.__all__]
-PUBLIC += [cell.Gates, gates.Saturation, convert.from_torch, convert.to_torch]
+PUBLIC += [cell.Gates, tracing.Saturation, convert.from_torch, convert.to_torch]
 
 
 def functions(thing):

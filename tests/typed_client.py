@@ -12,24 +12,25 @@ from matplotlib.figure import Figure
 
 from keras_scratch_lstm import (
     GateMonitor,
+    Gates,
     GateTrace,
     Perplexity,
     PerplexityLogger,
     ScratchLSTM,
     ScratchLSTMCell,
+    from_torch,
     to_builtin,
     to_scratch,
+    to_torch,
     trace_gates,
 )
-from keras_scratch_lstm.cell import Gates
-from keras_scratch_lstm.convert import from_torch, to_torch
-from keras_scratch_lstm.gates import Saturation
 from keras_scratch_lstm.plotting import (
     plot_gates,
     plot_heatmap,
     plot_saturation,
     plot_text,
 )
+from keras_scratch_lstm.tracing import Saturation
 
 
 class CoupledCell(ScratchLSTMCell):

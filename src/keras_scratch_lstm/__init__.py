@@ -12,24 +12,26 @@ except ModuleNotFoundError as error:
         f"`pip install {error.name}`, or set KERAS_BACKEND to one that is."
     ) from None
 
-from keras_scratch_lstm.callbacks import PerplexityLogger
-from keras_scratch_lstm.cell import ScratchLSTMCell
-from keras_scratch_lstm.convert import to_builtin, to_scratch
-from keras_scratch_lstm.gates import GateTrace, trace_gates
+from keras_scratch_lstm.callbacks import GateMonitor, PerplexityLogger
+from keras_scratch_lstm.cell import Gates, ScratchLSTMCell
+from keras_scratch_lstm.convert import from_torch, to_builtin, to_scratch, to_torch
 from keras_scratch_lstm.layer import ScratchLSTM
 from keras_scratch_lstm.metrics import Perplexity
-from keras_scratch_lstm.monitor import GateMonitor
+from keras_scratch_lstm.tracing import GateTrace, trace_gates
 
 __version__: str = version("keras-scratch-lstm")
 
 __all__ = [
     "GateMonitor",
     "GateTrace",
+    "Gates",
     "Perplexity",
     "PerplexityLogger",
     "ScratchLSTM",
     "ScratchLSTMCell",
+    "from_torch",
     "to_builtin",
     "to_scratch",
+    "to_torch",
     "trace_gates",
 ]

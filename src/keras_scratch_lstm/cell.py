@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
-from keras_scratch_lstm import by_gate, checks
+from keras_scratch_lstm import _validation, per_gate
 from keras_scratch_lstm._keras import DropoutRNNCell
 from keras_scratch_lstm._types import Activation, Choice, Config, Shape, Tensor
-from keras_scratch_lstm.by_gate import FUSED_ORDER, GATES
+from keras_scratch_lstm.per_gate import FUSED_ORDER, GATES
 
 
 class Gates(NamedTuple):
@@ -155,9 +155,9 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
 
     def build(self, input_shape: Shape) -> None:
         features, units = self._check_input_shape(input_shape), self.units
-        W_x = by_gate.split_initializer(self.kernel_initializer, units)
-        W_h = by_gate.split_initializer(self.recurrent_initializer, units)
-        b = by_gate.split_initializer(
+        W_x = per_gate.split_initializer(self.kernel_initializer, units)
+        W_h = per_gate.split_initializer(self.recurrent_initializer, units)
+        b = per_gate.split_initializer(
             self.bias_initializer, units, forget_bias=self.unit_forget_bias
         )
         for gate in GATES:
@@ -191,13 +191,13 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
-        units = checks.positive_integer("units", units)
-        use_bias = checks.flag("use_bias", use_bias)
-        unit_forget_bias = checks.flag("unit_forget_bias", unit_forget_bias)
-        dropout = checks.fraction("dropout", dropout)
-        recurrent_dropout = checks.fraction("recurrent_dropout", recurrent_dropout)
-        seed = checks.integer_or_none("seed", seed, low=0, high=2**32 - 1)
-        checks.float_dtype(kwargs.get("dtype"))
+        units = _validation.positive_integer("units", units)
+        use_bias = _validation.flag("use_bias", use_bias)
+        unit_forget_bias = _validation.flag("unit_forget_bias", unit_forget_bias)
+        dropout = _validation.fraction("dropout", dropout)
+        recurrent_dropout = _validation.fraction("recurrent_dropout", recurrent_dropout)
+        seed = _validation.integer_or_none("seed", seed, low=0, high=2**32 - 1)
+        _validation.float_dtype(kwargs.get("dtype"))
         super().__init__(**kwargs)
         self.units = units
         self.activation = _activation("activation", activation)
@@ -207,7 +207,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         self.use_bias = use_bias
 
         def resolve(argument, value, get, default=None):
-            setattr(self, argument, by_gate.resolve(argument, value, get, default))
+            setattr(self, argument, per_gate.resolve(argument, value, get, default))
 
         # The seeds of the initializers are drawn in the built-in cell's order.
         resolve(
@@ -219,7 +219,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
             initializers.get,
             "orthogonal",
         )
-        if unit_forget_bias and by_gate.is_by_gate(bias_initializer):
+        if unit_forget_bias and per_gate.is_per_gate(bias_initializer):
             bias_initializer = {"f": "ones", **bias_initializer}
         resolve("bias_initializer", bias_initializer, initializers.get, "zeros")
         self.unit_forget_bias = unit_forget_bias
@@ -248,8 +248,8 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
             name=name,
             shape=shape,
             initializer=initializer[gate],
-            regularizer=by_gate.pick(getattr(self, f"{argument}_regularizer"), gate),
-            constraint=by_gate.pick(getattr(self, f"{argument}_constraint"), gate),
+            regularizer=per_gate.pick(getattr(self, f"{argument}_regularizer"), gate),
+            constraint=per_gate.pick(getattr(self, f"{argument}_constraint"), gate),
         )
         setattr(self, name, weight)
 
@@ -290,14 +290,14 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         # Within a graph it may be a tensor, or what a backend has for an open size.
         is_none = batch_size is None or isinstance(batch_size, (str, float))
         if is_none or (isinstance(batch_size, int) and batch_size < 0):
-            raise checks.wrong("batch_size", batch_size, "an integer")
+            raise _validation.invalid("batch_size", batch_size, "an integer")
         dtype = keras.backend.standardize_dtype(dtype or self.compute_dtype)
         return [ops.zeros((batch_size, size), dtype=dtype) for size in self.state_size]
 
     def get_config(self) -> Config:
         def serialize(argument, serialize_one):
             value = getattr(self, argument)
-            return {argument: by_gate.serialize(value, serialize_one)}
+            return {argument: per_gate.serialize(value, serialize_one)}
 
         return {
             **super().get_config(),
@@ -322,7 +322,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
 
     @classmethod
     def from_config(cls, config: Config) -> "ScratchLSTMCell":
-        return cls(**checks.config(config))
+        return cls(**_validation.config(config))
 
     def set_weights(self, weights: Sequence[Tensor]) -> None:
         """Takes all weights, or if one of them does not fit, none.
@@ -365,7 +365,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
                 f"{len(weights)}: {', '.join(w.name for w in weights)}."
             )
         for weight, value in zip(weights, values, strict=True):
-            if not checks.are_numbers(value):
+            if not _validation.are_numbers(value):
                 raise ValueError(
                     f"`{self.name}` got `weights` with {value!r} for {weight.name}; "
                     "expected an array of numbers."
@@ -377,7 +377,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
                 )
 
     def _check_input_shape(self, input_shape):
-        if not checks.is_shape(input_shape, ndim=2):
+        if not _validation.is_shape(input_shape, ndim=2):
             raise ValueError(
                 f"`{self.name}` got `inputs` of shape {input_shape}; expected "
                 "(batch, features) with known features. For a sequence of shape "
@@ -405,6 +405,6 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
 
 
 def _activation(argument, value):
-    return checks.interpret(
+    return _validation.interpret(
         argument, value, activations.get, "an activation, or the name of one"
     )

@@ -8,11 +8,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_scratch_lstm import checks, recurrence
+from keras_scratch_lstm import _validation, recurrence
 from keras_scratch_lstm._keras import keep_dtype
 from keras_scratch_lstm._types import Activation, Choice, Config, Shape, Tensor
-from keras_scratch_lstm.by_gate import GATES
 from keras_scratch_lstm.cell import ScratchLSTMCell
+from keras_scratch_lstm.per_gate import GATES
 
 _CELL_DEFAULTS = {
     name: parameter.default
@@ -156,12 +156,14 @@ class ScratchLSTM(keras.layers.RNN):
         given = locals()
         cell_arguments = {name: given[name] for name in _CELL_DEFAULTS}
         if not (isinstance(use_cudnn, str) and use_cudnn == "auto"):
-            use_cudnn = checks.flag("use_cudnn", use_cudnn, "True, False or 'auto'")
-        flags = {name: checks.flag(name, given[name]) for name in _FLAGS}
+            use_cudnn = _validation.flag(
+                "use_cudnn", use_cudnn, "True, False or 'auto'"
+            )
+        flags = {name: _validation.flag(name, given[name]) for name in _FLAGS}
         if "zero_output_for_mask" in kwargs:
-            checks.flag("zero_output_for_mask", kwargs["zero_output_for_mask"])
-        time_major = checks.flag("time_major", time_major)
-        activity_regularizer = checks.interpret(
+            _validation.flag("zero_output_for_mask", kwargs["zero_output_for_mask"])
+        time_major = _validation.flag("time_major", time_major)
+        activity_regularizer = _validation.interpret(
             "activity_regularizer",
             activity_regularizer,
             keras.regularizers.get,
@@ -239,7 +241,7 @@ class ScratchLSTM(keras.layers.RNN):
         if isinstance(mask, (list, tuple)):  # one of the states, too
             mask = mask[0] if mask else None
         if mask is not None:
-            mask = checks.numbers_only("mask", mask, "truth values")
+            mask = _validation.numbers_only("mask", mask, "truth values")
             mask = ops.convert_to_tensor(mask)
             self._check_mask(mask, sequences)
         if self.time_major:
@@ -269,7 +271,7 @@ class ScratchLSTM(keras.layers.RNN):
     ) -> Any:
         ways = {}
         if self._follows_the_equations(training):
-            ways = recurrence.ways(self.use_cudnn)
+            ways = recurrence.implementations(self.use_cudnn)
         for way, lstm in ways.items():
             try:
                 result = self._run(lstm, sequences, initial_state, mask, training)
@@ -355,7 +357,7 @@ class ScratchLSTM(keras.layers.RNN):
 
     @classmethod
     def from_config(cls, config: Config) -> "ScratchLSTM":
-        config = dict(checks.config(config))
+        config = dict(_validation.config(config))
         if isinstance(config.get("cell"), dict):
             config["cell"] = keras.saving.deserialize_keras_object(config["cell"])
         return cls(**config)
@@ -368,7 +370,7 @@ class ScratchLSTM(keras.layers.RNN):
         return (batch, time, *rest)
 
     def _check_sequences_shape(self, shape):
-        if not checks.is_shape(shape, ndim=3):
+        if not _validation.is_shape(shape, ndim=3):
             first = "time, batch" if self.time_major else "batch, time"
             raise ValueError(
                 f"`{self.name}` got `sequences` of shape {shape}; expected "
@@ -390,9 +392,9 @@ class ScratchLSTM(keras.layers.RNN):
                 f"`{self.name}` got `sequences` of shape {shape}, batch first; "
                 "expected at least one step."
             )
-        if not checks.are_numbers(sequences):
+        if not _validation.are_numbers(sequences):
             raise ValueError(
-                f"`{self.name}` got `sequences` of {checks.dtype_of(sequences)}; "
+                f"`{self.name}` got `sequences` of {_validation.dtype_of(sequences)}; "
                 "expected real numbers."
             )
         batch_size = sequences.shape[0]

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_scratch_lstm import checks
+from keras_scratch_lstm import _validation
 from keras_scratch_lstm._keras import get_keras_mask
 from keras_scratch_lstm._types import Config, Tensor
 
@@ -72,10 +72,10 @@ class Perplexity(keras.metrics.Metric):
         dtype: Any = None,
     ) -> None:
         if not isinstance(name, str | None):
-            raise checks.wrong("name", name, "a string")
-        super().__init__(name=name, dtype=checks.float_dtype(dtype))
-        self.from_logits = checks.flag("from_logits", from_logits)
-        self.ignore_class = checks.integer_or_none("ignore_class", ignore_class)
+            raise _validation.invalid("name", name, "a string")
+        super().__init__(name=name, dtype=_validation.float_dtype(dtype))
+        self.from_logits = _validation.flag("from_logits", from_logits)
+        self.ignore_class = _validation.integer_or_none("ignore_class", ignore_class)
         self._direction = "down"
         self._cross_entropy = self._add_total("cross_entropy")
         self._tokens = self._add_total("tokens")
@@ -94,14 +94,16 @@ class Perplexity(keras.metrics.Metric):
             ValueError: The shapes do not fit together.
         """
         mask = get_keras_mask(y_pred)
-        y_true = checks.numbers_only("y_true", y_true, "integer tokens")
-        y_pred = checks.numbers_only("y_pred", y_pred, "real numbers")
+        y_true = _validation.numbers_only("y_true", y_true, "integer tokens")
+        y_pred = _validation.numbers_only("y_pred", y_pred, "real numbers")
         if sample_weight is not None:
-            sample_weight = checks.numbers_only(
+            sample_weight = _validation.numbers_only(
                 "sample_weight", sample_weight, "real numbers, or None"
             )
         if tuple(y_pred.shape)[-1:] in ((), (0,)):
-            raise checks.wrong("y_pred", y_pred, "a number for each token there is")
+            raise _validation.invalid(
+                "y_pred", y_pred, "a number for each token there is"
+            )
         y_true = ops.cast(y_true, "int32")
         y_pred = ops.cast(y_pred, self.dtype)
         if len(y_true.shape) == len(y_pred.shape) and y_true.shape[-1] == 1:

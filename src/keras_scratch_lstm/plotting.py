@@ -35,9 +35,9 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
-from keras_scratch_lstm import checks
+from keras_scratch_lstm import _validation
 from keras_scratch_lstm._types import Path, Tokens
-from keras_scratch_lstm.gates import (
+from keras_scratch_lstm.tracing.trace import (
     ARRAYS,
     SATURATED,
     GateTrace,
@@ -244,7 +244,7 @@ def plot_text(
     sample, steps, tokens = _what_to_draw(trace, sample, steps, tokens)
     if tokens is None:
         raise ValueError("`tokens` is None; expected the tokens of the text.")
-    unit = checks.index("unit", unit, trace.i.shape[-1])
+    unit = _validation.index("unit", unit, trace.i.shape[-1])
     values = getattr(trace, _check_name(name))[sample, steps, unit]
     places, rows = _set_type([_visible(token) for token in tokens])
     figure, ax = _figure_of(ax, height=0.9 + 0.23 * rows)
@@ -286,7 +286,7 @@ def plot_text(
 
 def _check_trace(trace):
     if not isinstance(trace, GateTrace):
-        raise checks.wrong("trace", trace, "a `GateTrace`")
+        raise _validation.invalid("trace", trace, "a `GateTrace`")
 
 
 def _what_to_draw(trace, sample, steps, tokens):
@@ -298,9 +298,9 @@ def _what_to_draw(trace, sample, steps, tokens):
     try:
         chosen = np.arange(time)[slice(*steps.indices(time))]
     except (AttributeError, TypeError, ValueError):  # no slice, or not of integers
-        raise checks.wrong("steps", steps, "a slice, or None") from None
+        raise _validation.invalid("steps", steps, "a slice, or None") from None
     if not len(chosen):
-        raise checks.wrong("steps", steps, f"some of the {time} steps")
+        raise _validation.invalid("steps", steps, f"some of the {time} steps")
     return sample, chosen, tokens and [tokens[step] for step in chosen]
 
 
@@ -310,8 +310,8 @@ def _check_units(trace, units):
     argument = "units" if several else "unit"
     units = list(units) if several else [units]
     if not units:
-        raise checks.wrong(argument, units, f"integers from 0 to {size - 1}")
-    return [checks.index(argument, unit, size) for unit in units]
+        raise _validation.invalid(argument, units, f"integers from 0 to {size - 1}")
+    return [_validation.index(argument, unit, size) for unit in units]
 
 
 def _check_name(name):
@@ -344,7 +344,7 @@ _LINE = 88  # characters
 def _figure_of(ax, height):
     if ax is not None:
         if not isinstance(ax, Axes):
-            raise checks.wrong("ax", ax, "`Axes` of matplotlib, or None")
+            raise _validation.invalid("ax", ax, "`Axes` of matplotlib, or None")
         return ax.figure, ax
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots()
@@ -396,11 +396,11 @@ def _set_type(tokens):
 
 def _save(figure, path):
     if path is not None:
-        path = checks.path("path", path)
+        path = _validation.path("path", path)
         try:
             figure.savefig(path, dpi=DPI)
         except ValueError as error:
-            raise checks.wrong(
+            raise _validation.invalid(
                 "path", str(path), "an ending that matplotlib knows"
             ) from error
     return figure

@@ -17,9 +17,14 @@ import pytest
 from keras import layers
 
 import keras_scratch_lstm
-from keras_scratch_lstm import GateTrace, ScratchLSTM, ScratchLSTMCell
-from keras_scratch_lstm.convert import from_torch, to_torch
-from keras_scratch_lstm.gates import ARRAYS
+from keras_scratch_lstm import (
+    GateTrace,
+    ScratchLSTM,
+    ScratchLSTMCell,
+    from_torch,
+    to_torch,
+)
+from keras_scratch_lstm.tracing.trace import ARRAYS
 
 TABLES = sorted(Path(__file__).parent.glob("*.txt"))
 

@@ -13,8 +13,7 @@ pytest.importorskip("jinja2", reason="Jinja2 is not installed")
 import look_inside
 from PIL import Image
 
-from keras_scratch_lstm import ScratchLSTMCell
-from keras_scratch_lstm.gates import GateTrace, trace_gates
+from keras_scratch_lstm import GateTrace, ScratchLSTMCell, trace_gates
 
 EXAMPLE = Path(look_inside.__file__)
 SMALL = ["--units", "6", "--epochs", "1", "--characters", "150"]

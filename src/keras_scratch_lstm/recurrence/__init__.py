@@ -34,8 +34,8 @@ import keras
 _allowed = contextvars.ContextVar("allowed", default=None)  # of each thread its own
 
 
-def ways(use_cudnn="auto"):
-    """The ways that can be tried on this backend and machine, best first.
+def implementations(use_cudnn="auto"):
+    """The implementations available on this backend and machine, best first.
 
     Returns:
         Dict of a way's name to its function `lstm`. The plain loop, `"loop"`,
@@ -56,13 +56,13 @@ def ways(use_cudnn="auto"):
 
 
 @contextlib.contextmanager
-def only(way):
+def force(name):
     """Allows one way alone, or the plain loop, in this thread.
 
     Args:
         way: `"loop"`, `"tensorflow"`, `"jax"`, `"torch"` or `"cudnn"`.
     """
-    before = _allowed.set(way)
+    before = _allowed.set(name)
     try:
         yield
     finally:

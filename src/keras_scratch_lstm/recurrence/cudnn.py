@@ -3,7 +3,7 @@
 from keras import ops
 
 from keras_scratch_lstm import _keras
-from keras_scratch_lstm.by_gate import side_by_side
+from keras_scratch_lstm.per_gate import fuse
 
 
 def lstm(x, h, c, W_x, W_h, b, mask, training):
@@ -14,9 +14,9 @@ def lstm(x, h, c, W_x, W_h, b, mask, training):
         h,
         c,
         None,
-        kernel=side_by_side(W_x),
-        recurrent_kernel=side_by_side(W_h),
-        bias=side_by_side(b),
+        kernel=fuse(W_x),
+        recurrent_kernel=fuse(W_h),
+        bias=fuse(b),
         activation=ops.tanh,
         recurrent_activation=ops.sigmoid,
         return_sequences=True,

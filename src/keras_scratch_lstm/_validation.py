@@ -10,28 +10,28 @@ import numpy as np
 _LONGEST = 300  # letters of what came, in a message
 
 
-def wrong(argument, value, expected):
+def invalid(argument, value, expected):
     """The error that names an argument, what came, and what is expected."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
-        came = f"an array of shape {tuple(value.shape)} and dtype {dtype_of(value)}"
+        came = f"array of shape {tuple(value.shape)} and dtype {dtype_of(value)}"
     else:
         came = repr(value)
     if len(came) > _LONGEST:
         came = came[:_LONGEST] + "…"
-    return ValueError(f"`{argument}` is {came}; expected {expected}.")
+    return ValueError(f"`{argument}` must be {expected}. Received: {argument}={came}")
 
 
 def flag(argument, value, expected="True or False"):
     is_flag = isinstance(value, (bool, np.bool_, int, np.integer)) and value in (0, 1)
     if not is_flag:
-        raise wrong(argument, value, expected)
+        raise invalid(argument, value, expected)
     return bool(value)
 
 
 def positive_integer(argument, value):
     number = _integer(value)
     if number is None or number <= 0:
-        raise wrong(argument, value, "a positive integer")
+        raise invalid(argument, value, "a positive integer")
     return number
 
 
@@ -39,21 +39,21 @@ def integer_or_none(argument, value, low=-(2**31), high=2**31 - 1):
     """An integer of 32 bits, since JAX has no others unless asked."""
     number = 0 if value is None else _integer(value)
     if number is None or not low <= number <= high:
-        raise wrong(argument, value, f"an integer from {low} to {high}, or None")
+        raise invalid(argument, value, f"an integer from {low} to {high}, or None")
     return None if value is None else number
 
 
 def index(argument, value, size):
     number = _integer(value)
     if number is None or not 0 <= number < size:
-        raise wrong(argument, value, f"an integer from 0 to {size - 1}")
+        raise invalid(argument, value, f"an integer from 0 to {size - 1}")
     return number
 
 
 def fraction(argument, value):
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= 1:
-        raise wrong(argument, value, "a number from 0 to 1")
+        raise invalid(argument, value, "a number from 0 to 1")
     return float(value)
 
 
@@ -65,7 +65,7 @@ def path(argument, value):
             return value
     except TypeError:
         pass
-    raise wrong(argument, value, "the path of a file")
+    raise invalid(argument, value, "the path of a file")
 
 
 def interpret(argument, value, get, expected):
@@ -73,9 +73,9 @@ def interpret(argument, value, get, expected):
     try:
         found = get(value)
     except Exception as error:  # whatever the code of a custom object raises
-        raise wrong(argument, value, expected) from error
+        raise invalid(argument, value, expected) from error
     if found is not None and not callable(found):
-        raise wrong(argument, value, expected)
+        raise invalid(argument, value, expected)
     return found
 
 
@@ -89,7 +89,7 @@ def float_dtype(value):
         reason = error
     else:
         reason = None
-    raise wrong("dtype", value, "a float dtype or a dtype policy of one") from reason
+    raise invalid("dtype", value, "a float dtype or a dtype policy of one") from reason
 
 
 def numbers_only(argument, value, expected):
@@ -99,13 +99,13 @@ def numbers_only(argument, value, expected):
     except (RuntimeError, TypeError, ValueError):  # of several lengths, and the like
         array = None
     if not are_numbers(array):
-        raise wrong(argument, value, expected)
+        raise invalid(argument, value, expected)
     return array
 
 
 def config(value):
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise wrong("config", value, "a dict of arguments, as of `get_config`")
+        raise invalid("config", value, "a dict of arguments, as of `get_config`")
     return value
 
 

@@ -6,7 +6,7 @@ from importlib import resources
 
 import numpy as np
 
-from keras_scratch_lstm.gates import ARRAYS, check_sample, check_tokens
+from keras_scratch_lstm.tracing.trace import ARRAYS, check_sample, check_tokens
 
 # Each number is rounded to one of so many steps between the least and the
 # greatest of its unit; the finest that the page's size allows is taken.
@@ -28,7 +28,7 @@ def render(trace, tokens, sample=0):
     sample = check_sample(trace, sample)
     tokens = check_tokens(tokens, trace.i.shape[1])
     environment = Environment(autoescape=True, undefined=StrictUndefined)
-    source = resources.files(__package__).joinpath("page.html").read_text("utf-8")
+    source = resources.files(__package__).joinpath("report.html").read_text("utf-8")
     data = {"layer": trace.layer, "tokens": tokens, **encode(trace, sample)}
     template = environment.from_string(source)
     return template.render(layer=_visible(trace.layer), data=data)

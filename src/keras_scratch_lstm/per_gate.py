@@ -4,7 +4,7 @@ from typing import Any, TypeGuard
 
 from keras import initializers, ops
 
-from keras_scratch_lstm import checks
+from keras_scratch_lstm import _validation
 
 GATES = ("i", "f", "o", "c")
 
@@ -12,7 +12,7 @@ GATES = ("i", "f", "o", "c")
 FUSED_ORDER = ("i", "f", "c", "o")
 
 
-def is_by_gate(value: Any) -> TypeGuard[dict[str, Any]]:
+def is_per_gate(value: Any) -> TypeGuard[dict[str, Any]]:
     """Whether an argument is a choice by gate: a dict, but no serialized object."""
     return isinstance(value, dict) and "class_name" not in value
 
@@ -35,9 +35,9 @@ def resolve(argument, value, get, default=None):
     expected = f"something that Keras has as {kind}, or a dict of such by gate"
 
     def interpret(value):
-        return checks.interpret(argument, value, get, expected)
+        return _validation.interpret(argument, value, get, expected)
 
-    if not is_by_gate(value):
+    if not is_per_gate(value):
         return interpret(value)
     unknown = [gate for gate in value if gate not in GATES]
     if unknown:
@@ -60,10 +60,10 @@ def pick(value, gate):
     return value[gate] if isinstance(value, dict) else value
 
 
-def side_by_side(weights):
+def fuse(weights):
     """Four gates' tensors, in the order of `GATES`, as one in the fused order."""
-    by_gate = dict(zip(GATES, weights, strict=True))
-    return ops.concatenate([by_gate[gate] for gate in FUSED_ORDER], -1)
+    of_gate = dict(zip(GATES, weights, strict=True))
+    return ops.concatenate([of_gate[gate] for gate in FUSED_ORDER], -1)
 
 
 def split_initializer(initializer, units, forget_bias=False):
@@ -86,13 +86,14 @@ def split_initializer(initializer, units, forget_bias=False):
         return initializer
     # `add_weight` reads None so, too.
     initializer = initializer or initializers.get("glorot_uniform")
-    side_by_side = _with_forget_bias(initializer, units) if forget_bias else initializer
+    if forget_bias:
+        initializer = _with_forget_bias(initializer, units)
     drawn = None
 
     def draw_once(shape, dtype):
         nonlocal drawn
         if drawn is None:
-            fused = side_by_side(shape, dtype=dtype)
+            fused = initializer(shape, dtype=dtype)
             try:
                 drawn = ops.convert_to_numpy(fused)
             except (TypeError, NotImplementedError):
@@ -119,3 +120,27 @@ def _with_forget_bias(initializer, units):
         return ops.concatenate([b_i, b_f, b_c_b_o])
 
     return initialize
+
+
+def named_weights(cell):
+    """A cell's weights, under the letters of the equations.
+
+    Args:
+        cell: A built `ScratchLSTMCell` or `keras.layers.LSTMCell`.
+
+    Returns:
+        List of pairs, name and tensor, in the order of `ScratchLSTMCell.weights`.
+    """
+    if not hasattr(cell, "recurrent_kernel"):
+        return [(weight.name, weight.value) for weight in cell.weights]
+    fused = {"W_x": cell.kernel, "W_h": cell.recurrent_kernel, "b_": cell.bias}
+    split = {
+        letter: dict(zip(FUSED_ORDER, ops.split(values.value, 4, axis=-1), strict=True))
+        for letter, values in fused.items()
+        if values is not None
+    }
+    return [
+        (letter + gate, parts[gate])
+        for gate in GATES
+        for letter, parts in split.items()
+    ]

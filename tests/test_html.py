@@ -9,7 +9,8 @@ import zlib
 import numpy as np
 import pytest
 
-from keras_scratch_lstm.gates import ARRAYS, GateTrace
+from keras_scratch_lstm import GateTrace
+from keras_scratch_lstm.tracing.trace import ARRAYS
 
 pytestmark = pytest.mark.one_backend
 

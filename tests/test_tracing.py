@@ -11,8 +11,15 @@ import pytest
 from keras import ops
 from reference import sigmoid, weights_of
 
-from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, gates
-from keras_scratch_lstm.gates import ARRAYS, GateTrace, trace_gates
+from keras_scratch_lstm import (
+    GateTrace,
+    ScratchLSTM,
+    ScratchLSTMCell,
+    trace_gates,
+)
+from keras_scratch_lstm.tracing import replay
+from keras_scratch_lstm.tracing import trace as trace_file
+from keras_scratch_lstm.tracing.trace import ARRAYS
 
 BATCH, TIME, FEATURES, UNITS = 5, 7, 3, 4
 BACKEND = keras.backend.backend()
@@ -116,11 +123,13 @@ def x(rng):
 @pytest.fixture(params=["kernel", "loop"])
 def way(request, monkeypatch):
     """Both ways to have the gates, wherever the backend would take but one."""
-    monkeypatch.setattr(gates, "_RECURRENCES", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(replay, "_RECURRENCES", weakref.WeakKeyDictionary())
     if request.param == "loop":
-        monkeypatch.setattr(gates, "_has_kernel", lambda cell: False)
+        monkeypatch.setattr(replay, "_has_kernel", lambda cell: False)
     else:
-        monkeypatch.setattr(gates.recurrence, "ways", lambda *_: {"torch": no_way})
+        monkeypatch.setattr(
+            replay.recurrence, "implementations", lambda *_: {"torch": no_way}
+        )
     return request.param
 
 
@@ -582,7 +591,7 @@ def test_parts_make_the_same_whole(go_backwards, way, tokens, monkeypatch):
     tokens[0, :3] = 0  # masked
     model = sequential(ScratchLSTM(UNITS, go_backwards=go_backwards), mask_zero=True)
     whole = trace_gates(model, tokens)
-    monkeypatch.setattr(gates, "_NUMBERS_AT_ONCE", 2 * UNITS * 2)  # two steps of two
+    monkeypatch.setattr(replay, "_NUMBERS_AT_ONCE", 2 * UNITS * 2)  # two steps of two
     parts = trace_gates(model, tokens, batch_size=2)
     np.testing.assert_array_equal(parts.mask, whole.mask)
     assert_equal(parts, vars(whole), rtol=1e-6, atol=1e-7)
@@ -870,7 +879,7 @@ def test_a_file_is_written_whole_or_not_at_all(trace, tmp_path, monkeypatch):
         file.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(gates.np, "savez", fails)
+    monkeypatch.setattr(trace_file.np, "savez", fails)
     with pytest.raises(OSError, match="disk full"):
         trace.save(path)
     assert path.read_bytes() == before
@@ -886,7 +895,7 @@ def broken_files(trace, folder, rng):
     path = folder / "whole.npz"
     trace.save(path)
     whole = path.read_bytes()
-    arrays = {"format": np.array(gates._FORMAT), **trace._to_arrays("")}
+    arrays = {"format": np.array(trace_file._FORMAT), **trace._to_arrays("")}
     yield "empty", b""
     yield "text", b"no trace at all"
     for length in rng.integers(1, len(whole), 5):
@@ -947,7 +956,7 @@ def test_flipped_bytes_are_noticed(trace, tmp_path, rng):
 def test_a_packed_bomb_is_not_unpacked(trace, tmp_path):
     path = tmp_path / "bomb.npz"
     arrays = trace._to_arrays("") | {"f": np.zeros((2, 3, 10**6), "float32")}
-    np.savez_compressed(path, format=np.array(gates._FORMAT), **arrays)
+    np.savez_compressed(path, format=np.array(trace_file._FORMAT), **arrays)
     assert path.stat().st_size < 10**6
     loaded, error = load_or_error(path)
     assert loaded is None

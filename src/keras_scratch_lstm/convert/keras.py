@@ -1,17 +1,15 @@
-"""The same LSTM in another layout: the built-in layers', and torch's."""
+"""Convert between `ScratchLSTM` and `keras.layers.LSTM`."""
 
 import tempfile
-from collections.abc import Mapping
 from typing import Any
 
 import keras
 import numpy as np
 from keras import constraints, layers, regularizers
 
-from keras_scratch_lstm import checks
-from keras_scratch_lstm.by_gate import FUSED_ORDER, GATES, is_by_gate
 from keras_scratch_lstm.cell import ScratchLSTMCell
 from keras_scratch_lstm.layer import ScratchLSTM
+from keras_scratch_lstm.per_gate import FUSED_ORDER, GATES, is_per_gate
 
 _TO_SCRATCH = {layers.LSTM: ScratchLSTM, layers.LSTMCell: ScratchLSTMCell}
 _TO_BUILTIN = {ours: builtin for builtin, ours in _TO_SCRATCH.items()}
@@ -302,7 +300,7 @@ def _adapt(config, new):
     for argument, value in list(config.items()):
         if not argument.endswith(("_initializer", "_regularizer", "_constraint")):
             continue
-        if is_by_gate(value):
+        if is_per_gate(value):
             del config[argument]
             if not argument.endswith("_initializer"):
                 config[argument] = value[GATES[0]]  # that of all gates
@@ -352,12 +350,12 @@ def _carry_over_cell(old, new):
     new.seed_generator.state.assign(_numpy(old.seed_generator.state))
     if not old.built:
         return
-    fused, by_gate = (old, new) if type(old) in _TO_SCRATCH else (new, old)
+    fused, own = (old, new) if type(old) in _TO_SCRATCH else (new, old)
     for name, letter in _LETTERS.items():
         one = getattr(fused, name)
         if one is None:  # no bias
             continue
-        four = [getattr(by_gate, letter + gate) for gate in FUSED_ORDER]
+        four = [getattr(own, letter + gate) for gate in FUSED_ORDER]
         if fused is old:
             for weight, value in zip(four, np.split(_numpy(one), 4, -1), strict=True):
                 weight.assign(value)
@@ -409,152 +407,3 @@ def _compile(old, new):
             "losses, metrics and optimizers to be registered with "
             "`keras.saving.register_keras_serializable`."
         ) from error
-
-
-# --- torch's layout ----------------------------------------------------------
-
-# Names and order of the gates are those of `torch.nn.LSTM`; the gates lie one
-# below the other there, in the built-in cell's order.
-_TORCH_WEIGHTS = ("weight_ih_l0", "weight_hh_l0")
-_TORCH_BIASES = ("bias_ih_l0", "bias_hh_l0")
-
-
-def from_torch(state_dict: Mapping[str, Any], **arguments: Any) -> ScratchLSTM:
-    """A `ScratchLSTM` with the weights of a `torch.nn.LSTM`.
-
-    torch's two biases are added up, since the equations have one.
-
-    Args:
-        state_dict: Dict of arrays or CPU tensors, as `torch.nn.LSTM.state_dict()`
-            returns it, of one layer in one direction without `proj_size`:
-            `weight_ih_l0` of shape `(4 * units, features)`, `weight_hh_l0` of
-            shape `(4 * units, units)`, and, unless there is no bias, `bias_ih_l0`
-            and `bias_hh_l0` of shape `(4 * units,)`.
-        **arguments: Arguments of `ScratchLSTM`. torch returns all that
-            `return_sequences=True` and `return_state=True` ask for, and has the
-            time first, as with `time_major=True`, unless `batch_first` is set.
-
-    Returns:
-        A built `ScratchLSTM`.
-
-    Raises:
-        ValueError: `state_dict` has other keys or shapes; the message names
-            the first.
-
-    Example:
-
-    >>> import numpy as np
-    >>> from keras_scratch_lstm.convert import from_torch
-    >>> weights = {"weight_ih_l0": np.ones((16, 8)), "weight_hh_l0": np.ones((16, 4))}
-    >>> layer = from_torch(weights, return_sequences=True)
-    >>> layer.units, tuple(layer.cell.W_xi.shape)
-    (4, (8, 4))
-
-    Reference:
-
-    - [torch.nn.LSTM](
-        https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html),
-        the names, the shapes and the order of the gates
-    """
-    if not isinstance(state_dict, Mapping):
-        raise ValueError(
-            f"`state_dict` is {state_dict!r}; expected a dict, as `state_dict()` of a "
-            "`torch.nn.LSTM` returns it."
-        )
-    for name in ("units", "use_bias", "cell"):
-        if name in arguments:
-            raise checks.wrong(
-                name, arguments[name], "it to be left out, since `state_dict` says it"
-            )
-    values = {
-        key: np.asarray(
-            checks.numbers_only(f"state_dict[{key!r}]", value, "an array of numbers")
-        )
-        for key, value in state_dict.items()
-    }
-    use_bias = any(name in values for name in _TORCH_BIASES)
-    names = _TORCH_WEIGHTS + (_TORCH_BIASES if use_bias else ())
-    if set(values) != set(names):
-        raise ValueError(
-            f"`state_dict` has the keys {', '.join(map(repr, values))}; expected "
-            f"{', '.join(map(repr, names))}, which is one layer in one direction "
-            "without `proj_size`."
-        )
-    W_x = values["weight_ih_l0"]
-    rows, features = (*W_x.shape, 0, 0)[:2]
-    units = rows // 4
-    shapes = [(4 * units, features), (4 * units, units), (4 * units,), (4 * units,)]
-    for name, shape in zip(names, shapes, strict=False):
-        if values[name].shape != shape or not units:
-            raise ValueError(
-                f"`state_dict` has {name} of shape {values[name].shape}; expected "
-                f"{shape}, for {units} units and {features} features."
-            )
-    layer = ScratchLSTM(units, use_bias=use_bias, **arguments)
-    layer.build((None, None, features))
-    fused = [W_x, values["weight_hh_l0"]]
-    if use_bias:
-        fused.append(values["bias_ih_l0"] + values["bias_hh_l0"])
-    for letter, value in zip(_LETTERS.values(), fused, strict=False):
-        for gate, part in zip(FUSED_ORDER, np.split(value, 4), strict=True):
-            getattr(layer.cell, letter + gate).assign(part.T)
-    return layer
-
-
-def to_torch(layer: ScratchLSTM) -> dict[str, np.ndarray]:
-    """The weights of a `ScratchLSTM`, as a `torch.nn.LSTM` has them.
-
-    The inverse of `from_torch`. The bias is in `bias_ih_l0`; `bias_hh_l0` is
-    zeros.
-
-    Args:
-        layer: A built `ScratchLSTM`, with the usual activations and gates, that
-            reads forwards.
-
-    Returns:
-        Dict of NumPy arrays, with the keys that `from_torch` expects.
-
-    Raises:
-        ValueError: `torch.nn.LSTM` does not do what `layer` does.
-
-    Example:
-
-    >>> from keras_scratch_lstm import ScratchLSTM
-    >>> from keras_scratch_lstm.convert import to_torch
-    >>> layer = ScratchLSTM(4)
-    >>> layer.build((None, 10, 8))
-    >>> to_torch(layer)["weight_ih_l0"].shape
-    (16, 8)
-
-    It goes into torch by
-    `lstm.load_state_dict({k: torch.tensor(v) for k, v in to_torch(layer).items()})`.
-    """
-    if not isinstance(layer, ScratchLSTM):
-        raise ValueError(f"`layer` is {layer!r}; expected a `ScratchLSTM`.")
-    cell = layer.cell
-    for fits, expected in (
-        (type(layer) is ScratchLSTM, "a ScratchLSTM itself, not of a subclass"),
-        (type(cell) is ScratchLSTMCell, "a ScratchLSTMCell itself, not of a subclass"),
-        (cell.built, "a layer that is built"),
-        (not layer.go_backwards, "a layer that reads forwards"),
-        (cell.activation is keras.activations.tanh, "tanh as `activation`"),
-        (
-            cell.recurrent_activation is keras.activations.sigmoid,
-            "sigmoid as `recurrent_activation`",
-        ),
-    ):
-        if not fits:
-            raise ValueError(
-                f"`{layer.name}` is not what `torch.nn.LSTM` computes; expected "
-                f"{expected}."
-            )
-
-    def stacked(letter):
-        weights = [_numpy(getattr(cell, letter + gate)) for gate in FUSED_ORDER]
-        return np.concatenate([weight.T for weight in weights])
-
-    result = {"weight_ih_l0": stacked("W_x"), "weight_hh_l0": stacked("W_h")}
-    if cell.use_bias:
-        result["bias_ih_l0"] = stacked("b_")
-        result["bias_hh_l0"] = np.zeros_like(result["bias_ih_l0"])
-    return result
