@@ -1,22 +1,36 @@
-"""The names that Keras has but does not export, all in this one place.
+"""Keras names that are not part of its public API; no other module uses any.
 
-- `DropoutRNNCell`: `keras.layers.RNN` draws dropout masks ahead of its loop
-  only for cells of this class.
+- `DropoutRNNCell`: `keras.layers.RNN` prepares dropout masks only for its subclasses.
 - `lstm`: Keras's binding of cuDNN's LSTM.
-- `get_keras_mask`: a metric is not handed the mask of the predictions.
-- `Variable._autocast`, in `keep_dtype`: to be chosen only by whoever creates a
-  variable, which for the states of an RNN is Keras.
+- `get_keras_mask`: a metric is not passed the mask of the predictions.
 """
 
 from keras.src.backend import get_keras_mask, lstm
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
-__all__ = ["DropoutRNNCell", "get_keras_mask", "keep_dtype", "lstm"]
+__all__ = [
+    "DropoutRNNCell",
+    "get_keras_mask",
+    "keep_dtype",
+    "lstm",
+    "own_variables",
+    "sublayers",
+]
 
 
 def keep_dtype(variable):
-    """Has a variable read and written in its own dtype under mixed precision.
+    """Read and write a variable in its own dtype, even under mixed precision.
 
-    On torch, Keras casts it into a copy first, and then assigns to that copy.
+    On torch, Keras would otherwise assign to a cast copy of it.
     """
     variable._autocast = False
+
+
+def sublayers(layer, recursive=False):
+    """Return the layers within a layer, which `model.layers` has for models only."""
+    return layer._flatten_layers(include_self=False, recursive=recursive)
+
+
+def own_variables(layer):
+    """Return the variables of a layer, without those of its sublayers and seeds."""
+    return layer._trainable_variables + layer._non_trainable_variables
