@@ -1,0 +1,150 @@
+import string
+
+import numpy as np
+import pytest
+
+from keras_scratch_lstm.tracing.tokens import (
+    token_features,
+    tokens_of_sample,
+    tokens_per_sample,
+)
+
+pytestmark = pytest.mark.one_backend
+
+STORY = 'He said (very\nslowly): "It is 12:30." I ate 8 Figs [or so].\n' * 3
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ("abc", ["abc"]),
+        (["abc", "xyz"], ["abc", "xyz"]),
+        ([list("abc"), ("x", "y", "z")], ["abc", "xyz"]),
+        (["abc", ["x", "y", "z"]], ["abc", "xyz"]),
+        (iter(["a", "b", "c"]), ["abc"]),
+        (np.array(list("abc")), ["abc"]),
+        (np.array([list("abc"), list("xyz")]), ["abc", "xyz"]),
+        (np.array([b"a", b"b", b"c"], "O"), ["abc"]),
+        ([1, 2, 3], ["123"]),
+        (np.array([[1, 2, 3], [4, 5, 6]]), ["123", "456"]),
+    ],
+)
+def test_tokens_of_one_or_all_samples(tokens, expected):
+    assert tokens_per_sample(tokens, batch=2, time=3) == [list(one) for one in expected]
+
+
+def test_tokens_of_a_sample_are_its_own():
+    assert tokens_of_sample(["abc", "xyz"], 2, 3, sample=1) == ["x", "y", "z"]
+    assert tokens_of_sample("abc", 2, 3, sample=1) == ["a", "b", "c"]
+    words = ["the", "time", "machine"]
+    assert tokens_of_sample(words, 3, 3, sample=2) == words
+    assert tokens_of_sample(["<start>"], 1, 1, sample=0) == ["<start>"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "batch", "match"),
+    [
+        (3, 2, "`tokens` must be a string or a list of 3 tokens, or a list of 2 of"),
+        (None, 2, "Received: tokens=None"),
+        ("ab", 2, "must have 3 tokens, one per time step, .* 1 samples of 2 tokens"),
+        (["abc", "ab"], 2, "Received: 1 samples of 2 tokens"),
+        (["abc", ["a", "b"]], 2, "Received: 2 samples of 3, 2 tokens"),
+        ([["a", "b", "c"]] * 3, 2, "for each of 2. Received: 3 samples"),
+        (["abc", "abc", "abc"], 3, "`tokens` is ambiguous: .* Pass a list of lists"),
+    ],
+)
+def test_invalid_tokens_raise_error(tokens, batch, match):
+    with pytest.raises(ValueError, match=match) as error:
+        tokens_per_sample(tokens, batch, time=3)
+    assert len(str(error.value)) < 300
+
+
+def test_character_features():
+    features = token_features(STORY)
+    expected = {
+        "space": [c in " \n" for c in STORY],
+        "newline": [c == "\n" for c in STORY],
+        "vowel": [c in "aeiouyAEIOUY" for c in STORY],
+        "consonant": [c.isalpha() and c not in "aeiouyAEIOUY" for c in STORY],
+        "uppercase": [c in string.ascii_uppercase for c in STORY],
+        "digit": [c in string.digits for c in STORY],
+        "punctuation": [c in string.punctuation for c in STORY],
+        "start of word": [
+            STORY[t] not in " \n" and (t == 0 or STORY[t - 1] in " \n")
+            for t in range(len(STORY))
+        ],
+        "position in word": [
+            t - max(STORY.rfind(" ", 0, t + 1), STORY.rfind("\n", 0, t + 1))
+            for t in range(len(STORY))
+        ],
+        "position in line": [
+            t - STORY.rfind("\n", 0, t) - 1 for t in range(len(STORY))
+        ],
+        "inside quotes": [STORY.count('"', 0, t + 1) % 2 for t in range(len(STORY))],
+        "inside brackets": [
+            sum(
+                STORY.count(c, 0, t + 1) * s
+                for c, s in [("(", 1), ("[", 1), (")", -1), ("]", -1)]
+            )
+            > 0
+            for t in range(len(STORY))
+        ],
+    }
+    assert set(features) == set(expected)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(features[name], values, err_msg=name)
+
+
+def test_word_features():
+    text = 'The time ( or so ) was 12 , he said . But 7 Owls ! 9 ( or 10 ) . "'
+    words = text.split()
+    features = token_features(words)
+    assert set(features) == {
+        "capitalized",
+        "punctuation",
+        "number",
+        "token length",
+        "inside brackets",
+        "position in sentence",
+    }
+    selected = {
+        name: [word for word, value in zip(words, values, strict=True) if value]
+        for name, values in features.items()
+    }
+    assert selected["capitalized"] == ["The", "But", "Owls"]
+    assert selected["number"] == ["12", "7", "9", "10"]
+    assert selected["punctuation"] == [w for w in words if w in set('(),.!"')]
+    assert selected["inside brackets"] == ["(", "or", "so", "(", "or", "10"]
+    np.testing.assert_array_equal(features["token length"], [len(w) for w in words])
+    np.testing.assert_array_equal(
+        features["position in sentence"],
+        [*range(12), *range(4), *range(6), 0],
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (["0.25", "-1e3", "nan", "17"], set()),
+        (list("314159"), set()),
+        ("", set()),
+        ("aaaa", set()),  # constant
+        ("ab aba", {"vowel", "position in word"}),  # one space
+        ("时间机器是一部小说时间机器是一部小说", set()),  # no words are known
+        ("машина времени и люди и", {"space", "start of word", "position in word"}),
+        (["the", "time", "and", "machine"], {"token length"}),
+        (
+            ["▁The", "▁time", "▁Was", "▁now", "▁Then", "▁so"],
+            {"capitalized", "token length"},
+        ),
+    ],
+)
+def test_features_fit_the_tokens(tokens, expected):
+    assert set(token_features(tokens)) == expected
+
+
+def test_unbalanced_quotes_are_no_feature():
+    assert "inside quotes" in token_features('a "bcd" e fgh')
+    assert "inside quotes" not in token_features('a "bcd" e "fgh')
+    assert "inside quotes" in token_features("a “bcd” e fgh")
+    assert "inside quotes" not in token_features("a” bcd “e fgh” ijk")
