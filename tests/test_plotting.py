@@ -21,133 +21,153 @@ GATES = ["input gate i", "forget gate f", "output gate o"]
 
 @pytest.fixture
 def trace(rng):
-    shape = 2, TIME, UNITS
-    i, f, o = rng.random((3, *shape))
-    c_tilde, c, h = rng.normal(size=(3, *shape))
-    arrays = dict(zip(ARRAYS, (i, f, o, c_tilde, c, h), strict=True))
-    return GateTrace(**arrays, layer="lstm")
-
-
-def masked(trace):
-    arrays = {name: getattr(trace, name).copy() for name in ARRAYS}
+    """A trace of two samples; time step 3 of the first is masked."""
+    i, f, o = rng.random((3, 2, TIME, UNITS))
+    c_tilde, c, h = rng.normal(size=(3, 2, TIME, UNITS))
     mask = np.ones((2, TIME), bool)
     mask[0, 3] = False
-    for values in arrays.values():
+    for values in (arrays := [i, f, o, c_tilde, c, h]):
         values[~mask] = np.nan
-    return GateTrace(**arrays, mask=mask, layer="lstm")
+    return GateTrace(*arrays, mask=mask, layer="lstm")
 
 
 def tick_labels(ax):
     return [label.get_text() for label in ax.get_xticklabels()]
 
 
-def test_gates_of_units_over_a_text(trace):
-    figure = plotting.plot_gates(trace, [4, 1], TEXT, sample=1, steps=slice(2, 20))
+def text_of(figure):
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+def test_plot_gates_has_values_of_units(trace):
+    figure = plotting.plot_gates(trace, [4, 1], TEXT, sample=0, steps=slice(2, 20))
     assert [ax.get_ylabel() for ax in figure.axes] == ["unit 4", "unit 1"]
     for ax, unit in zip(figure.axes, (4, 1), strict=True):
         lines = {line.get_label(): line for line in ax.get_lines()}
         for label, name in zip(GATES, "ifo", strict=True):
             np.testing.assert_array_equal(lines[label].get_xdata(), range(2, 20))
-            expected = getattr(trace, name)[1, 2:20, unit]
+            expected = getattr(trace, name)[0, 2:20, unit]
             np.testing.assert_array_equal(lines[label].get_ydata(), expected)
-        low, high = ax.get_ylim()
-        assert low < 0
-        assert high > 1
     assert tick_labels(figure.axes[-1]) == list(TEXT[2:20].replace("\n", "⏎"))
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == GATES
-    # The lines differ in more than their colours.
-    styles = {(line.get_linestyle(), line.get_marker()) for line in lines.values()}
-    assert len(styles) >= 3
+    # The lines are distinguishable without their colors.
+    assert (
+        len({(line.get_linestyle(), line.get_marker()) for line in lines.values()}) > 2
+    )
 
 
-def test_without_tokens_steps_are_numbered(trace):
-    (ax,) = plotting.plot_gates(trace, 0).axes
-    assert ax.get_xlabel() == "step"
-    long = GateTrace(**{name: np.zeros((1, 300, 2)) for name in ARRAYS})
-    figure = plotting.plot_gates(long, 0, "a" * 300)  # no room for so many
-    assert figure.axes[0].get_xlabel() == "step"
-    assert len(tick_labels(figure.axes[0])) < 20
+@pytest.mark.parametrize(
+    ("tokens", "labels", "rotation"),
+    [
+        (TEXT, list(TEXT.replace("\n", "⏎")), 0),
+        (["a" * TIME, TEXT], list(TEXT.replace("\n", "⏎")), 0),
+        ([f"word{k}" for k in range(TIME)], [f"word{k}" for k in range(TIME)], 90),
+        (np.arange(TIME), [str(k) for k in range(TIME)], 90),
+    ],
+    ids=["text", "samples", "words", "numbers"],
+)
+def test_tokens_label_the_time_axis(tokens, labels, rotation, trace):
+    for figure in (
+        plotting.plot_gates(trace, 0, tokens, sample=1),
+        plotting.plot_heatmap(trace, "c", tokens, sample=1),
+    ):
+        assert tick_labels(figure.axes[0]) == labels
+        rotations = {t.get_rotation() for t in figure.axes[0].get_xticklabels()}
+        assert rotations == {rotation}
+    assert text_of(plotting.plot_text(trace, 0, tokens, sample=1)) == labels
 
 
-def test_words_stand_upright(trace):
-    words = [f"word{step}" for step in range(TIME)]
-    (ax,) = plotting.plot_gates(trace, 0, words).axes
-    assert tick_labels(ax) == words
-    assert {label.get_rotation() for label in ax.get_xticklabels()} == {90}
+@pytest.mark.parametrize("tokens", [None, "a" * 300])
+def test_time_series_has_step_numbers(tokens):
+    trace = GateTrace(*[np.zeros((1, 300, 2))] * 6)
+    for figure in (
+        plotting.plot_gates(trace, 0, tokens),
+        plotting.plot_heatmap(trace, "f", tokens),
+    ):
+        ax = figure.axes[0]
+        assert ax.get_xlabel() == "time step"
+        assert len(tick_labels(ax)) < 20
+    if tokens is None:
+        figure = plotting.plot_text(trace, 0, steps=slice(7, None, 100))
+        assert text_of(figure) == ["7", "107", "207"]
 
 
-@pytest.mark.parametrize("name", ARRAYS)
-def test_a_heat_map_has_the_numbers(name, trace):
-    figure = plotting.plot_heatmap(trace, name, TEXT, steps=slice(None, None, 2))
+@pytest.mark.parametrize("array", ARRAYS)
+def test_plot_heatmap_has_values(array, trace):
+    steps = slice(None, None, 2)
+    figure = plotting.plot_heatmap(trace, array, TEXT, sample=1, steps=steps)
     ax, bar = figure.axes
     (image,) = ax.get_images()
-    expected = getattr(trace, name)[0, ::2].T
+    expected = getattr(trace, array)[1, ::2].T
     np.testing.assert_array_equal(image.get_array(), expected)
-    assert image.get_clim()[1] >= np.abs(expected).max()
     low, high = image.get_clim()
-    assert (low, high) == (0, 1) if name in "ifo" else low == -high
-    assert ax.get_title().endswith({"c_tilde": "c̃"}.get(name, name))
-    assert ax.get_ylabel() == "unit"
+    assert high >= np.abs(expected).max()
+    assert (low, high) == (0, 1) if array in "ifo" else low == -high
     assert bar.get_ylim() == (low, high)
+    left, right, *_ = image.get_extent()
+    centers = np.linspace(left, right, 2 * expected.shape[1] + 1)[1::2]
+    np.testing.assert_allclose(centers, range(TIME)[::2])
+    assert ax.get_title().endswith({"c_tilde": "c̃"}.get(array, array))
 
 
-def test_a_heat_map_on_axes_of_ones_own(trace):
+@pytest.mark.parametrize("plot", [plotting.plot_heatmap, plotting.plot_text])
+def test_plots_into_given_axes(plot, trace):
     figure = Figure()
     left, right = figure.subplots(1, 2)
-    assert plotting.plot_heatmap(trace, "c", ax=right) is figure
-    assert len(right.get_images()) == 1
-    assert not left.get_images()
+    arguments = {"array": "c", "ax": right}
+    if plot is plotting.plot_text:
+        arguments["unit"] = 0
+    assert plot(trace, **arguments) is figure
+    assert right.has_data()
+    assert not left.has_data()
 
 
-def test_masked_steps_have_no_colour(trace):
-    (ax, _) = plotting.plot_heatmap(masked(trace), "f").axes
-    (image,) = ax.get_images()
-    hidden = np.ma.getmaskarray(image.get_array())
-    assert hidden[:, 3].all()
-    assert not np.delete(hidden, 3, axis=1).any()
-    figure = plotting.plot_text(masked(trace), 0, TEXT)
-    hidden = np.ma.getmaskarray(figure.axes[0].collections[0].get_array())
-    assert np.flatnonzero(hidden).tolist() == [3]
+def test_masked_time_steps_are_gray(trace):
+    (image,) = plotting.plot_heatmap(trace, "f").axes[0].get_images()
+    (cells,) = plotting.plot_text(trace, 0, TEXT).axes[0].collections
+    heatmap = image.to_rgba(image.get_array())
+    cells.update_scalarmappable()
+    for colors in (heatmap[0], heatmap[-1], cells.get_facecolors()):
+        is_gray = (colors == [0.8, 0.8, 0.8, 1]).all(-1)
+        assert np.flatnonzero(is_gray).tolist() == [3]
 
 
-def test_the_saturation_scatter_has_a_point_a_unit(trace):
+def test_plot_saturation_has_one_point_per_unit(trace):
     figure = plotting.plot_saturation(trace)
     assert [ax.get_title() for ax in figure.axes] == GATES
-    for ax, (left, right) in zip(figure.axes, trace.saturation().values(), strict=True):
-        (points,) = ax.collections
-        np.testing.assert_array_equal(points.get_offsets(), np.stack([left, right], 1))
-        assert ax.get_xlabel() == "share of steps below 0.1"
+    counted = trace.mask.sum()
+    for ax, name in zip(figure.axes, "ifo", strict=True):
+        values = getattr(trace, name)[trace.mask]
+        points = ax.get_lines()[-1]
+        np.testing.assert_allclose(points.get_xdata(), (values < 0.1).sum(0) / counted)
+        np.testing.assert_allclose(points.get_ydata(), (values > 0.9).sum(0) / counted)
         assert ax.get_xlim() == ax.get_ylim() == (0, 1)
-    assert figure.axes[0].get_ylabel() == "share of steps above 0.9"
 
 
-@pytest.mark.parametrize("name", ["c", "f"])
-def test_text_is_coloured_by_a_units_values(name, trace):
-    figure = plotting.plot_text(trace, 2, TEXT, name, sample=1)
+@pytest.mark.parametrize("array", ["c", "f"])
+def test_plot_text_colors_tokens_by_values(array, trace):
+    figure = plotting.plot_text(trace, 2, TEXT, array, sample=1)
     ax = figure.axes[0]
     (cells,) = ax.collections
-    values = getattr(trace, name)[1, :, 2]
+    values = getattr(trace, array)[1, :, 2]
     np.testing.assert_array_equal(cells.get_array(), values)
-    assert "".join(text.get_text() for text in ax.texts) == TEXT.replace("\n", "⏎")
-    figure.draw_without_rendering()
-    colours = cells.get_facecolors()
-    np.testing.assert_allclose(colours, cells.cmap(cells.norm(values)))
-    # Each letter is within its cell, and stands out from it.
-    for text, path, colour in zip(ax.texts, cells.get_paths(), colours, strict=True):
-        box = path.get_extents()
-        assert box.contains(*text.get_position())
-        grey = colour[:3] @ [0.3, 0.59, 0.11]
-        assert text.get_color() == ("white" if grey < 0.5 else "black")
-    assert ax.get_title(loc="left").endswith(f" {name} of unit 2")
+    assert "".join(text_of(figure)) == TEXT.replace("\n", "⏎")
+    cells.update_scalarmappable()
+    colors = cells.get_facecolors()
+    np.testing.assert_allclose(colors, cells.cmap(cells.norm(values)))
+    for text, path, color in zip(ax.texts, cells.get_paths(), colors, strict=True):
+        assert path.get_extents().contains(*text.get_position())
+        gray = color[:3] @ [0.3, 0.59, 0.11]
+        assert text.get_color() == ("white" if gray < 0.5 else "black")
+    assert ax.get_title(loc="left").endswith(f" {array} of unit 2")
 
 
-def test_lines_break_between_words(rng):
+def test_lines_break_between_words():
     text = "an ordinary word " * 20 + "\n" + "x" * 200
-    trace = GateTrace(**{name: np.zeros((1, len(text), 1)) for name in ARRAYS})
-    ax = plotting.plot_text(trace, 0, text).axes[0]
+    trace = GateTrace(*[np.zeros((1, len(text), 1))] * 6)
     lines = {}
-    for letter in ax.texts:
+    for letter in plotting.plot_text(trace, 0, text).axes[0].texts:
         lines.setdefault(letter.get_position()[1], []).append(letter.get_text())
     lines = ["".join(line) for line in lines.values()]
     assert "".join(lines) == text.replace("\n", "⏎")
@@ -156,16 +176,8 @@ def test_lines_break_between_words(rng):
     assert lines[-3:] == ["x" * 88, "x" * 88, "x" * 24]
 
 
-def test_words_are_cells_of_their_own(trace):
-    words = [f"<word{step}>" for step in range(TIME)]
-    ax = plotting.plot_text(trace, 0, words).axes[0]
-    assert [text.get_text() for text in ax.texts] == words
-    widths = [path.get_extents().width for path in ax.collections[0].get_paths()]
-    assert widths == [len(word) + 1 for word in words]
-
-
 @pytest.mark.parametrize(
-    "draw",
+    "plot",
     [
         lambda trace, path: plotting.plot_gates(trace, [0, 1], TEXT, path=path),
         lambda trace, path: plotting.plot_heatmap(trace, "f", TEXT, path=path),
@@ -174,59 +186,45 @@ def test_words_are_cells_of_their_own(trace):
     ],
     ids=["gates", "heatmap", "saturation", "text"],
 )
-def test_pictures_are_saved_and_nothing_is_cut_off(draw, trace, tmp_path):
-    figure = draw(trace, tmp_path / "picture.png")
-    assert isinstance(figure, Figure)
-    with Image.open(tmp_path / "picture.png") as picture:
-        assert picture.width == 1350
+def test_saved_plots_are_not_clipped(plot, trace, tmp_path):
+    figure = plot(trace, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.width == 1350
     box = figure.get_tightbbox()
     width, height = figure.get_size_inches()
-    assert box.x0 >= 0
-    assert box.y0 >= 0
-    assert box.x1 <= width
-    assert box.y1 <= height
-    draw(trace, tmp_path / "picture.svg")
-    assert "<svg" in (tmp_path / "picture.svg").read_text("utf-8")
+    assert 0 <= box.x0 < box.x1 <= width
+    assert 0 <= box.y0 < box.y1 <= height
+    plot(trace, tmp_path / "plot.svg")
+    assert "<svg" in (tmp_path / "plot.svg").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
-    ("draw", "message"),
+    ("plot", "match"),
     [
-        (
-            lambda t: plotting.plot_gates(t, 6),
-            "`unit` is 6; expected an integer from 0 to 5",
-        ),
-        (lambda t: plotting.plot_gates(t, [0, -1]), "`units` is -1; expected"),
-        (lambda t: plotting.plot_gates(t, []), r"`units` is \[\]; expected"),
-        (lambda t: plotting.plot_gates(t, "a"), "`unit` is 'a'; expected"),
-        (
-            lambda t: plotting.plot_gates(t, 0, "ab"),
-            "`tokens` has 2 tokens; expected 21",
-        ),
-        (lambda t: plotting.plot_gates(t, 0, sample=2), "`sample` is 2; expected"),
-        (
-            lambda t: plotting.plot_gates(t, 0, steps=3),
-            "`steps` is 3; expected a slice",
-        ),
+        (lambda t: plotting.plot_gates(None, 0), "`trace` must be a `GateTrace`"),
+        (lambda t: plotting.plot_gates(t, 6), "from 0 to 5. Received: units=6"),
+        (lambda t: plotting.plot_gates(t, [0, -1]), "Received: units=-1"),
+        (lambda t: plotting.plot_gates(t, []), r"Received: units=\[\]"),
+        (lambda t: plotting.plot_gates(t, True), "Received: units=True"),
+        (lambda t: plotting.plot_text(t, [0]), r"Received: unit=\[0\]"),
+        (lambda t: plotting.plot_gates(t, 0, "ab"), "`tokens` must have 21 tokens"),
+        (lambda t: plotting.plot_heatmap(t, sample=2), "Received: sample=2"),
+        (lambda t: plotting.plot_gates(t, 0, steps=3), "`steps` must be a slice"),
         (
             lambda t: plotting.plot_heatmap(t, steps=slice(50, 60)),
-            "expected some of the 21 steps",
+            "selects some of 21 time steps",
         ),
-        (
-            lambda t: plotting.plot_heatmap(t, "g"),
-            "`name` is 'g'; expected one of 'i', 'f'",
-        ),
-        (lambda t: plotting.plot_text(t, 0, None), "`tokens` is None; expected"),
+        (lambda t: plotting.plot_heatmap(t, "mask"), "`array` must be one of 'i', 'f'"),
+        (lambda t: plotting.plot_text(t, 0, array=["c"]), "`array` must be one of"),
+        (lambda t: plotting.plot_saturation(t, path=3), "Received: path=3"),
     ],
 )
-def test_wrong_arguments(draw, message, trace):
-    with pytest.raises(ValueError, match=message):
-        draw(trace)
+def test_invalid_arguments_raise_error(plot, match, trace):
+    with pytest.raises(ValueError, match=match):
+        plot(trace)
 
 
-def test_without_matplotlib_it_is_said(monkeypatch):
+def test_missing_matplotlib_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(
-        ImportError, match=r'`pip install "keras-scratch-lstm\[plot\]"`'
-    ):
+    with pytest.raises(ImportError, match="Run `pip install matplotlib`"):
         importlib.reload(plotting)

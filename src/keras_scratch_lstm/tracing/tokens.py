@@ -6,7 +6,7 @@ import numpy as np
 
 from keras_scratch_lstm import _validation
 
-# A boolean feature that is rarer than this tells nothing about a unit.
+# Rarer events tell nothing about a unit.
 _MIN_OCCURRENCES = 3
 
 
@@ -102,11 +102,11 @@ def _character_features(tokens):
         "digit": _test(tokens, str.isdigit),
         "punctuation": _test(tokens, _is_punctuation),
     } | _nesting_features(tokens)
-    if space.any():
+    if _is_informative(space):
         position = _steps_since(space)
         features["start of word"] = position == 1
         features["position in word"] = position
-    if newline.any():
+    if _is_informative(newline):
         after_newline = np.append(True, newline[:-1])
         features["position in line"] = _steps_since(after_newline)
     return features
@@ -120,7 +120,7 @@ def _word_features(tokens):
         "number": _test(tokens, _is_number),
         "token length": np.array([len(token) for token in tokens]),
     } | _nesting_features(tokens)
-    if end.any():
+    if _is_informative(end):
         features["position in sentence"] = _steps_since(np.append(True, end[:-1]))
     return features
 
