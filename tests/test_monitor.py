@@ -113,7 +113,7 @@ def test_one_layer_of_a_stack(data):
     monitor = GateMonitor(data[0], layer="upper")
     history = model.fit(*data, verbose=0, callbacks=[monitor]).history
     assert {key.partition("/")[0] for key in history} == {"loss", "upper"}
-    with pytest.raises(ValueError, match="expected one of 'lower', 'upper'"):
+    with pytest.raises(ValueError, match="choose one of: 'lower', 'upper'"):
         model.fit(*data, verbose=0, callbacks=[GateMonitor(data[0])])
 
 

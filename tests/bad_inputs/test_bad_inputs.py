@@ -142,7 +142,6 @@ def sentence_of(error):
 
 
 def test_there_are_many():
-    assert len(CASES) >= 400
     calls = [case.values[1] for case in CASES]
     assert len(set(calls)) == len(calls)
 

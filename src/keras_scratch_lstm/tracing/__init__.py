@@ -4,55 +4,55 @@ from typing import Any
 
 import numpy as np
 
+from keras_scratch_lstm import _types
 from keras_scratch_lstm.tracing import capture, replay
+from keras_scratch_lstm.tracing.inputs import read_batches
 from keras_scratch_lstm.tracing.trace import GateTrace, Saturation
 
 __all__ = ["GateTrace", "Saturation", "trace_gates"]
 
 
 def trace_gates(
-    model_or_layer: Any, inputs: Any, layer: Any = None, batch_size: int = 32
+    model_or_layer: "Any | _types.Path",
+    inputs: Any,
+    layer: Any = None,
+    batch_size: int = 32,
+    batches: int | None = 1,
 ) -> GateTrace:
-    """The gates and states of an LSTM, for every unit at every step.
+    """Trace the gates and states of an LSTM for every unit at every time step.
 
-    It works for models that are trained already: nothing is changed and
-    nothing retrained. The layer may be a `ScratchLSTM`, a
-    `keras.layers.LSTM`, or a `keras.layers.RNN` over a `ScratchLSTMCell` or a
-    `keras.layers.LSTMCell`; its cell may be of a subclass of `ScratchLSTMCell`
-    with gates of its own. It may stand alone, or in a Sequential, Functional,
-    nested or subclassed model, and it may be wrapped in
-    `keras.layers.Bidirectional`.
+    This works for trained models and changes nothing in them. The layer may be a
+    `ScratchLSTM`, a `keras.layers.LSTM`, or a `keras.layers.RNN` with a
+    `ScratchLSTMCell` (or a custom subclass) or a `keras.layers.LSTMCell`, alone, in
+    a `keras.layers.Bidirectional`, or anywhere in a model.
 
-    The model runs up to the traced layer, in inference mode: nothing is
-    dropped out. A stateful layer is traced from the states that it has, and
-    keeps them, as do all others. Where a model calls the layer several times,
-    it is the first call that is traced.
-
-    Long inputs are computed `batch_size` samples and some hundred to thousand
-    steps at a time, so that on the way there, no more than that is held beside
-    the result. (But the layers before the traced one see all steps of a batch.)
+    The model runs in inference mode up to the traced layer. If it calls the layer
+    several times, the first call is traced. Stateful layers start every batch from
+    their current states, which do not change.
 
     Args:
-        model_or_layer: A Keras model, or the layer itself; built.
-        inputs: What the model or layer takes: an array or tensor, or a list or
-            dict of some, the samples first. (For a `time_major` layer itself,
-            the time first.)
-        layer: The layer's name, or the layer, where the model has several. Of
-            a `Bidirectional`, the name or one of its two layers may be given.
-            Default: `None`.
-        batch_size: Positive integer, how many samples to run at a time. A
-            model with stateful or `time_major` layers runs all of them
-            together. Default: 32.
+        model_or_layer: A built Keras model or layer, or the path of a `.keras` file.
+        inputs: Inputs of the model or layer: an array, a tensor or a nested list, a
+            list or dict of these, or a dataset of batches with or without targets:
+            a `tf.data.Dataset`, a `keras.utils.PyDataset` or another iterable.
+            The padding of a ragged tensor is masked. A batch may be smaller than
+            the model's fixed batch size; sample `k` then starts from row `k` of
+            a stateful layer's states.
+        layer: Which LSTM to trace if the model has several: its name, its index
+            among the model's LSTMs, or the layer; also one of the two layers of a
+            `Bidirectional`. Default: `None`.
+        batch_size: Positive integer, the number of samples to run at a time. A
+            model with a `time_major` layer runs a batch at once. Default: 32.
+        batches: Positive integer, how many batches of a dataset to trace, or `None`
+            for all. If their lengths differ, the padding is masked. Default: 1.
 
     Returns:
-        A `GateTrace`: `i`, `f`, `o`, `c_tilde`, `c` and `h`, each an array of
-        shape `(batch, time, units)`, for all samples, the steps in the order of
-        the input. For `Bidirectional`, it is that of the forward layer, and
-        its `backward` is that of the other.
+        A `GateTrace`. For a `Bidirectional` layer, it is the trace of the forward
+        layer, and its attribute `backward` that of the backward layer.
 
     Raises:
-        ValueError: There is no LSTM to trace, or no telling which, or the
-            inputs do not fit; the message names the candidates.
+        ValueError: If the model has no LSTM, or has several and `layer` is not
+            given, or if an argument is invalid.
 
     Example:
 
@@ -68,33 +68,40 @@ def trace_gates(
     >>> trace.f.shape
     (1, 5, 16)
     """
-    target, lstms = capture.find_lstms(model_or_layer, layer)
-    for part in (model_or_layer, *(lstm.cell for lstm in lstms)):
-        if not part.built:
-            raise ValueError(
-                f"`model_or_layer` is {model_or_layer.name!r}, which is not built yet; "
-                "expected one that has its weights."
-            )
-    arrays: dict[Any, dict[str, np.ndarray]] = {lstm: {} for lstm in lstms}
-    for first, size, samples, calls in capture.calls_of(
-        model_or_layer, target, inputs, batch_size
-    ):
-        for lstm, whole in arrays.items():
-            part = replay.run(lstm, **calls[lstm])
-            rows, time = part["h"].shape[:2]
-            if size == samples:
-                arrays[lstm] = part
-                continue
-            # A model that folds an axis into the batch has several rows a sample.
-            fold = rows // size
-            if rows != fold * size or time != whole.get("h", part["h"]).shape[1]:
-                raise ValueError(
-                    f"`inputs` reach {target.name!r} with a number of steps that "
-                    "changes from batch to batch; expected a `batch_size` that takes "
-                    "all at once."
-                )
-            replay.put(whole, part, 0, first * fold, samples * fold)
-    trace: Any = None
-    for lstm, whole in reversed(arrays.items()):
-        trace = GateTrace(**whole, layer=lstm.name, backward=trace)
+    model = capture.load(model_or_layer)
+    target, lstms = capture.find_lstms(model, layer)
+    if not all(part.built for part in (model, *(lstm.cell for lstm in lstms))):
+        raise ValueError(
+            f"`model_or_layer` must be built. Received: {model.name!r}. Call it once "
+            "on data, or add `keras.Input`."
+        )
+    parts: dict[Any, list[Any]] = {lstm: [] for lstm in lstms}
+    for batch in read_batches(inputs, batches):
+        for calls in capture.capture_calls(model, target, batch, batch_size):
+            for lstm, arguments in calls.items():
+                if lstm in parts:
+                    parts[lstm].append(replay.run(lstm, **arguments))
+    trace = None
+    for lstm in reversed(lstms):
+        trace = GateTrace(**_join(parts[lstm]), layer=lstm.name, backward=trace)
     return trace
+
+
+def _join(parts):
+    """Concatenate the arrays of all batches, padded to the same length."""
+    time = max(part["h"].shape[1] for part in parts)
+    if any("mask" in part or part["h"].shape[1] < time for part in parts):
+        for part in parts:
+            part.setdefault("mask", np.ones(part["h"].shape[:2], bool))
+
+    def pad(values):
+        width = [(0, 0), (0, time - values.shape[1]), (0, 0)][: values.ndim]
+        fill = False if values.dtype == bool else np.nan
+        return np.pad(values, width, constant_values=fill) if width[1][1] else values
+
+    joined = {}
+    for name in list(parts[0]):
+        # Releasing each part keeps the peak memory near the size of the result.
+        values = [pad(part.pop(name)) for part in parts]
+        joined[name] = values[0] if len(values) == 1 else np.concatenate(values)
+    return joined

@@ -1,256 +1,279 @@
-"""Find the LSTM in a model, and record what the model calls it with."""
+"""Find the LSTMs of a model, and capture the arguments the model calls them with."""
 
 import contextlib
 import inspect
+import operator
+import os
 import threading
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_scratch_lstm import _validation
+from keras_scratch_lstm import _keras, _validation
 from keras_scratch_lstm.cell import ScratchLSTMCell
+from keras_scratch_lstm.tracing.inputs import check_inputs
+
+_LOCK = threading.RLock()
 
 
-def find_lstms(model_or_layer, layer=None):
-    """The layer that a trace is of: see `trace_gates`.
-
-    Returns:
-        `(target, lstms)`: the layer that the model calls, and what is traced of
-        it, one LSTM, or both of a `Bidirectional` layer.
-    """
+def load(model_or_layer):
+    """Return the model or layer, loaded if it is the path of a `.keras` file."""
+    if isinstance(model_or_layer, (str, os.PathLike)):
+        return keras.saving.load_model(model_or_layer, compile=False)
     if not isinstance(model_or_layer, keras.layers.Layer):
-        raise ValueError(
-            f"`model_or_layer` is {model_or_layer!r}; expected a Keras model or layer."
-        )
-    name = model_or_layer.name
-    targets = list(dict.fromkeys(_lstms(model_or_layer)))
-    if not targets:
-        raise ValueError(
-            f"`model_or_layer` is {name!r}, which has no LSTM; expected a `ScratchLSTM`"
-            ", an `LSTM`, an `RNN` over a `ScratchLSTMCell` or an `LSTMCell`, or a "
-            "model with one."
-        )
-    names = ", ".join(repr(target.name) for target in targets)
-    choices = {target: directions_of(target) for target in targets}
-    of = {target: target for target in targets}
-    if layer is None:
-        found = targets
-        if len(found) > 1:
-            raise ValueError(
-                f"`layer` is None, and {name!r} has {len(found)} LSTMs; expected one "
-                f"of {names}."
-            )
-    else:
-        for target in targets:
-            for direction in directions_of(target):
-                choices.setdefault(direction, [direction])
-                of.setdefault(direction, target)
-        found = [
-            choice
-            for choice in choices
-            if layer is choice or (isinstance(layer, str) and layer == choice.name)
-        ]
-        if not found:
-            raise ValueError(
-                f"`layer` is {getattr(layer, 'name', layer)!r}, which is no LSTM of "
-                f"{name!r}; expected one of {names}."
-            )
-        if len(found) > 1:
-            raise ValueError(
-                f"`layer` is {layer!r}, the name of {len(found)} LSTMs of {name!r}; "
-                "expected the layer itself."
-            )
-    target, lstms = of[found[0]], choices[found[0]]
-    for lstm in lstms:
-        cell = type(lstm.cell)
-        if not issubclass(cell, ScratchLSTMCell) and cell is not keras.layers.LSTMCell:
-            raise ValueError(
-                f"`layer` is {lstm.name!r}, whose cell is of {cell.__name__}, a "
-                "subclass of `keras.layers.LSTMCell` that may have gates of its own; "
-                "expected a `keras.layers.LSTMCell` itself, or a subclass of "
-                "`ScratchLSTMCell`."
-            )
-    return target, lstms
+        rule = "a Keras model or layer, or the path of a `.keras` file"
+        raise _validation.invalid("model_or_layer", model_or_layer, rule)
+    return model_or_layer
 
 
-def _lstms(layer):
-    """The LSTMs in a layer, in the model's order."""
-    directions = directions_of(layer)
-    if all(
-        isinstance(direction, keras.layers.RNN)
-        and isinstance(direction.cell, (ScratchLSTMCell, keras.layers.LSTMCell))
-        for direction in directions
-    ):
+def find_all(model):
+    """Return the LSTM layers of a model, in the model's order.
+
+    Each is a layer that the model calls: a `ScratchLSTM`, an `LSTM`, an `RNN` with
+    an LSTM cell, or a `Bidirectional` of these. `directions_of` has the LSTMs in
+    it, and `find_lstms` accepts it as `layer`.
+    """
+    return list(dict.fromkeys(_find(model)))
+
+
+def _find(layer):
+    if all(map(_is_lstm, directions_of(layer))):
         yield layer
         return
-    # `model.layers` has no layers within layers that are not models.
-    for sublayer in layer._flatten_layers(include_self=False, recursive=False):
-        yield from _lstms(sublayer)
+    for sublayer in _keras.sublayers(layer):
+        yield from _find(sublayer)
+
+
+def _is_lstm(layer):
+    cells = ScratchLSTMCell, keras.layers.LSTMCell
+    return isinstance(layer, keras.layers.RNN) and isinstance(layer.cell, cells)
 
 
 def directions_of(layer):
+    """Return both layers of a `Bidirectional` layer, or else the layer itself."""
     if isinstance(layer, keras.layers.Bidirectional):
         return [layer.forward_layer, layer.backward_layer]
     return [layer]
 
 
-# --- what it is called with --------------------------------------------------
+def find_lstms(model, layer=None):
+    """Find the LSTM that `layer` selects; see `trace_gates`.
+
+    Args:
+        model: A Keras model or layer.
+        layer: A name, a layer, an index among `find_all(model)`, or `None` if the
+            model has one LSTM.
+
+    Returns:
+        `(target, lstms)`: the layer that the model calls, and the LSTMs to trace
+        in it: one, or both of a `Bidirectional` layer.
+    """
+    targets = find_all(model)
+    if not targets:
+        raise ValueError(
+            f"`model_or_layer` must be or contain a `ScratchLSTM`, an `LSTM`, or an "
+            f"`RNN` with a `ScratchLSTMCell` or an `LSTMCell`. Received: {model.name!r}"
+        )
+    choices = {target: (target, directions_of(target)) for target in targets}
+    for target in targets:
+        for lstm in directions_of(target):
+            choices.setdefault(lstm, (target, [lstm]))
+    found = _select(layer, targets, choices)
+    if not found:
+        names = [repr(target.name) for target in targets[:8]]
+        names += ["…"] * (len(targets) > 8)
+        raise ValueError(
+            f"`layer` must be the name or index of an LSTM of {model.name!r}, or the "
+            f"layer itself. Pass `layer=` to choose one of: {', '.join(names)}. "
+            f"Received: layer={getattr(layer, 'name', repr(layer)[:40])}"
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"`layer` must be the layer itself, since {len(found)} LSTMs of "
+            f"{model.name!r} have the same name. Received: layer={layer!r}"
+        )
+    target, lstms = choices[found[0]]
+    for lstm in lstms:
+        _check_cell(lstm)
+    return target, lstms
 
 
-class _Reached(BaseException):
-    """Ends a forward pass at the traced layer; no `except Exception` stops it."""
+def _select(layer, targets, choices):
+    if layer is None:
+        return targets if len(targets) == 1 else []
+    if isinstance(layer, str):
+        return [choice for choice in choices if choice.name == layer]
+    if isinstance(layer, keras.layers.Layer):
+        return [layer] if layer in choices else []
+    try:
+        return [targets[operator.index(layer)]]
+    except (IndexError, TypeError):
+        return []
 
 
-_LOCK = threading.RLock()
+def _check_cell(lstm):
+    cell = type(lstm.cell)
+    if cell is not keras.layers.LSTMCell and not issubclass(cell, ScratchLSTMCell):
+        raise ValueError(
+            f"`layer` must have a `ScratchLSTMCell` (or a subclass) or a plain "
+            f"`keras.layers.LSTMCell`, whose gates are known. Received: {lstm.name!r} "
+            f"with a {cell.__name__!r}"
+        )
+
+
+class _Stop(BaseException):
+    """Stop the forward pass at the traced layer; `except Exception` ignores it."""
 
 
 @contextlib.contextmanager
-def _stop_at(layer, calls):
-    """In this thread, calls of the layer are recorded, and end there."""
+def _record_call(layer, calls):
+    """Record the arguments of the layer's calls in this thread, and stop there."""
     thread = threading.get_ident()
     with _LOCK:
         call = layer.call
         signature = inspect.signature(call)
-        its_own = "call" in vars(layer)
+        is_instance_attribute = "call" in vars(layer)
 
         def record(*args, **kwargs):
             if threading.get_ident() != thread:
                 return call(*args, **kwargs)
             calls.append(signature.bind(*args, **kwargs).arguments)
-            raise _Reached
+            raise _Stop
 
-        # Past `__setattr__`, with which Keras and torch keep their books.
+        # Keras and torch track what `__setattr__` assigns.
         vars(layer)["call"] = record
         try:
             yield
         finally:
-            if its_own:
+            if is_instance_attribute:
                 vars(layer)["call"] = call
             else:
                 del vars(layer)["call"]
 
 
-def calls_of(model, target, inputs, batch_size):
-    """What each LSTM is called with, batch after batch.
+def capture_calls(model, target, inputs, batch_size):
+    """Yield the arguments of each LSTM in `target`, one batch after the other.
+
+    Args:
+        model: The model to run, or `target` itself.
+        target: The layer at which the forward pass stops.
+        inputs: One batch of `read_batches`, run `batch_size` samples at a time.
+        batch_size: Positive integer.
 
     Yields:
-        `(first, size, samples, calls)`: the batch's first sample and its size, the
-        number of all, and a dict of layer to arguments.
+        Dict of LSTM -> keyword arguments of `replay.run`.
     """
-    inputs, samples = check_inputs(
-        inputs, time_major=getattr(model, "time_major", False)
-    )
-    batch_size = _batch_size(model, samples, batch_size)
-
+    time_major = getattr(model, "time_major", False)
+    inputs, samples = check_inputs(inputs, time_major=time_major)
+    batch_size, fixed = _batch_sizes(model, samples, batch_size)
     for start in range(0, samples, batch_size):
-        batch = inputs
+        batch, padding = inputs, 0
         if batch_size < samples:
-            batch = keras.tree.map_structure(
-                lambda x, start=start: x[start : start + batch_size], inputs
-            )
-        calls = []
-        # Whatever the layers assign to their states is forgotten. And torch
-        # records no gradients of values that are cut off from their variables.
-        values = [(v, ops.stop_gradient(v.value)) for v in model.variables]
-        with keras.StatelessScope(values), _stop_at(target, calls):
-            with contextlib.suppress(_Reached):
-                model(batch, training=False)
-            if not calls:
-                raise ValueError(
-                    f"`layer` is {target.name!r}, which {model.name!r} does not call "
-                    "in its forward pass, or in a compiled part of it alone; expected "
-                    "one that it calls in the open."
-                )
-            arguments = _by_direction(target, **calls[0])
-        yield start, min(batch_size, samples - start), samples, arguments
+            stop = start + batch_size
+            batch = keras.tree.map_structure(lambda x, s=start, e=stop: x[s:e], inputs)
+        if fixed:
+            padding = fixed - min(fixed, samples - start)
+            batch = keras.tree.map_structure(lambda x, n=padding: _pad(x, n), batch)
+        calls = _capture(model, target, batch)
+        for call in calls.values() if padding else ():
+            # A model that folds an axis into the batch has several rows per sample.
+            rows = len(call["h"]) * (fixed - padding) // fixed
+            call.update({key: value[:rows] for key, value in call.items()})
+        yield calls
 
 
-def check_inputs(inputs, argument="inputs", time_major=False):
-    """Inputs of a model as arrays, and how many samples they are."""
-    inputs = keras.tree.map_structure(
-        lambda x: x if hasattr(x, "shape") else np.array(x), inputs
-    )
-    arrays = keras.tree.flatten(inputs)
-    shapes = [tuple(x.shape) for x in arrays]
-    sizes = {shape[time_major] if len(shape) > time_major else 0 for shape in shapes}
-    if len(sizes) != 1 or 0 in sizes:
-        raise ValueError(
-            f"`{argument}` has the shape{'s' * (len(shapes) != 1)} "
-            f"{', '.join(map(str, shapes)) or 'of none'}; expected arrays of as many "
-            "samples each, at least one."
-        )
-    if any(
-        str(getattr(x, "dtype", "")) == "object" and not _is_text(x) for x in arrays
-    ):
-        raise ValueError(
-            f"`{argument}` has the dtype object; expected arrays of numbers."
-        )
-    return inputs, sizes.pop()
-
-
-def _is_text(array):
-    """Whether they are strings, as pandas has them, for a model that takes those."""
-    return all(isinstance(value, (str, bytes)) for value in np.ravel(array))
-
-
-def _batch_size(model, samples, batch_size):
-    """How many samples to run at a time, for this model."""
+def _batch_sizes(model, samples, batch_size):
+    """Return how many samples to run at a time, and the model's fixed batch size."""
     batch_size = _validation.positive_integer("batch_size", batch_size)
-    for layer in model._flatten_layers():
-        if getattr(layer, "time_major", False):
-            # Nobody knows on which axis of the model's inputs the samples are.
-            batch_size = samples
+    layers = [model, *_keras.sublayers(model, recursive=True)]
+    if any(getattr(layer, "time_major", False) for layer in layers):
+        return samples, None  # the samples may be on either axis of the inputs
+    shapes = [x.shape for x in getattr(model, "inputs", None) or []]
+    fixed = shapes[0][0] if shapes else None
+    for layer in layers:
         if getattr(layer, "stateful", False) and getattr(layer, "states", None):
-            expected = keras.tree.flatten(layer.states)[0].shape[0]
-            if samples != expected:
+            fixed = keras.tree.flatten(layer.states)[0].shape[0]
+            if samples > fixed:
                 raise ValueError(
-                    f"`inputs` has {samples} samples, and {layer.name!r} is stateful; "
-                    f"expected {expected}, the batch size of its states."
+                    f"`inputs` must have at most {fixed} samples, the batch size of "
+                    f"the stateful layer {layer.name!r}. Received: {samples} samples"
                 )
-            batch_size = samples
-    return batch_size
+    return fixed or batch_size, fixed
 
 
-def _by_direction(target, sequences, initial_state=None, mask=None, **_):
-    """The arguments of a call as each LSTM gets them, as arrays, batch-major."""
+def _pad(x, size):
+    """Repeat the last sample `size` times."""
+    return ops.concatenate([ops.convert_to_tensor(x)] + [x[-1:]] * size) if size else x
+
+
+def _capture(model, target, batch):
+    calls = []
+    # The scope discards updates of states. On torch, `stop_gradient` keeps the
+    # forward pass from recording gradients.
+    values = [(v, ops.stop_gradient(v.value)) for v in model.variables]
+    with keras.StatelessScope(values), _record_call(target, calls):
+        with contextlib.suppress(_Stop):
+            _forward(model, batch)(batch, training=False)
+        if not calls:
+            raise ValueError(
+                f"`layer` must be called in the model's forward pass. Received: "
+                f"{target.name!r}, which {model.name!r} does not call, or only in "
+                "compiled code"
+            )
+        return _split_directions(target, **calls[0])
+
+
+def _forward(model, batch):
+    """Return `model`, or `model.call` if only its fixed number of steps differs.
+
+    A model with `keras.Input((35,))` rejects other lengths, though its LSTM does not.
+    """
+    inputs = getattr(model, "inputs", None) or []
+    if len(inputs) == 1 and hasattr(batch, "shape"):
+        fixed, shape = inputs[0].shape, batch.shape
+        if len(fixed) == len(shape) and len(fixed) > 1 and fixed[1] != shape[1]:
+            return model.call
+    return model
+
+
+def _split_directions(target, sequences, initial_state=None, mask=None, **_):
+    """Return the call's arguments for each direction, as batch-major arrays."""
     if keras.tree.is_nested(mask):
         mask = mask[0]
     try:
         sequences = ops.convert_to_numpy(sequences)
     except Exception:
         raise ValueError(
-            f"`layer` is {target.name!r}, which is called where its inputs can't be "
-            "seen, in a compiled or vectorized part of the model; expected one called "
-            "in the open, or the layer itself with its own inputs."
+            f"`layer` must be called outside of compiled or vectorized code. "
+            f"Received: {target.name!r}. Pass this layer and its own inputs instead."
         ) from None
     if 0 in sequences.shape or not _validation.are_numbers(sequences):
-        raise ValueError(
-            f"`inputs` reach {target.name!r} as {_validation.dtype_of(sequences)} of shape "
-            f"{sequences.shape}; expected real numbers, and at least one step."
-        )
-    given = [] if initial_state is None else keras.tree.flatten(initial_state)
+        rule = "real numbers with at least one time step where they reach the layer"
+        raise _validation.invalid("inputs", sequences, rule)
+    states = [] if initial_state is None else keras.tree.flatten(initial_state)
     calls = {}
     for index, layer in enumerate(directions_of(target)):
         time_major = getattr(layer, "time_major", False)
-        if given:
-            h, c = given[2 * index : 2 * index + 2]
+        if states:
+            h, c = states[2 * index : 2 * index + 2]
         elif layer.stateful:
             h, c = layer.states
         else:
-            h, c = layer.get_initial_state(sequences.shape[1 if time_major else 0])
-        dtype = "float64" if layer.cell.compute_dtype == "float64" else "float32"
-        call = {
-            "sequences": sequences.astype(dtype),
-            "h": _to_numpy(h, dtype),
-            "c": _to_numpy(c, dtype),
-            "mask": None if mask is None else _to_numpy(mask, "bool"),
-        }
+            h, c = layer.get_initial_state(sequences.shape[int(time_major)])
+        dtype = result_dtype(layer)
+        call = {"sequences": sequences.astype(dtype)}
+        if mask is not None:
+            call["mask"] = _to_numpy(mask, "bool")
         if time_major:
-            for key in ("sequences", "mask"):
-                call[key] = None if call[key] is None else np.swapaxes(call[key], 0, 1)
-        calls[layer] = call
+            call = {key: np.swapaxes(value, 0, 1) for key, value in call.items()}
+        calls[layer] = call | {"h": _to_numpy(h, dtype), "c": _to_numpy(c, dtype)}
     return calls
+
+
+def result_dtype(layer):
+    """Return the dtype of a layer's trace."""
+    return "float64" if layer.cell.compute_dtype == "float64" else "float32"
 
 
 def _to_numpy(x, dtype):

@@ -12,36 +12,53 @@ from keras_scratch_lstm import recurrence
 from keras_scratch_lstm.cell import Gates, ScratchLSTMCell
 from keras_scratch_lstm.layer import ScratchLSTM
 from keras_scratch_lstm.per_gate import named_weights
+from keras_scratch_lstm.tracing.capture import result_dtype
 from keras_scratch_lstm.tracing.trace import ARRAYS
 
-# Numbers an array may have for the steps that are computed at once: 4 MB.
-_NUMBERS_AT_ONCE = 2**20
+_CHUNK_SIZE = 2**20  # elements per array that are computed at a time: 4 MB
 _LOCK = threading.RLock()
 
 
 def run(layer, sequences, h, c, mask=None):
-    """Runs one LSTM over a batch; its arrays by name."""
+    """Run one LSTM on one batch.
+
+    Args:
+        layer: An RNN layer with an LSTM cell.
+        sequences: Array of shape `(batch, time, features)`.
+        h: Array of shape `(batch, units)`, the initial hidden state.
+        c: Array of shape `(batch, units)`, the initial cell state.
+        mask: Boolean array of shape `(batch, time)`, or `None`.
+
+    Returns:
+        Dict of name -> array, as in `GateTrace`.
+    """
     if layer.go_backwards:
         sequences = np.flip(sequences, 1)
         mask = None if mask is None else np.flip(mask, 1)
-    weights = [value for _, value in named_weights(layer.cell)]
-    run = _recurrence(layer).predict_on_batch
-    time, arrays = sequences.shape[1], {}
-    steps = max(1, _NUMBERS_AT_ONCE // h.size)
-    for start in range(0, time, steps):
-        now = slice(start, start + steps)
-        inputs = {"weights": weights, "sequences": sequences[:, now], "h": h, "c": c}
+    # OpenVINO takes arrays only.
+    weights = [ops.convert_to_numpy(value) for _, value in named_weights(layer.cell)]
+    function = _compiled_function(layer)
+    chunks, size = [], max(1, _CHUNK_SIZE // h.size)
+    for start in range(0, sequences.shape[1], size):
+        steps = slice(start, start + size)
+        inputs = {"weights": weights, "sequences": sequences[:, steps], "h": h, "c": c}
         if mask is not None:
-            inputs["mask"] = mask[:, now]
-        outputs = run(inputs)
+            inputs["mask"] = mask[:, steps]
+        outputs = function.predict_on_batch(inputs)
         states = outputs.pop("states")
-        if "all_six" in outputs:
-            six = np.split(outputs["all_six"], len(ARRAYS), axis=-1)
-            outputs = dict(zip(ARRAYS, six, strict=True))
+        if "concatenated" in outputs:
+            arrays = np.split(outputs["concatenated"], len(ARRAYS), axis=-1)
+            outputs = dict(zip(ARRAYS, arrays, strict=True))
         else:
-            outputs["c"] = _memory(c, **outputs, mask=inputs.get("mask"))
-        put(arrays, outputs, 1, start, time)
+            outputs["c"] = _cell_states(c, **outputs, mask=inputs.get("mask"))
+        chunks.append(outputs)
         h, c = states
+    arrays = chunks[0]
+    if len(chunks) > 1:
+        arrays = {
+            name: np.concatenate([chunk.pop(name) for chunk in chunks], axis=1)
+            for name in ARRAYS
+        }
     if mask is not None:
         for values in arrays.values():
             values[~mask] = np.nan
@@ -51,93 +68,77 @@ def run(layer, sequences, h, c, mask=None):
     return arrays
 
 
-def put(whole, part, axis, start, size):
-    """Puts a part's arrays into the whole ones, which the first part makes."""
-    for name, values in part.items():
-        if values.shape[axis] == size:
-            whole[name] = values
-            continue
-        if name not in whole:
-            shape = (*values.shape[:axis], size, *values.shape[axis + 1 :])
-            whole[name] = np.empty(shape, values.dtype)
-        stop = start + values.shape[axis]
-        whole[name][(slice(None),) * axis + (slice(start, stop),)] = values
-
-
-def _memory(c, i, f, c_tilde, mask, **_):
-    """c of all steps, from the gates."""
-    memory = np.empty_like(f)
+def _cell_states(c, i, f, c_tilde, mask, **_):
+    """Compute the cell state at every time step from the gates."""
+    cell_states = np.empty_like(f)
     for t in range(f.shape[1]):
-        new = f[:, t] * c + i[:, t] * c_tilde[:, t]
-        c = new if mask is None else np.where(mask[:, t, None], new, c)
-        memory[:, t] = c
-    return memory
+        c_next = f[:, t] * c + i[:, t] * c_tilde[:, t]
+        c = c_next if mask is None else np.where(mask[:, t, None], c_next, c)
+        cell_states[:, t] = c
+    return cell_states
 
 
 class _Function(keras.Model):
-    """A function of nested tensors, to be run by `predict_on_batch`.
+    """A function of nested tensors that Keras compiles by `predict_on_batch`.
 
-    So Keras compiles it where the backend compiles, and records no gradients.
-    It has a model's form, since Keras does this for models alone. But it has no
-    weights; they are among the inputs, so that it can run in several threads:
-    on JAX, variables of a model are out of use while it predicts.
+    The weights are inputs, not variables: on JAX, a model's variables are not
+    available to other threads while it predicts.
     """
 
     def __init__(self, function, dtype):
         super().__init__(name="function", dtype=dtype)
         self._function = function
+        # cuDNN's LSTM cannot be compiled by XLA on TensorFlow.
+        self.supports_jit = keras.backend.backend() != "tensorflow"
         self.built = True
 
     def call(self, inputs):
         return self._function(inputs)
 
 
-_RECURRENCES: Any = weakref.WeakKeyDictionary()
+_FUNCTIONS: Any = weakref.WeakKeyDictionary()  # of each layer
 
 
-def _recurrence(layer):
-    """The compiled recurrence of a layer, the same one at each call."""
+def _compiled_function(layer):
     with _LOCK:
-        if layer not in _RECURRENCES:
-            _RECURRENCES[layer] = _make_recurrence(layer)
-        return _RECURRENCES[layer]
+        if layer not in _FUNCTIONS:
+            _FUNCTIONS[layer] = _make_function(layer)
+        return _FUNCTIONS[layer]
 
 
-def _make_recurrence(layer):
+def _make_function(layer):
     cell = layer.cell
     if not isinstance(cell, ScratchLSTMCell):
-        cell = _same_cell(cell)
-    make = _fused if _has_kernel(cell) else _step_by_step
-    rnn, run = make(cell)
-    dtype = _dtype_of_results(layer)
+        cell = _scratch_cell(cell)
+    compute = _from_hidden_states(cell) if _has_fast_path(cell) else _step_by_step(cell)
+    dtype = result_dtype(layer)
 
-    def with_weights(inputs):
-        values = zip(cell.weights, inputs["weights"], strict=True)
+    def function(inputs):
+        # On OpenVINO, inputs have an unknown first dimension.
+        weights = zip(cell.weights, inputs["weights"], strict=True)
+        values = [(variable, ops.reshape(x, variable.shape)) for variable, x in weights]
         with keras.StatelessScope(values):
-            results = run(*(inputs.get(key) for key in ("sequences", "h", "c", "mask")))
-        return keras.tree.map_structure(lambda x: ops.cast(x, dtype), results)
+            outputs = compute(
+                inputs["sequences"], inputs["h"], inputs["c"], inputs.get("mask")
+            )
+        return keras.tree.map_structure(lambda x: ops.cast(x, dtype), outputs)
 
-    function = _Function(with_weights, dtype=cell.dtype_policy)
-    function.supports_jit = rnn.supports_jit
-    return function
+    return _Function(function, dtype=cell.dtype_policy)
 
 
-def _has_kernel(cell):
-    """Whether the layer may run in a kernel that keeps the gates to itself."""
-    plain = (
+def _has_fast_path(cell):
+    """Whether the layer may run in an implementation that does not return the gates."""
+    is_plain = (
         type(cell).gates is ScratchLSTMCell.gates
         and type(cell).call is ScratchLSTMCell.call
-        # Elsewhere, c is rounded at each step, which cannot be told from outside.
+        # In half precision, rounding of c at each time step is not reproducible.
         and cell.compute_dtype in ("float32", "float64")
     )
-    return plain and not {"torch", "cudnn"}.isdisjoint(recurrence.implementations())
+    return is_plain and not {"torch", "cudnn"}.isdisjoint(recurrence.implementations())
 
 
-def _fused(cell):
-    """h from the layer itself; the gates from h, all steps in one product.
-
-    c is left to `_memory`: here no gate looks at it.
-    """
+def _from_hidden_states(cell):
+    """Compute h by the layer itself, and all gates from h in one matmul."""
     rnn = ScratchLSTM(
         cell=cell,
         return_sequences=True,
@@ -146,58 +147,56 @@ def _fused(cell):
         dtype=cell.dtype_policy,
     )
 
-    def run(x, h_0, c_0, mask):
+    def compute(x, h_0, c_0, mask):
         h, *states = rnn(x, initial_state=[h_0, c_0], mask=mask)
-        before = _one_step_before(h, h_0, mask)
-        x, before = (ops.reshape(v, (-1, v.shape[-1])) for v in (x, before))
-        gates = cell.gates(x, before, None)
+        h_prev = _previous_hidden_states(h, h_0, mask)
+        x, h_prev = (ops.reshape(v, (-1, v.shape[-1])) for v in (x, h_prev))
+        gates = cell.gates(x, h_prev, None)  # these gates do not depend on c
         gates = [ops.reshape(values, ops.shape(h)) for values in gates]
         return {**Gates(*gates)._asdict(), "h": h, "states": states}
 
-    return rnn, run
+    return compute
 
 
-def _one_step_before(h, h_0, mask):
-    """The h that each step starts from."""
+def _previous_hidden_states(h, h_0, mask):
     h_0 = ops.expand_dims(h_0, 1)
-    before = ops.concatenate([h_0, h[:, :-1]], axis=1)
+    h_prev = ops.concatenate([h_0, h[:, :-1]], axis=1)
     if mask is None:
-        return before
-    # Until the first step that counts, Keras puts out zeros and keeps the state.
-    counts = ops.cast(mask, "int32")
-    seen = ops.cumsum(counts, axis=1) - counts > 0
-    return ops.where(ops.expand_dims(seen, -1), before, h_0)
+        return h_prev
+    # Until the first unmasked time step, Keras outputs zeros and keeps the state.
+    unmasked = ops.cast(mask, "int32")
+    started = ops.cumsum(unmasked, axis=1) - unmasked > 0
+    return ops.where(ops.expand_dims(started, -1), h_prev, h_0)
 
 
 def _step_by_step(cell):
-    """All six from Keras's own loop."""
+    """Compute all arrays in Keras's loop over time."""
     rnn = keras.layers.RNN(
-        _AllSix(cell),
+        _TracingCell(cell),
         return_sequences=True,
         return_state=True,
         name="recurrence",
         dtype=cell.dtype_policy,
     )
 
-    def run(x, h_0, c_0, mask):
+    def compute(x, h_0, c_0, mask):
         gates = [ops.zeros_like(h_0)] * len(Gates._fields)
-        before = ops.concatenate([*gates, c_0, h_0], axis=-1)
-        all_six, state = rnn(x, initial_state=[before], mask=mask)
+        state = ops.concatenate([*gates, c_0, h_0], axis=-1)
+        outputs, state = rnn(x, initial_state=[state], mask=mask)
         *_, c, h = ops.split(state, len(ARRAYS), axis=-1)
-        return {"all_six": all_six, "states": [h, c]}
+        return {"concatenated": outputs, "states": [h, c]}
 
-    return rnn, run
+    return compute
 
 
-class _AllSix(keras.layers.Layer):
-    """A cell whose output is all six arrays side by side.
+class _TracingCell(keras.layers.Layer):
+    """A cell whose output is the concatenation of all arrays of a trace.
 
-    They are its state as well, though it needs no more than h and c: where there
-    is a mask, Keras on JAX takes the first state for the last output.
+    So is its state: with a mask, Keras on JAX returns the first state as last output.
     """
 
     def __init__(self, cell):
-        super().__init__(name="all_six", dtype=cell.dtype_policy)
+        super().__init__(name="tracing_cell", dtype=cell.dtype_policy)
         self.cell = cell
         self.state_size = [len(ARRAYS) * cell.units]
         self.output_size = len(ARRAYS) * cell.units
@@ -207,18 +206,17 @@ class _AllSix(keras.layers.Layer):
         *_, c, h = ops.split(states[0], len(ARRAYS), axis=-1)
         i, f, o, c_tilde = self.cell.gates(inputs, h, c)
         if type(self.cell).call is ScratchLSTMCell.call:
-            # What the cell does; to ask it would be to compute the gates twice.
-            c = f * c + i * c_tilde
+            c = f * c + i * c_tilde  # without computing the gates twice
             h = o * self.cell.activation(c)
         else:
             _, (h, c) = self.cell(inputs, [h, c])
-        all_six = ops.concatenate([i, f, o, c_tilde, c, h], axis=-1)
-        return all_six, [all_six]
+        outputs = ops.concatenate([i, f, o, c_tilde, c, h], axis=-1)
+        return outputs, [outputs]
 
 
-def _same_cell(cell):
-    """A `ScratchLSTMCell` for a built-in cell; its weights are yet to be given."""
-    same = ScratchLSTMCell(
+def _scratch_cell(cell):
+    """Return a `ScratchLSTMCell` like a built-in cell, except for the weights."""
+    scratch_cell = ScratchLSTMCell(
         cell.units,
         activation=cell.activation,
         recurrent_activation=cell.recurrent_activation,
@@ -229,9 +227,5 @@ def _same_cell(cell):
         dtype=cell.dtype_policy,
         name="cell",
     )
-    same.build((None, cell.kernel.shape[0]))
-    return same
-
-
-def _dtype_of_results(layer):
-    return "float64" if layer.cell.compute_dtype == "float64" else "float32"
+    scratch_cell.build((None, cell.kernel.shape[0]))
+    return scratch_cell

@@ -1,0 +1,286 @@
+import gc
+import weakref
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from trace_reference import (
+    BATCH,
+    FEATURES,
+    LAYERS,
+    TIME,
+    UNITS,
+    assert_close,
+    embed,
+    make,
+    named_weights,
+    numpy_trace,
+    sequential,
+)
+
+from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, recurrence, trace_gates
+from keras_scratch_lstm.tracing import replay
+from keras_scratch_lstm.tracing.trace import ARRAYS
+
+BACKEND = keras.backend.backend()
+BOTH = pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM"])
+
+
+@pytest.fixture(params=["from hidden states", "step by step"])
+def method(request, monkeypatch):
+    """Both methods to compute the gates, of which the backend would use one."""
+
+    def not_implemented(*args):
+        raise NotImplementedError
+
+    monkeypatch.setattr(replay, "_FUNCTIONS", weakref.WeakKeyDictionary())
+    if request.param == "step by step":
+        monkeypatch.setattr(replay, "_has_fast_path", lambda cell: False)
+    else:
+        available = {"torch": not_implemented}
+        monkeypatch.setattr(recurrence, "implementations", lambda *_: available)
+
+
+@pytest.mark.parametrize("go_backwards", [False, True])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_trace_matches_numpy_reference(kind, go_backwards, x):
+    layer = make(kind, go_backwards=go_backwards, return_sequences=True)
+    trace = trace_gates(layer, x)
+    assert_close(trace, numpy_trace(layer, x))
+    assert all(getattr(trace, name).dtype == "float32" for name in ARRAYS)
+    assert trace.mask is None
+    assert trace.backward is None
+    assert trace.layer == layer.name
+    outputs = ops.convert_to_numpy(layer(x))
+    outputs = outputs[:, ::-1] if go_backwards else outputs
+    np.testing.assert_allclose(trace.h, outputs, rtol=1e-5, atol=1e-6)
+
+
+@BOTH
+def test_both_methods_match_numpy_reference(kind, method, x, states, rng):
+    layer = make(kind)
+    assert_close(trace_gates(layer, x), numpy_trace(layer, x))
+    mask = rng.random((BATCH, TIME)) < 0.6
+    inputs = keras.Input((TIME, FEATURES)), keras.Input((TIME,), dtype="bool")
+    h, c = states[:2]
+    outputs = layer(
+        inputs[0],
+        mask=inputs[1],
+        initial_state=[ops.convert_to_tensor(h), ops.convert_to_tensor(c)],
+    )
+    trace = trace_gates(keras.Model(inputs, outputs), [x, mask])
+    assert_close(trace, numpy_trace(layer, x, h=h, c=c, mask=mask))
+
+
+@BOTH
+def test_other_activations_without_bias(kind, x):
+    layer = {"LSTM": keras.layers.LSTM, "ScratchLSTM": ScratchLSTM}[kind](
+        UNITS,
+        use_bias=False,
+        activation="softsign",
+        recurrent_activation="hard_sigmoid",
+        return_sequences=True,
+    )
+    h = ops.convert_to_numpy(layer(x))
+    trace = trace_gates(layer, x)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    np.testing.assert_allclose(trace.h, h, **close)
+    np.testing.assert_allclose(trace.h, trace.o * trace.c / (1 + abs(trace.c)), **close)
+    z = x[:, 0] @ named_weights(layer.cell)["W_xf"]
+    np.testing.assert_allclose(trace.f[:, 0], np.clip(z / 6 + 0.5, 0, 1), **close)
+    np.testing.assert_allclose(
+        trace.c[:, 1:],
+        trace.f[:, 1:] * trace.c[:, :-1] + (trace.i * trace.c_tilde)[:, 1:],
+        **close,
+    )
+
+
+def test_overridden_call_of_a_custom_cell(x):
+    class LeakyCell(ScratchLSTMCell):
+        def call(self, inputs, states, training=False):
+            h, (_, c) = super().call(inputs, states, training)
+            return h, [h, 0.5 * c]
+
+    layer = keras.layers.RNN(LeakyCell(UNITS), return_sequences=True)
+    h = ops.convert_to_numpy(layer(x))
+    trace = trace_gates(layer, x)
+    np.testing.assert_allclose(trace.h, h, rtol=1e-5, atol=1e-6)
+    first = 0.5 * trace.i[:, 0] * trace.c_tilde[:, 0]
+    np.testing.assert_allclose(trace.c[:, 0], first, rtol=1e-4, atol=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16"])
+def test_half_precision_is_traced_in_float32(kind, policy, x, dtype_policy):
+    dtype_policy(policy)
+    layer = make(kind, return_sequences=True, recurrent_initializer="glorot_uniform")
+    outputs = ops.convert_to_numpy(ops.cast(layer(x), "float32"))
+    trace = trace_gates(layer, x)
+    assert all(getattr(trace, name).dtype == "float32" for name in ARRAYS)
+    assert_close(trace, numpy_trace(layer, x), rtol=0.05, atol=0.02)
+    np.testing.assert_allclose(trace.h, outputs, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX has no float64 unless enabled")
+@BOTH
+def test_float64_is_traced_in_float64(kind, x, dtype_policy):
+    dtype_policy("float64")
+    layer = make(kind)
+    trace = trace_gates(layer, x)
+    assert all(getattr(trace, name).dtype == "float64" for name in ARRAYS)
+    assert_close(trace, numpy_trace(layer, x), rtol=1e-12, atol=1e-14)
+
+
+@BOTH
+def test_dropout_is_not_applied(kind, x):
+    layer = make(kind, dropout=0.5, recurrent_dropout=0.5)
+    assert_close(trace_gates(layer, x), numpy_trace(layer, x))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM", "RNN(ScratchLSTMCell)"])
+@pytest.mark.parametrize("given", [False, True])
+def test_both_directions_are_in_input_order(kind, given, x, states):
+    keras.utils.set_random_seed(5)
+    layer = keras.layers.Bidirectional(LAYERS[kind](return_sequences=True, name="lstm"))
+    inputs = keras.Input((TIME, FEATURES))
+    kwargs = {}
+    if given:
+        kwargs["initial_state"] = [ops.convert_to_tensor(state) for state in states]
+    else:
+        states = [None] * 4
+    model = keras.Model(inputs, layer(inputs, **kwargs))
+    trace = trace_gates(model, x)
+    forward = numpy_trace(layer.forward_layer, x, *states[:2])
+    backward = numpy_trace(layer.backward_layer, x, *states[2:])
+    assert_close(trace, forward)
+    assert_close(trace.backward, backward)
+    assert (trace.layer, trace.backward.layer) == ("forward_lstm", "backward_lstm")
+    h = ops.convert_to_numpy(layer(x, **kwargs))
+    both = np.concatenate([trace.h, trace.backward.h], axis=-1)
+    np.testing.assert_allclose(both, h, rtol=1e-5, atol=1e-6)
+    assert_close(trace_gates(model, x, "backward_lstm"), backward)
+    assert_close(trace_gates(model, x, layer.forward_layer), forward)
+    assert_close(trace_gates(model, x, layer), forward)
+
+
+def test_bidirectional_layer_with_one_lstm(x):
+    layer = keras.layers.Bidirectional(
+        keras.layers.GRU(UNITS), backward_layer=make("LSTM", go_backwards=True)
+    )
+    inputs = keras.Input((TIME, FEATURES))
+    model = keras.Model(inputs, layer(inputs))
+    assert_close(trace_gates(model, x), numpy_trace(layer.backward_layer, x))
+
+
+def test_time_major(x):
+    layer = ScratchLSTM(UNITS, time_major=True, return_sequences=True)
+    swapped = np.swapaxes(x, 0, 1)
+    h = ops.convert_to_numpy(layer(swapped))
+    trace = trace_gates(layer, swapped, batch_size=2)
+    assert_close(trace, numpy_trace(layer, x))
+    np.testing.assert_allclose(np.swapaxes(trace.h, 0, 1), h, rtol=1e-5, atol=1e-6)
+    inputs = keras.Input(batch_shape=(None, None, FEATURES))
+    model = keras.Model(inputs, layer(inputs))
+    assert_close(trace_gates(model, swapped, batch_size=2), numpy_trace(layer, x))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("side", ["left", "right", "anywhere"])
+def test_masked_time_steps_are_nan(kind, side, tokens, rng):
+    lengths, steps = rng.integers(1, TIME, (BATCH, 1)), np.arange(TIME)
+    mask = {
+        "left": steps >= TIME - lengths,
+        "right": steps < lengths,
+        "anywhere": rng.random((BATCH, TIME)) < 0.5,
+    }[side]
+    tokens = np.where(mask, tokens, 0)
+    model = sequential(LAYERS[kind](return_sequences=True), mask_zero=True)
+    layer = model.layers[1]
+    trace = trace_gates(model, tokens)
+    x = embed(tokens, model)
+    assert_close(trace, numpy_trace(layer, x, mask=mask))
+    np.testing.assert_array_equal(trace.mask, mask)
+    h = ops.convert_to_numpy(layer(x, mask=ops.convert_to_tensor(mask)))
+    np.testing.assert_allclose(trace.h[mask], h[mask], rtol=1e-5, atol=1e-6)
+
+
+@BOTH
+def test_masks_of_both_directions(kind, tokens, rng):
+    mask = rng.random((BATCH, TIME)) < 0.5
+    tokens = np.where(mask, tokens, 0)
+    layer = keras.layers.Bidirectional(LAYERS[kind]())
+    model = sequential(layer, mask_zero=True)
+    trace, x = trace_gates(model, tokens), embed(tokens, model)
+    for one, direction in [
+        (trace, layer.forward_layer),
+        (trace.backward, layer.backward_layer),
+    ]:
+        np.testing.assert_array_equal(one.mask, mask)
+        assert_close(one, numpy_trace(direction, x, mask=mask))
+
+
+@pytest.mark.parametrize("go_backwards", [False, True])
+def test_batches_and_chunks_of_time_do_not_change_the_trace(
+    go_backwards, method, tokens, monkeypatch
+):
+    tokens[0, :3] = 0  # masked
+    model = sequential(ScratchLSTM(UNITS, go_backwards=go_backwards), mask_zero=True)
+    at_once = trace_gates(model, tokens)
+    monkeypatch.setattr(replay, "_CHUNK_SIZE", 2 * UNITS * 2)  # two steps of two
+    chunked = trace_gates(model, tokens, batch_size=2)
+    np.testing.assert_array_equal(chunked.mask, at_once.mask)
+    assert_close(chunked, at_once, rtol=1e-6, atol=1e-7)
+
+
+@BOTH
+def test_weight_updates_are_traced(kind, x):
+    layer = make(kind)
+    trace_gates(layer, x)
+    layer.set_weights([2 * weight for weight in layer.get_weights()])
+    assert_close(trace_gates(layer, x), numpy_trace(layer, x))
+
+
+def test_traced_layer_is_garbage_collected(x):
+    layer = make("ScratchLSTM")
+    trace_gates(layer, x)
+    reference = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA fails on TensorFlow only")
+@pytest.mark.parametrize("kind", [*LAYERS, "stock model"])
+def test_cudnn_is_not_compiled_by_xla_on_gpu(kind, x, monkeypatch):
+    import tensorflow as tf
+
+    from keras_scratch_lstm.recurrence import cudnn
+    from keras_scratch_lstm.recurrence import tensorflow as on_tensorflow
+
+    calls = []
+
+    def lstm(x, *args):
+        """Like the cuDNN kernel, it has an operation that XLA cannot compile."""
+        calls.append(tf.executing_eagerly())
+        x = tf.ensure_shape(tf.numpy_function(np.copy, [x], x.dtype), x.shape)
+        return on_tensorflow.lstm(x, *args)
+
+    if kind == "stock model":
+        inputs = keras.Input((TIME, FEATURES))
+        model = keras.Model(inputs, keras.layers.LSTM(UNITS)(inputs))
+        layer = model.layers[1]
+    else:
+        model = layer = make(kind)
+    gpu = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")
+    list_devices = tf.config.list_physical_devices
+    monkeypatch.setattr(
+        tf.config, "list_physical_devices", lambda *args: [*list_devices(), gpu]
+    )
+    monkeypatch.setattr(on_tensorflow, "has_gpu", lambda: True)
+    monkeypatch.setattr(cudnn, "lstm", lstm)
+    trace = trace_gates(model, x)
+    assert_close(trace, numpy_trace(layer, x))
+    assert calls == [False] * len(calls)
+    assert bool(calls) == (kind != "custom cell")
+    assert replay._compiled_function(layer).jit_compile is False

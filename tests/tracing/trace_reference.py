@@ -1,0 +1,112 @@
+"""Models to trace, and a trace in NumPy, float64, to compare with."""
+
+import keras
+import numpy as np
+from keras import ops
+from reference import sigmoid, weights_of
+
+from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
+from keras_scratch_lstm.tracing.trace import ARRAYS
+
+BATCH, TIME, FEATURES, UNITS = 5, 7, 3, 4
+
+
+class PeepholeCell(ScratchLSTMCell):
+    """Its forget gate depends on the cell state."""
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.W_cf = self.add_weight(
+            name="W_cf", shape=(self.units,), initializer="random_normal"
+        )
+
+    def gates(self, x, h, c):
+        z = x @ self.W_xf + h @ self.W_hf + self.b_f + c * self.W_cf
+        return super().gates(x, h, c)._replace(f=ops.sigmoid(z))
+
+
+def rnn(cell_class):
+    return lambda **kwargs: keras.layers.RNN(cell_class(UNITS), **kwargs)
+
+
+LAYERS = {
+    "LSTM": lambda **kwargs: keras.layers.LSTM(UNITS, **kwargs),
+    "RNN(LSTMCell)": rnn(keras.layers.LSTMCell),
+    "RNN(ScratchLSTMCell)": rnn(ScratchLSTMCell),
+    "ScratchLSTM": lambda **kwargs: ScratchLSTM(UNITS, **kwargs),
+    "custom cell": lambda **kwargs: ScratchLSTM(cell=PeepholeCell(UNITS), **kwargs),
+}
+
+
+def make(kind, **kwargs):
+    keras.utils.set_random_seed(1)
+    layer = LAYERS[kind](**kwargs)
+    layer.build((BATCH, TIME, FEATURES))
+    return layer
+
+
+def sequential(*layers, mask_zero=False, batch_size=None, time=None):
+    keras.utils.set_random_seed(3)
+    return keras.Sequential(
+        [
+            keras.Input(batch_shape=(batch_size, time), dtype="int32", name="tokens"),
+            keras.layers.Embedding(9, FEATURES, mask_zero=mask_zero, name="embedding"),
+            *layers,
+            keras.layers.Dense(2),
+        ],
+    )
+
+
+def embed(tokens, model):
+    return ops.convert_to_numpy(model.get_layer("embedding")(tokens))
+
+
+def named_weights(cell):
+    """Weights by name, in float64, also of the built-in cell."""
+    if isinstance(cell, ScratchLSTMCell):
+        return weights_of(cell)
+    fused = [ops.convert_to_numpy(weight).astype("float64") for weight in cell.weights]
+    w = {}
+    for prefix, values in zip(("W_x", "W_h", "b_"), fused, strict=False):
+        parts = np.split(values, 4, axis=-1)
+        w |= {prefix + gate: part for gate, part in zip("ifco", parts, strict=True)}
+    return w
+
+
+def numpy_trace(layer, x, h=None, c=None, mask=None):
+    """Return all arrays of a trace, time step by time step, in float64."""
+    w = named_weights(layer.cell)
+    batch, time, _ = x.shape
+    units = w["W_hi"].shape[0]
+    x = x.astype("float64")
+    h = np.zeros((batch, units)) if h is None else h.astype("float64")
+    c = np.zeros((batch, units)) if c is None else c.astype("float64")
+    mask = np.ones((batch, time), bool) if mask is None else mask
+    trace = {name: np.full((batch, time, units), np.nan) for name in ARRAYS}
+    for t in reversed(range(time)) if layer.go_backwards else range(time):
+        z = {
+            gate: x[:, t] @ w[f"W_x{gate}"]
+            + h @ w[f"W_h{gate}"]
+            + w.get(f"b_{gate}", 0)
+            for gate in "ifoc"
+        }
+        z["f"] += c * w.get("W_cf", 0)
+        i, f, o = (sigmoid(z[gate]) for gate in "ifo")
+        c_tilde = np.tanh(z["c"])
+        c_next = f * c + i * c_tilde
+        h_next = o * np.tanh(c_next)
+        unmasked = mask[:, t, None]
+        arrays = i, f, o, c_tilde, c_next, h_next
+        for name, values in zip(ARRAYS, arrays, strict=True):
+            trace[name][:, t] = np.where(unmasked, values, np.nan)
+        h, c = np.where(unmasked, h_next, h), np.where(unmasked, c_next, c)
+    return trace
+
+
+def assert_close(trace, expected, rtol=1e-4, atol=1e-5):
+    """Compare a `GateTrace` with a dict of arrays, or with another one."""
+    expected = expected if isinstance(expected, dict) else vars(expected)
+    for name in ARRAYS:
+        np.testing.assert_allclose(
+            getattr(trace, name), expected[name], rtol=rtol, atol=atol, err_msg=name
+        )
