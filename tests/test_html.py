@@ -1,9 +1,9 @@
 import base64
 import html
+import io
 import json
 import re
 import shutil
-import sys
 import zlib
 
 import numpy as np
@@ -16,191 +16,168 @@ pytestmark = pytest.mark.one_backend
 
 TEXT = 'The "Time" of 1895, (a\nsea) of it. I see: 7 Owls\n!'
 UNITS = 5
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    "<!--<script>",
+    '"><img src=x onerror=alert(1)>',
+    "\u2028\u2029",
+    "\x00\x1b[31m",
+    "\u202egpj.exe",
+    "\u2066\u200f",
+    "\ud800",
+    "{{ data }}{{ layer }}",
+    "\\u003c/script\\u003e",
+    "&lt;img src=x onerror=alert(1)&gt;",
+    "",
+]
 
 
-def make_trace(rng, tokens, units=UNITS, samples=2, **changes):
-    """A trace of random gates, that follows the last two equations."""
-    shape = samples, len(tokens), units
+def make_trace(rng, time, units=UNITS, samples=2, masked=(), layer="lstm", **changes):
+    """Make a trace of random gates with `h = o * tanh(c)`."""
+    shape = samples, time, units
     i, f, o = rng.random((3, *shape))
     c_tilde, c = rng.uniform(-1, 1, shape), rng.normal(size=shape)
     arrays = {"i": i, "f": f, "o": o, "c_tilde": c_tilde, "c": c}
     arrays = arrays | {"h": o * np.tanh(c)} | changes
     arrays = {name: array.astype("float32") for name, array in arrays.items()}
-    return GateTrace(**arrays, layer="lstm")
+    mask = np.ones(shape[:2], bool)
+    mask[:, list(masked)] = False
+    for array in arrays.values():
+        array[~mask] = np.nan
+    return GateTrace(**arrays, mask=mask if masked else None, layer=layer)
 
 
 @pytest.fixture
 def trace(rng):
-    return make_trace(rng, TEXT)
+    return make_trace(rng, len(TEXT))
 
 
 @pytest.fixture
 def path(tmp_path):
-    pytest.importorskip("jinja2", reason="Jinja2 is not installed")
-    return tmp_path / "page.html"
+    return tmp_path / "report.html"
 
 
-def data_of(path):
-    """What the page carries, and its numbers decoded: the reader's way in Python."""
-    text = re.search(
-        r'<script type="application/json" id="data">(.*?)</script>',
-        path.read_text("utf-8"),
-        re.DOTALL,
-    )[1]
-    data = json.loads(text)
-    names, units = data["stored"], data["units"]
-    steps = np.frombuffer(zlib.decompress(base64.b64decode(data["numbers"])), "uint8")
+def read_report(path):
+    """Decode the data of a report independently of its script."""
+    pattern = r'<script type="application/json" id="data">(.*?)</script>'
+    data = json.loads(re.search(pattern, path.read_text("utf-8"), re.DOTALL)[1])
+    names, shape = data["stored"], (len(data["stored"]), data["units"], data["time"])
+    codes = np.frombuffer(zlib.decompress(base64.b64decode(data["values"])), "uint8")
     low, high = (
-        np.frombuffer(base64.b64decode(data[key]), "<f4").reshape(-1, units, 1)
+        np.frombuffer(base64.b64decode(data[key]), "<f4").reshape(*shape[:2], 1)
         for key in ("low", "high")
     )
-    steps = steps.reshape(len(names), units, -1)
-    numbers = low + (high - low) * (steps / data["levels"])
-    numbers[steps == 255] = np.nan
-    return data, dict(zip(names, numbers.swapaxes(1, 2), strict=True))
+    codes = codes.reshape(shape)
+    values = low + (high - low) * (codes / data["levels"])
+    values[codes == 255] = np.nan
+    values = dict(zip(names, values.swapaxes(1, 2), strict=True))
+    return data, {"h": values["o"] * np.tanh(values["c"])} | values
 
 
-def bounds(trace, sample, levels):
-    """How far a number may be off, for each array `(units,)`."""
-    half = {
-        name: np.ptp(getattr(trace, name)[sample], axis=0) / levels / 2 + 1e-6
+def assert_close(values, trace, sample, data):
+    """Check that the error is at most half a quantization step."""
+    tolerance = {
+        name: np.ptp(getattr(trace, name)[sample], axis=0) / data["levels"] / 2 + 1e-6
         for name in ARRAYS
     }
-    return half, half | {"h": half["o"] + half["c"]}
-
-
-def assert_near(numbers, trace, sample, levels, derived):
-    half, with_h = bounds(trace, sample, levels)
+    if "h" not in data["stored"]:
+        tolerance["h"] = tolerance["o"] + tolerance["c"]
     for name in ARRAYS:
-        off = np.abs(numbers[name] - getattr(trace, name)[sample])
-        assert (off <= (with_h if derived else half)[name]).all(), name
+        error = np.abs(values[name] - getattr(trace, name)[sample])
+        assert (error <= tolerance[name]).all(), name
 
 
-# --- the file ----------------------------------------------------------------
-
-
-def test_the_numbers_are_off_by_half_a_step_at_most(trace, path):
-    trace.to_html(path, TEXT, sample=1)
-    data, numbers = data_of(path)
+@pytest.mark.parametrize("is_lstm", [True, False])
+def test_report_has_quantized_values(is_lstm, rng, path):
+    shape = 2, len(TEXT), UNITS
+    changes = {} if is_lstm else {"h": rng.uniform(-3, 3, shape)}
+    trace = make_trace(rng, len(TEXT), **changes)
+    trace.to_html(path, ["?" * len(TEXT), TEXT], sample=1)
+    data, values = read_report(path)
     assert data["tokens"] == list(TEXT)
     assert data["levels"] == 254
-    assert data["stored"] == [name for name in ARRAYS if name != "h"]
-    numbers["h"] = numbers["o"] * np.tanh(numbers["c"])
-    assert_near(numbers, trace, 1, 254, derived=True)
+    assert data["stored"] == list(ARRAYS[: 5 if is_lstm else 6])
+    assert_close(values, trace, 1, data)
+    for name in ARRAYS:
+        variance = getattr(trace, name)[1].var(axis=0, dtype="float64")
+        np.testing.assert_allclose(data["variance"][name], variance, atol=1e-5)
 
 
-def test_h_is_stored_where_it_is_not_o_tanh_c(rng, path):
-    trace = make_trace(rng, TEXT, h=rng.uniform(-3, 3, (2, len(TEXT), UNITS)))
-    trace.to_html(path, TEXT)
-    data, numbers = data_of(path)
-    assert data["stored"] == list(ARRAYS)
-    assert_near(numbers, trace, 0, 254, derived=False)
-
-
-@pytest.mark.parametrize("kind", ["of an LSTM", "of no LSTM"])
-def test_pure_noise_is_under_3_mb(kind, rng, path):
+def test_report_of_noise_is_under_3_mb(rng, path):
     tokens = "".join(rng.choice(list("abc d\n"), 2000))
-    changes = {}
-    if kind == "of no LSTM":
-        changes = {"h": rng.uniform(-1, 1, (1, 2000, 256))}
-    trace = make_trace(rng, tokens, units=256, samples=1, **changes)
+    h = rng.uniform(-1, 1, (1, 2000, 256))
+    trace = make_trace(rng, 2000, units=256, samples=1, h=h)
     trace.to_html(path, tokens)
     assert 1_500_000 < path.stat().st_size < 3_000_000
-    data, numbers = data_of(path)
+    data, values = read_report(path)
     assert data["levels"] >= 31
-    numbers.setdefault("h", numbers["o"] * np.tanh(numbers["c"]))
-    assert_near(numbers, trace, 0, data["levels"], derived="h" not in data["stored"])
+    assert_close(values, trace, 0, data)
 
 
-def test_steps_without_a_number_stay_so(rng, path):
-    trace = make_trace(rng, "abc")
-    for name in ARRAYS:
-        getattr(trace, name)[0, 1] = np.nan
-    trace.f[0, 0, 2], trace.f[0, 2, 3] = np.inf, np.nan
+def test_report_keeps_masked_and_infinite_values_apart(rng, path):
+    trace = make_trace(rng, 3, masked=[1])
+    trace.f[0, 0, 2] = np.inf
     trace.i[0, :, 4] = np.nan
-    trace.o[0, [0, 2], 0] = 0.25  # all the same
-    trace.to_html(path, "abc")
-    _, numbers = data_of(path)
+    trace.o[0, [0, 2], 0] = 0.3  # constant, and not a float32
+    trace.to_html(path)
+    data, values = read_report(path)
+    assert data["tokens"] is None
     for name in ("i", "f", "o"):
         expected = getattr(trace, name)[0]
-        finite = np.isfinite(expected)
-        np.testing.assert_array_equal(np.isfinite(numbers[name]), finite)
-        np.testing.assert_allclose(
-            numbers[name][finite], expected[finite], atol=np.ptp(expected[finite]) / 508
-        )
-    assert (numbers["o"][[0, 2], 0] == 0.25).all()
+        expected[np.isinf(expected)] = np.nan
+        np.testing.assert_allclose(values[name], expected, atol=1 / 508)
+    assert data["variance"]["o"][0] == data["variance"]["i"][4] == 0
 
 
-def test_hostile_text_stays_text(rng, path):
-    tokens = ["</script><script>alert(1)</script>", "<!--", "'", '"', "&lt;", "\ud800"]
-    trace = make_trace(rng, tokens)
-    arrays = {name: getattr(trace, name) for name in ARRAYS}
-    evil = GateTrace(**arrays, layer='"><img src=x onerror=alert(1)>')
-    evil.to_html(path, tokens)
-    page = path.read_text("utf-8")
-    assert "alert(1)<" not in page
-    assert "<img" not in page
-    assert page.count("<script") == page.count("</script>") == 2
-    assert data_of(path)[0]["tokens"] == tokens
+def test_correlations_of_report_match_numpy(rng, path):
+    time = len(TEXT)
+    trace = make_trace(rng, time, masked=[3, 40])
+    trace.c[:, :, 2] = 0.7
+    trace.to_html(path, TEXT, sample=1)
+    data, _ = read_report(path)
+    vowel = np.isin(list(TEXT), list("aeiouAEIOU"))
+    mask = trace.mask[1]
+    for name in ARRAYS:
+        r = data["correlations"][name]["vowel"]
+        for unit in range(UNITS):
+            if name == "c" and unit == 2:
+                assert data["variance"]["c"][2] == 0
+                continue
+            values = getattr(trace, name)[1, mask, unit]
+            expected = np.corrcoef(values, vowel[mask])[0, 1]
+            assert abs(r[unit] - expected) < 6e-4
+    for tokens in (None, list(np.linspace(0, 1, time))):
+        trace.to_html(path, tokens)
+        assert not read_report(path)[0]["correlations"]["c"]
 
 
-HOSTILE = [
-    "</script><script>alert(1)</script>",
-    "<!--<script>",
-    "]]>",
-    "\u2028\u2029",
-    "\x00",
-    "\x1b[31m",
-    "\u202egpj.exe",
-    "\u2066\u200f",
-    "\ud800",
-    "\"'`",
-    "{{ data }}{% raw %}",
-    "\\u003c/script\\u003e",
-    "&lt;img src=x onerror=alert(1)&gt;",
-]
-
-
-@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
-def test_a_hostile_layer_name_stays_text(name, rng, path):
-    trace = make_trace(rng, HOSTILE)
-    arrays = {array: getattr(trace, array) for array in ARRAYS}
-    GateTrace(**arrays, layer=name).to_html(path, HOSTILE)
+@pytest.mark.parametrize("layer", HOSTILE, ids=ascii)
+def test_hostile_names_and_tokens_are_escaped(layer, rng, path):
+    make_trace(rng, len(HOSTILE), layer=layer).to_html(path, HOSTILE)
     page = path.read_text("utf-8")
     assert page.count("<script") == page.count("</script>") == 2
     assert "<!--" not in page
+    assert "<img" not in page
     assert not re.search("[\x00\x1b\u2028\u2029\u202a-\u202e\u2066-\u2069]", page)
-    data, _ = data_of(path)
-    assert (data["tokens"], data["layer"]) == (HOSTILE, name)
+    assert read_report(path)[0]["tokens"] == HOSTILE
     title = html.unescape(re.search("<title>Gates of (.*?)</title>", page)[1])
-    shown = "".join(one if one.isprintable() else "�" for one in name)
-    assert title == shown
+    assert title == "".join(c if c.isprintable() else "�" for c in layer)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "match"),
     [
-        (["ab"], "`tokens` has 2 tokens; expected 50, one for each step"),
-        ([3], "`tokens` is 3; expected a string or a list of 50 strings"),
-        ([TEXT, 2], "`sample` is 2; expected an integer from 0 to 1"),
-        ([TEXT, -1], "`sample` is -1; expected"),
-        ([TEXT, "0"], "`sample` is '0'; expected"),
-        ([TEXT, True], "`sample` is True; expected"),
+        (["ab"], "`tokens` must have 50 tokens, .* 1 samples of 2 tokens"),
+        ([3], "`tokens` must be a string or a list of 50 tokens"),
+        ([TEXT, 2], "`sample` must be .* from 0 to 1. Received: sample=2"),
+        ([TEXT, -1], "Received: sample=-1"),
+        ([None, "0"], "Received: sample='0'"),
     ],
-    ids=str,
 )
-def test_what_does_not_fit_writes_nothing(arguments, message, trace, path):
-    with pytest.raises(ValueError, match=message):
+def test_invalid_arguments_write_nothing(arguments, match, trace, path):
+    with pytest.raises(ValueError, match=match):
         trace.to_html(path, *arguments)
     assert not path.exists()
-
-
-def test_without_jinja_it_is_said(trace, path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(
-        ImportError, match=r'`pip install "keras-scratch-lstm\[plot\]"`'
-    ):
-        trace.to_html(path, TEXT)
 
 
 # --- in a browser ------------------------------------------------------------
@@ -212,13 +189,13 @@ def browser():
         "playwright.sync_api", reason="playwright is not installed"
     )
     names = ("chromium", "chromium-browser", "google-chrome")
-    found = [shutil.which(name) for name in names if shutil.which(name)]
-    if not found:
-        pytest.skip("no Chromium is installed")
+    executable = next(filter(None, map(shutil.which, names)), None)
+    if executable is None:
+        pytest.skip("Chromium is not installed")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=found[0],
-            args=["--no-sandbox"],  # which a container may not allow
+            executable_path=executable,
+            args=["--no-sandbox"],  # containers may not allow it
         )
         yield browser
         browser.close()
@@ -226,10 +203,10 @@ def browser():
 
 @pytest.fixture
 def visit(browser, path):
-    """Opens a trace's page; nothing may go wrong in it, nor come from the net."""
-    contexts, wrong = [], []
+    """Open a trace's report; no error and no request to elsewhere may occur."""
+    contexts, errors = [], []
 
-    def visit(trace, tokens, sample=0, width=1200, scheme="light", **kwargs):
+    def visit(trace, tokens=None, sample=0, width=1200, scheme="light", **kwargs):
         trace.to_html(path, tokens, sample)
         context = browser.new_context(
             viewport={"width": width, "height": 800}, color_scheme=scheme, **kwargs
@@ -237,12 +214,12 @@ def visit(browser, path):
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(20_000)
-        page.on("console", lambda message: wrong.append(message.text))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("dialog", lambda dialog: wrong.append(dialog.message))
+        page.on("console", lambda message: errors.append(message.text))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("dialog", lambda dialog: errors.append(dialog.message))
         page.on(
             "request",
-            lambda request: request.url == path.as_uri() or wrong.append(request.url),
+            lambda request: request.url == path.as_uri() or errors.append(request.url),
         )
         page.goto(path.as_uri())
         page.wait_for_selector("html[data-ready]")
@@ -251,49 +228,79 @@ def visit(browser, path):
     yield visit
     for context in contexts:
         context.close()
-    assert wrong == []
+    assert errors == []
 
 
 def token(page, step):
     return page.locator(f"#text span[data-step='{step}']")
 
 
-def shown(page):
-    """The six numbers that the page shows."""
-    return {
-        name: float(page.inner_text(f"#value-{name}").replace("−", "-"))
-        for name in ARRAYS
-    }
+def number(text):
+    return float(re.search(r"[+−]?\d+(\.\d+)?", text)[0].replace("−", "-"))
 
 
-def assert_shows(page, trace, step, unit, sample=0):
-    levels = 254
-    _, with_h = bounds(trace, sample, levels)
-    for name, value in shown(page).items():
-        digits = len(page.inner_text(f"#value-{name}").partition(".")[2])
+def assert_shows(page, trace, step, unit):
+    for name in ARRAYS:
+        shown = page.inner_text(f"#value-{name}")
+        digits = len(shown.partition(".")[2])
         assert digits >= 1
-        # Rounded to a step, and then to so many digits.
-        slack = with_h[name][unit] + 0.5 * 10**-digits + 1e-9
-        assert abs(value - getattr(trace, name)[sample, step, unit]) <= slack, name
-    assert page.inner_text("#where").startswith(f"step {step}, ")
+        tolerance = np.nanmax(np.abs(trace.c)) / 127 + 0.5 * 10**-digits
+        assert abs(number(shown) - getattr(trace, name)[0, step, unit]) <= tolerance
+    assert page.inner_text("#where").startswith(f"time step {step}")
     assert page.inner_text("#where").endswith(f", unit {unit}")
 
 
-def test_the_page_has_the_arrays(visit, trace):
-    page = visit(trace, TEXT, sample=1)
-    read = page.evaluate(
-        """() => Object.fromEntries(Object.keys(NAMES).map((name) => [name,
-            Array.from({length: data.units}, (_, u) => [...valuesOf(name, u)])]))"""
+def contrast(a, b):
+    def luminance(color):
+        x = np.array(color) / 255
+        linear = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+        return linear @ [0.2126, 0.7152, 0.0722]
+
+    bright, dark = sorted((luminance(a), luminance(b)), reverse=True)
+    return (bright + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["i", "f", "o", "c"])
+def test_color_key_matches_token_colors(name, scheme, visit, rng):
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    is_gate = name != "c"
+    trace = make_trace(rng, 5)
+    getattr(trace, name)[0, :, 0] = np.linspace(
+        0 if is_gate else -2, 1 + (not is_gate), 5
     )
-    numbers = {name: np.array(values).T for name, values in read.items()}
-    assert_near(numbers, trace, 1, 254, derived=True)
-    np.testing.assert_equal(page.title(), "Gates of lstm")
+    page = visit(trace, "abcde", scheme=scheme)
+    page.check(f"input[value={name}]")
+    page.select_option("#unit", "0")
+
+    def color(step, attribute):
+        style = f"(span) => getComputedStyle(span).{attribute}"
+        return np.array(re.findall(r"\d+", token(page, step).evaluate(style)), int)[:3]
+
+    colors = np.array([color(step, "backgroundColor") for step in range(5)])
+    zero = [255] * 3 if scheme == "light" else [20, 23, 27]
+    positive = [0, 114, 178] if scheme == "light" else [86, 180, 233]
+    negative = [213, 94, 0] if scheme == "light" else [240, 130, 50]
+    ends = [zero, positive] if is_gate else [negative, zero, positive]
+    share = np.linspace(0, len(ends) - 1, 5)
+    expected = [np.interp(share, range(len(ends)), rgb) for rgb in np.transpose(ends)]
+    np.testing.assert_allclose(colors, np.transpose(expected), atol=2)
+    for step in range(5):
+        assert contrast(colors[step], color(step, "color")) > 4.5
+
+    png = image.open(io.BytesIO(page.locator("#bar").screenshot())).convert("RGB")
+    bar = np.asarray(png)[png.height // 2]
+    at = np.arange(3, len(bar) - 3)  # without the border
+    share = (at - 0.5) / (len(bar) - 2) * 4
+    expected = np.transpose([np.interp(share, range(5), rgb) for rgb in colors.T])
+    np.testing.assert_allclose(bar[at], expected, atol=4)
+    ends = [number(page.inner_text(f"#{end}")) for end in ("low", "high")]
+    assert ends == ([0, 1] if is_gate else [-2, 2])
 
 
-def test_pick_and_hover(visit, trace):
+def test_selecting_array_unit_and_token(visit, trace):
     page = visit(trace, TEXT)
-    text = page.inner_text("#text")
-    assert text.replace("⏎", "").split() == TEXT.split()
+    assert page.inner_text("#text").replace("⏎", "").split() == TEXT.split()
     for name, unit, step in [("f", 3, 7), ("h", 0, 20), ("c_tilde", 4, 49)]:
         page.check(f"input[value={name}]")
         page.select_option("#unit", str(unit))
@@ -303,66 +310,7 @@ def test_pick_and_hover(visit, trace):
         assert_shows(page, trace, step, unit)
 
 
-def test_hostile_text_in_a_browser(visit, rng):
-    tokens = HOSTILE
-    page = visit(make_trace(rng, tokens), tokens)
-    marks = re.compile("[\x00-\x09\x0b-\x1f\u202a-\u202e\u2066-\u2069\u200f]")
-    assert not marks.search(page.inner_text("#text"))
-    assert "⟨U+202E⟩gpj.exe" in page.inner_text("#text")
-    for step, text in enumerate(tokens):
-        token(page, step).hover()
-        where = page.inner_text("#where")
-        assert not marks.search(where)
-        assert where.startswith(f"step {step}, ")
-        if text.isascii() and text.isprintable():
-            assert json.dumps(text) in where
-    assert page.locator("#text span").count() == len(tokens)
-    assert page.locator("img, #text script").count() == 0
-
-
-def background(page, step):
-    style = token(page, step).evaluate(
-        "(span) => getComputedStyle(span).backgroundColor"
-    )
-    return np.array([int(part) for part in re.findall(r"\d+", style)[:3]])
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_follow_the_values(visit, rng, scheme):
-    trace = make_trace(rng, "abcde")
-    trace.f[0, :, 0] = [0, 0.25, 0.5, 0.75, 1]
-    trace.c[0, :, 0] = [-2, -1, 0, 1, 2]
-    page = visit(trace, "abcde", scheme=scheme)
-    page.check("input[value=f]")
-    page.select_option("#unit", "0")
-    colours = np.array([background(page, step) for step in range(5)], float)
-    nothing = [255] * 3 if scheme == "light" else [20, 23, 27]
-    full = [0, 114, 178] if scheme == "light" else [86, 180, 233]
-    share = np.linspace(0, 1, 5)[:, None]
-    expected = nothing + share * (np.array(full) - nothing)
-    np.testing.assert_allclose(colours, expected, atol=2)
-    assert (page.inner_text("#low"), page.inner_text("#high")) == ("0", "1")
-
-    page.check("input[value=c]")
-    page.select_option("#unit", "0")
-    assert (page.inner_text("#low"), page.inner_text("#high")) == ("−2.00", "+2.00")
-    low, high = background(page, 0), background(page, 4)
-    assert low[0] > low[2]  # orange
-    assert high[0] < high[2]  # blue
-    np.testing.assert_allclose(background(page, 2), nothing, atol=3)
-    # The letters stand out from what they stand on.
-    for step in range(5):
-        contrast = token(page, step).evaluate(
-            """(span) => {
-              const [a, b] = ["color", "backgroundColor"].map((key) => 0.05 + luminance(
-                getComputedStyle(span)[key].match(/\\d+/g).slice(0, 3).map(Number)));
-              return Math.max(a, b) / Math.min(a, b);
-            }"""
-        )
-        assert contrast > 4.5
-
-
-def test_the_keyboard_does_everything(visit, trace):
+def test_keyboard_navigation(visit, trace):
     page = visit(trace, TEXT)
     page.focus("input[value=c]")
     page.keyboard.press("ArrowUp")
@@ -373,151 +321,130 @@ def test_the_keyboard_does_everything(visit, trace):
     page.keyboard.press("ArrowDown")
     unit = page.input_value("#unit")
     assert unit != first
-    page.keyboard.press("Tab")
-    step = "Number(document.activeElement.dataset.step)"
-    assert page.evaluate(step) == 0
-    for key, expected in [("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1)]:
-        page.keyboard.press(key)
-        assert page.evaluate(step) == expected
-        assert_shows(page, trace, expected, int(unit))
-    page.keyboard.press("ArrowDown")  # one below, in the second line
-    newline = TEXT.index("\n")
-    assert page.evaluate(step) == newline + 2
-    page.keyboard.press("ArrowUp")
-    assert page.evaluate(step) == 1
-    page.keyboard.press("ArrowUp")  # there is nothing above
-    assert page.evaluate(step) == 1
-    page.keyboard.press("End")
-    page.keyboard.press("ArrowRight")
-    assert page.evaluate(step) == len(TEXT) - 1
-    page.keyboard.press("Home")
-    page.keyboard.press("ArrowLeft")
-    assert page.evaluate(step) == 0
+    last = len(TEXT) - 1
+    for view in ("text", "chart"):
+        page.focus(f"input[value={view}]")
+        page.keyboard.press("Space")
+        page.keyboard.press("Tab")
+        page.keyboard.press("Home")
+        for key, step in [
+            ("ArrowRight", 1),
+            ("ArrowRight", 2),
+            ("ArrowLeft", 1),
+            ("End", last),
+            ("ArrowRight", last),
+            ("Home", 0),
+        ]:
+            page.keyboard.press(key)
+            assert_shows(page, trace, step, int(unit))
+            assert page.get_attribute("#chart", "aria-valuenow") == str(step)
 
 
-def units_listed(page):
-    return page.eval_on_selector_all(
-        "#unit option", "(options) => options.map((o) => [Number(o.value), o.text])"
-    )
-
-
-def test_units_are_found_by_what_they_follow(visit, rng):
-    trace = make_trace(rng, TEXT)
-    is_vowel = np.array([letter in "aeiouyAEIOUY" for letter in TEXT])
-    is_digit = np.array([letter.isdigit() for letter in TEXT])
-    trace.f[0, :, 3] = np.where(is_vowel, 0.9, 0.1)
-    trace.f[0, :, 1] = np.where(is_digit, 0.4, 0.6)
+def test_sorting_of_units(visit, rng):
+    trace = make_trace(rng, len(TEXT))
+    vowel = np.isin(list(TEXT), list("aeiouAEIOU"))
+    digit = np.char.isdigit(list(TEXT))
+    trace.f[0, :, 3] = np.where(vowel, 0.9, 0.1)
+    trace.f[0, :, 1] = np.where(digit, 0.4, 0.6)
     trace.f[0, :, 2] = 0.5
     page = visit(trace, TEXT)
     page.check("input[value=f]")
-    listed = units_listed(page)
-    assert {unit for unit, _ in listed[:2]} == {1, 3}
-    assert {text.split(maxsplit=1)[1] for _, text in listed[:2]} == {
-        "+1.00 vowel",
-        "−1.00 digit",
+
+    def listed(order):
+        page.select_option("#order", order)
+        script = "(options) => options.map((o) => [Number(o.value), o.text])"
+        rows = page.eval_on_selector_all("#unit option", script)
+        assert page.input_value("#unit") == str(rows[0][0])
+        return [unit for unit, _ in rows], [
+            text.split(maxsplit=1)[-1] for _, text in rows
+        ]
+
+    units, labels = listed("strongest correlation")
+    assert dict(zip(units[:2], labels[:2], strict=True)) == {
+        3: "+1.00 vowel",
+        1: "−1.00 digit",
     }
-    assert listed[-1][0] == 2
-    assert listed[-1][1].endswith("constant")
-
-    page.select_option("#order", "vowel")
-    assert units_listed(page)[0] == [3, "3 +1.00 vowel"]
-    # As NumPy has it.
-    for unit, text in units_listed(page)[1:-1]:
-        r = np.corrcoef(trace.f[0, :, unit], is_vowel)[0, 1]
-        shown = float(re.search(r"[+−]\d\.\d\d", text)[0].replace("−", "-"))
-        assert abs(r - shown) < 0.011
-    assert page.input_value("#unit") == "3"
-
-    page.select_option("#order", "place in the word")
-    place, places = 0, []
-    for letter in TEXT:
-        place = 0 if letter.isspace() else place + 1
-        places.append(place)
-    r = np.corrcoef(trace.f[0, :, 0], places)[0, 1]
-    text = dict(units_listed(page))[0].replace("−", "-")
-    assert abs(r - float(text.split()[1])) < 0.011
-
-    page.select_option("#order", "variance")
+    assert (units[-1], labels[-1]) == (2, "constant")
+    units, labels = listed("vowel")
+    r = [abs(number(label)) for label in labels[:-1]]
+    assert (units[0], r) == (3, sorted(r, reverse=True))
     variances = trace.f[0].var(axis=0)
-    listed = units_listed(page)
-    assert [unit for unit, _ in listed] == np.argsort(-variances).tolist()
-    assert listed[0][1].endswith(f"variance {variances.max():.3f}")
+    units, labels = listed("variance")
+    assert units == np.argsort(-variances).tolist()
+    assert labels[0] == f"variance {variances.max():.3f}"
+    assert listed("unit number")[0] == list(range(UNITS))
 
-    classes = page.eval_on_selector_all("#order option", "(o) => o.map((x) => x.value)")
-    assert classes == [
-        "what it follows most",
+
+def test_words_have_features_of_words(visit, rng):
+    words = ["The", "time", ",", "it", "was", ".", "Mr", "H", ".", "In", "it", "."]
+    page = visit(make_trace(rng, len(words)), words)
+    assert page.inner_text("#text").split() == words
+    orders = page.eval_on_selector_all("#order option", "(o) => o.map((x) => x.value)")
+    assert orders == [
+        "strongest correlation",
         "variance",
-        "space",
-        "start of a word",
-        "vowel",
-        "consonant",
-        "capital",
-        "digit",
+        "unit number",
+        "capitalized",
         "punctuation",
-        "newline",
-        "within quotes",
-        "within brackets",
-        "place in the word",
-        "place in the line",
+        "token length",
+        "position in sentence",
     ]
 
 
-def test_classes_that_no_token_is_of_are_left_out(visit, rng):
-    page = visit(make_trace(rng, "aaaa"), "aaaa")
-    classes = page.eval_on_selector_all("#order option", "(o) => o.map((x) => x.value)")
-    assert classes == ["what it follows most", "variance", "start of a word"]
-
-
-def test_masked_steps_have_no_number(visit, rng):
-    trace = make_trace(rng, "ab d")
-    for name in ARRAYS:
-        getattr(trace, name)[0, 1] = np.nan
-    page = visit(trace, "ab d")
-    token(page, 1).hover()
-    assert [page.inner_text(f"#value-{name}") for name in ARRAYS] == ["–"] * 6
+@pytest.mark.parametrize("tokens", [None, np.arange(8) / 8], ids=["none", "numbers"])
+def test_line_chart_of_time_series(tokens, visit, rng):
+    trace = make_trace(rng, 8, masked=[2, 3, 5])
+    page = visit(trace, tokens)
+    page.check("input[value=chart]")  # the default without tokens
     page.check("input[value=f]")
-    page.select_option("#order", "space")
-    kept = [0, 2, 3]
-    for unit, text in units_listed(page):
-        r = np.corrcoef(trace.f[0, kept, unit], [0, 1, 0])[0, 1]
-        shown = float(re.search(r"[+−]\d\.\d\d", text)[0].replace("−", "-"))
-        assert abs(r - shown) < 0.02
+    page.select_option("#unit", "4")
+    orders = page.eval_on_selector_all("#order option", "(o) => o.map((x) => x.value)")
+    assert orders == ["variance", "unit number"]
+    assert "Correlations" not in page.inner_text("#note")
+    path = page.get_attribute("#chart path.selected", "d")
+    lines = [re.findall(r"([\d.]+),([\d.]+)", part) for part in path.split("M")[1:]]
+    assert list(map(len, lines)) == [2, 1, 2]  # interrupted where masked
+    x, y = np.concatenate([np.array(line, float) for line in lines]).T
+    steps = [0, 1, 4, 6, 7]
+    np.testing.assert_allclose(np.corrcoef(x, steps)[0, 1], 1, atol=1e-5)
+    np.testing.assert_allclose(
+        np.corrcoef(y, trace.f[0, steps, 4])[0, 1], -1, atol=1e-4
+    )
+    box = page.locator("#chart").bounding_box()
+    page.mouse.move(box["x"] + x[3], box["y"] + 20)
+    assert_shows(page, trace, 6, 4)
+    page.mouse.move(box["x"] + (x[1] + x[2]) / 2, box["y"] + 20)
+    assert [page.inner_text(f"#value-{name}") for name in ARRAYS] == ["–"] * 6
+    page.check("input[value=text]")
+    shown = page.inner_text("#text").split()
+    assert shown == [str(t) for t in (range(8) if tokens is None else tokens)]
 
 
-def test_hostile_text_is_shown_as_it_is(visit, rng):
-    tokens = [
-        "</script><script>alert(1)</script>",
-        '<img src="x" onerror="alert(2)">',
-        "'\"&amp;",
-        "<!--<script>",
-        "{{ 7 * 7 }}",
-        "",
-    ]
-    page = visit(make_trace(rng, tokens), tokens)
-    assert page.locator("img").count() == 0
-    assert page.locator("script").count() == 2
-    for step, expected in enumerate(tokens):
-        assert token(page, step).text_content() == (expected or "∅")
+def test_hostile_tokens_in_a_browser(visit, rng):
+    page = visit(make_trace(rng, len(HOSTILE)), HOSTILE)
+    marks = re.compile("[\x00-\x09\x0b-\x1f\u202a-\u202e\u2066-\u2069\u200f]")
+    assert not marks.search(page.inner_text("#text"))
+    assert "⟨U+202E⟩gpj.exe" in page.inner_text("#text")
+    assert page.locator("#text span").count() == len(HOSTILE)
+    assert page.locator("img, #text script").count() == 0
+    for step, text in enumerate(HOSTILE):
         token(page, step).hover()
-        assert json.dumps(expected, ensure_ascii=False) in page.inner_text("#where")
-
-
-def test_words_are_kept_apart(visit, rng):
-    tokens = ["the", "time", "machine", "by", "h", "."]
-    page = visit(make_trace(rng, tokens), tokens)
-    assert page.inner_text("#text").split() == tokens
+        where = page.inner_text("#where")
+        assert not marks.search(where)
+        if text.isascii() and text.isprintable():
+            assert json.dumps(text) in where
+            assert token(page, step).text_content() == (text or "∅")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_on_a_phone(visit, trace, scheme):
+def test_report_on_a_phone(visit, trace, scheme):
     page = visit(trace, TEXT, width=390, scheme=scheme, has_touch=True)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
     token(page, 10).tap()
-    unit = int(page.input_value("#unit"))
-    assert_shows(page, trace, 10, unit)
-    # The numbers stay in sight.
-    box = page.locator("#numbers").bounding_box()
-    assert box["y"] >= 0
-    assert box["y"] + box["height"] <= 800
+    assert_shows(page, trace, 10, int(page.input_value("#unit")))
+    box = page.locator("#values").bounding_box()  # stays visible
+    assert 0 <= box["y"] <= 800 - box["height"]
+    for view in ("chart", "text"):
+        page.check(f"input[value={view}]")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
     back = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert back == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 23, 27)")

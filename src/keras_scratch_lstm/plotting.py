@@ -144,7 +144,7 @@ def plot_heatmap(
         extent=(steps[0] - half, steps[-1] + half, len(values) - 0.5, -0.5),
     )
     ax.set(ylabel="unit", title=_TITLES[array])
-    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
     _label_time(ax, steps, tokens)
     ax.figure.colorbar(image, ax=ax, pad=0.01, aspect=30)
     return _save(ax.figure, path)
@@ -288,7 +288,7 @@ def _label_time(ax, steps, tokens):
     """Label the time axis by the tokens if there is room, else by numbers."""
     if tokens is None or len(tokens) > _MAX_TOKEN_LABELS:
         ax.set_xlabel("time step")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         return
     ax.set_xticks(steps, _visible(tokens), family="monospace", parse_math=False)
     rotation = 90 if max(map(len, tokens)) > 1 else 0

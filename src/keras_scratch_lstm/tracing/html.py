@@ -1,86 +1,118 @@
-"""A gate trace as an HTML page to explore, in one file."""
+"""The HTML report of one sample: plain data in, one self-contained page out."""
 
 import base64
+import html
+import json
+import re
 import zlib
 from importlib import resources
 
 import numpy as np
 
-from keras_scratch_lstm.tracing.trace import ARRAYS, check_sample, check_tokens
+from keras_scratch_lstm.tracing.tokens import are_characters
 
-# Each number is rounded to one of so many steps between the least and the
-# greatest of its unit; the finest that the page's size allows is taken.
+# Quantization levels; the report uses the most that fit into the size limit.
 _LEVELS = 254, 191, 127, 95, 63, 47, 31
-_NO_NUMBER = 255
-# Of the data, in base64: enough for 2,000 tokens of 256 units.
-_BYTES = 2_900_000
-_BYTES_A_NUMBER = _BYTES / (2000 * 256 * len(ARRAYS))
+_MISSING = 255
+# Base64 characters of the compressed values: 2,000 tokens of 256 units make 2.8 MB.
+_SIZE_LIMIT = 2_800_000
+_SIZE_LIMIT_PER_VALUE = _SIZE_LIMIT / (2000 * 256)
 
 
-def render(trace, tokens, sample=0):
-    """The page as a string; see `GateTrace.to_html`."""
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError:
-        raise ImportError(
-            '`to_html` needs Jinja2: run `pip install "keras-scratch-lstm[plot]"`.'
-        ) from None
-    sample = check_sample(trace, sample)
-    tokens = check_tokens(tokens, trace.i.shape[1])
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    source = resources.files(__package__).joinpath("report.html").read_text("utf-8")
-    data = {"layer": trace.layer, "tokens": tokens, **encode(trace, sample)}
-    template = environment.from_string(source)
-    return template.render(layer=_visible(trace.layer), data=data)
+def render(layer, arrays, tokens=None, correlations=None):
+    """Render the report that `GateTrace.to_html` writes.
 
-
-def _visible(text):
-    """Without what could turn the direction of the page's own words."""
-    return "".join(letter if letter.isprintable() else "�" for letter in text)
-
-
-def encode(trace, sample):
-    """One sample's numbers in few bytes, as the page's script reads them.
-
-    Every number is off by half a step at most, `(high - low) / levels / 2` with
-    its unit's `low` and `high`. Where h is o * tanh(c), it is left to the script
-    to compute; it then is off by what o and c are, together, at most.
+    Args:
+        layer: String, the name of the layer.
+        arrays: Dict of array name -> array of shape `(time, units)`, with the names
+            and the order of the arrays of a `GateTrace`; NaN where masked.
+        tokens: List of `time` strings, or `None` to show the time step numbers.
+        correlations: Dict of array name -> dict of feature name -> array of shape
+            `(units,)`, for sorting the units. `None` or empty dicts for none.
 
     Returns:
-        Dict of what JSON knows: `units`; `levels`, the number of steps; `stored`,
-        the names of the arrays; and in base64 `low` and `high`, float32 of
-        shape `(array, unit)`, and `numbers`, zlib-compressed bytes of shape
-        `(array, unit, time)`: each number's step, or 255 where it is masked or
-        not finite.
+        String.
     """
-    arrays = {name: getattr(trace, name)[sample].T for name in ARRAYS}
-    names = list(ARRAYS)
-    if np.allclose(
-        arrays["h"], arrays["o"] * np.tanh(arrays["c"]), atol=1e-5, equal_nan=True
-    ):
-        names.remove("h")
-    numbers = np.stack([arrays[name] for name in names]).astype("float64")
-    finite = np.isfinite(numbers)
-    some = finite.any(-1)
-    low = np.where(some, np.where(finite, numbers, np.inf).min(-1), 0)
-    high = np.where(some, np.where(finite, numbers, -np.inf).max(-1), 0)
-    low, high = low.astype("float32"), high.astype("float32")
+    correlations = correlations or {}
+    # A feature may be constant over the unmasked time steps.
+    known = {
+        feature
+        for features in correlations.values()
+        for feature, r in features.items()
+        if np.isfinite(r).any()
+    }
+    data = {
+        "tokens": tokens,
+        "separate": tokens is None or not are_characters(tokens),
+        "variance": {name: _variance(values) for name, values in arrays.items()},
+        "correlations": {
+            name: {key: _to_json(r, 3) for key, r in features.items() if key in known}
+            for name, features in correlations.items()
+        },
+        **quantize(arrays),
+    }
+    values = {
+        "layer": html.escape("".join(c if c.isprintable() else "�" for c in layer)),
+        # No `<` may end the script element.
+        "data": json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
+    }
+    template = resources.files(__package__).joinpath("report.html").read_text("utf-8")
+    return re.sub(r"\{\{ (\w+) \}\}", lambda match: values[match[1]], template)
+
+
+def quantize(arrays):
+    """Quantize and compress the arrays for the script in the report.
+
+    The error is at most half a quantization step, `(high - low) / levels / 2`. If `h`
+    is `o * tanh(c)`, the script computes it from the quantized `o` and `c`.
+
+    Returns:
+        Dict of values for JSON: `time`, `units`, `levels`; `stored`, the names of
+        the stored arrays; `low` and `high`, base64 of float32 of shape
+        `(array, unit)`; `values`, base64 of zlib-compressed bytes of shape
+        `(array, unit, time)`, 255 where a value is not finite.
+    """
+    stored = list(arrays)
+    h = arrays["o"] * np.tanh(arrays["c"])
+    if np.allclose(arrays["h"], h, atol=1e-5, equal_nan=True):
+        stored.remove("h")
+    values = np.stack([arrays[name].T for name in stored]).astype("float64")
+    finite = np.isfinite(values)
+    low = np.where(finite, values, np.inf).min(-1, initial=np.inf)
+    high = np.where(finite, values, -np.inf).max(-1, initial=-np.inf)
+    low, high = (np.where(low <= high, x, 0).astype("float32") for x in (low, high))
     span = np.where(high > low, high - low, 1)[..., None]
-    share = np.where(finite, (numbers - low[..., None]) / span, 0).clip(0, 1)
-    budget = max(_BYTES, _BYTES_A_NUMBER * numbers[0].size * len(ARRAYS))
+    share = np.where(finite, (values - low[..., None]) / span, 0).clip(0, 1)
+    limit = max(_SIZE_LIMIT, _SIZE_LIMIT_PER_VALUE * values[0].size)
     for levels in _LEVELS:
-        steps = np.where(finite, np.rint(share * levels), _NO_NUMBER).astype("uint8")
-        packed = _base64(zlib.compress(steps.tobytes()))
-        if len(packed) <= budget:
+        codes = np.where(finite, np.rint(share * levels), _MISSING).astype("uint8")
+        packed = _base64(zlib.compress(codes.tobytes()))
+        if len(packed) <= limit:
             break
     return {
-        "units": trace.i.shape[-1],
+        "time": values.shape[2],
+        "units": values.shape[1],
         "levels": levels,
-        "stored": names,
+        "stored": stored,
         "low": _base64(low.tobytes()),
         "high": _base64(high.tobytes()),
-        "numbers": packed,
+        "values": packed,
     }
+
+
+def _variance(values):
+    """Return each unit's variance over the time steps with finite values."""
+    finite = np.isfinite(values)
+    count = np.maximum(finite.sum(0), 1)
+    # Relative to the maximum, a constant unit has exactly zero variance.
+    x = np.where(finite, values, -np.inf).max(0, initial=-np.inf)
+    x = np.where(finite, values - np.where(np.isfinite(x), x, 0), 0).astype("float64")
+    deviations = np.where(finite, x - x.sum(0) / count, 0)
+    return _to_json((deviations**2).sum(0) / count, 6)
+
+
+def _to_json(array, digits):
+    return [None if np.isnan(x) else round(float(x), digits) for x in array]
 
 
 def _base64(data):

@@ -5,13 +5,14 @@ import os
 import secrets
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from keras_scratch_lstm import _types, _validation
+from keras_scratch_lstm.tracing.tokens import token_features, tokens_of_sample
 
 if TYPE_CHECKING:
     import pandas
@@ -204,30 +205,80 @@ class GateTrace:
             }
         )
 
-    def to_html(
-        self, path: _types.Path, tokens: _types.Tokens, sample: int = 0
-    ) -> None:
-        """Writes a page on which to look at the gates over the text.
-
-        One file that needs no network: pick a gate and a unit, and the text is
-        coloured by its values; point at a token for the numbers; sort the units
-        by what they follow. So that 2,000 tokens of 256 units take less than
-        3 MB, each unit's values are rounded, to 254 steps between its least and
-        its greatest if they fit, else to fewer, down to 31; the page says to how
-        many.
+    def correlate(
+        self, features: Mapping[str, np.ndarray], array: str = "c"
+    ) -> dict[str, np.ndarray]:
+        """Correlate features of the time steps with the values of each unit.
 
         Args:
-            path: Where to write it.
-            tokens: The sample's tokens: a string, or a list of `time` strings.
-            sample: Integer, which sample of the batch. Default: 0.
+            features: Dict of feature name -> array of shape `(time,)` or
+                `(batch, time)`, of booleans or numbers.
+            array: String, the gate or state to correlate. Defaults to `"c"`.
+
+        Returns:
+            Dict of feature name -> float64 array of shape `(units,)`: the Pearson
+            correlation over the unmasked time steps, NaN where a feature or a unit is
+            constant.
+        """
+        if array not in ARRAYS:
+            raise _validation.invalid("array", array, f"one of {str(ARRAYS)[1:-1]}")
+        shape = self.i.shape[:2]
+        mask = np.ones(shape, bool) if self.mask is None else self.mask
+
+        def center(x):
+            # Relative to the first value, constants are exactly zero.
+            x = (x - x[:1]).astype("float64")
+            return x - x.sum(axis=0) / max(len(x), 1)
+
+        correlations = {}
+        with np.errstate(invalid="ignore"):  # infinite values
+            x = center(getattr(self, array)[mask])
+            for name, feature in features.items():
+                feature = np.asarray(feature, "float64")
+                if feature.shape not in (shape, shape[1:]):
+                    rule = f"arrays of shape {shape[1:]} or {shape}"
+                    raise _validation.invalid("features", feature, rule)
+                y = center(np.broadcast_to(feature, shape)[mask])
+                norms = np.sqrt((x**2).sum(axis=0) * (y**2).sum())
+                correlations[name] = y @ x / np.where(norms > 0, norms, np.nan)
+        return correlations
+
+    def to_html(
+        self,
+        path: _types.Path,
+        tokens: _types.Tokens | None = None,
+        sample: int = 0,
+    ) -> None:
+        """Write an HTML report of one sample's gates and states.
+
+        The report is one file that needs no network. It colors the tokens by the
+        values of a unit, draws these as a line chart, and sorts the units by
+        variance or by their correlation with features of the tokens. Values are
+        quantized, to 254 levels or fewer per unit, so that 2,000 tokens of 256 units
+        take less than 3 MB.
+
+        Args:
+            path: String or path-like, the file to write.
+            tokens: One sample's tokens (a string or a list of `time` strings), or a
+                list of all samples' tokens. Defaults to `None`, which shows the
+                numbers of the time steps.
+            sample: Integer, the sample to report on. Defaults to `0`.
 
         Raises:
-            ImportError: Jinja2 is not installed.
-            ValueError: `tokens` or `sample` does not fit.
+            ValueError: If `tokens` or `sample` is invalid.
         """
-        from keras_scratch_lstm.tracing.html import render
+        from keras_scratch_lstm.tracing import html
 
-        page = render(self, tokens, sample).encode("utf-8", "replace")
+        batch, time, _ = self.i.shape
+        sample = check_sample(self, sample)
+        if tokens is not None:
+            tokens = tokens_of_sample(tokens, batch, time, sample)
+        arrays = {name: getattr(self, name)[sample] for name in ARRAYS}
+        mask = None if self.mask is None else self.mask[sample : sample + 1]
+        one = GateTrace(**{k: v[None] for k, v in arrays.items()}, mask=mask)
+        features = token_features(tokens or [])
+        correlations = {name: one.correlate(features, name) for name in ARRAYS}
+        page = html.render(self.layer, arrays, tokens, correlations).encode()
         _write_whole(path, lambda file: file.write(page))
 
     def save(self, path: _types.Path) -> None:
