@@ -15,7 +15,6 @@ PAGES = [
 ]
 NEEDS = {
     "matplotlib": r"plotting",
-    "jinja2": r"to_html",
     "pandas": r"to_dataframe",
     "d2l": r"from d2l",
 }

@@ -290,9 +290,8 @@ def test_pages_and_tables(tmp_path_factory, path, tokens, sample):
     outcome(lambda: TRACE.save(path), "`path`")
 
 
-OPTIONAL = set()
+OPTIONAL = {"html"}
 for feature, package in {
-    "html": "jinja2",
     "table": "pandas",
     "plot": "matplotlib",
 }.items():
@@ -314,7 +313,7 @@ for feature, package in {
         optional={
             "units": st.integers(0, 3) | ANYTHING,
             "unit": st.integers(0, 3) | ANYTHING,
-            "name": st.sampled_from(ARRAYS) | ANYTHING,
+            "array": st.sampled_from(ARRAYS) | ANYTHING,
             "tokens": st.just("abc") | ANYTHING,
             "sample": st.integers(0, 1) | ANYTHING,
             "steps": st.none() | ANYTHING,
