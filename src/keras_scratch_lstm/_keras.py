@@ -11,19 +11,10 @@ from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 __all__ = [
     "DropoutRNNCell",
     "get_keras_mask",
-    "keep_dtype",
     "lstm",
     "own_variables",
     "sublayers",
 ]
-
-
-def keep_dtype(variable):
-    """Read and write a variable in its own dtype, even under mixed precision.
-
-    On torch, Keras would otherwise assign to a cast copy of it.
-    """
-    variable._autocast = False
 
 
 def sublayers(layer, recursive=False):

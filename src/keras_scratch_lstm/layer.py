@@ -1,15 +1,15 @@
-"""The cell over a whole sequence."""
+"""The LSTM layer: the cell over a whole sequence."""
 
 import inspect
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, Literal
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_scratch_lstm import _validation, recurrence
-from keras_scratch_lstm._keras import keep_dtype
+from keras_scratch_lstm import recurrence
 from keras_scratch_lstm._types import Activation, Choice, Config, Shape, Tensor
 from keras_scratch_lstm.cell import ScratchLSTMCell
 from keras_scratch_lstm.per_gate import GATES
@@ -19,27 +19,26 @@ _CELL_DEFAULTS = {
     for name, parameter in inspect.signature(ScratchLSTMCell).parameters.items()
     if parameter.kind is not inspect.Parameter.VAR_KEYWORD
 }
-_FLAGS = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll")
-
-
-def _of_the_cell(name):
-    return property(lambda layer: getattr(layer.cell, name))
 
 
 @keras.saving.register_keras_serializable("keras_scratch_lstm")
 class ScratchLSTM(keras.layers.RNN):
-    """A long short-term memory over a whole sequence, its weights by letter.
+    """Long short-term memory layer whose weights are those of a `ScratchLSTMCell`.
 
-    What `keras.layers.LSTM` is to `keras.layers.LSTMCell`, this is to
-    `ScratchLSTMCell`: it takes the same arguments, and with the same seeds it
-    gives the same outputs. The weights are those of `layer.cell`, one for
-    every letter of the equations that stand there.
+    A drop-in replacement for `keras.layers.LSTM`: same arguments, and the same outputs
+    for the same seeds. `layer.cell` has the weights, one per matrix of the equations.
+
+    The layer runs a fast implementation for the backend, with a hand-written backward
+    pass, or cuDNN on a GPU. Where these do not apply (custom gates, other activations,
+    recurrent dropout in training, `unroll`), it runs the reference loop of
+    `keras.layers.RNN`. After a call, `layer.recurrence` names the implementation used:
+    `"tensorflow"`, `"jax"`, `"torch"`, `"cudnn"` or `"loop"`. Within the context
+    `keras_scratch_lstm.recurrence.force("loop")`, all layers run the reference loop,
+    for transformations that the fast ones do not support, such as `jax.linearize`.
 
     Args:
-        units: Positive integer, the size of `h` and of `c`. Left out where a
-            `cell` is given.
-        activation: See `ScratchLSTMCell`, as for all arguments from here to
-            `seed`, each of which may be by gate where it may be there.
+        units: Positive integer, size of `h` and `c`. Leave it out if `cell` is given.
+        activation: See `ScratchLSTMCell`, as for all arguments up to `seed`.
         recurrent_activation: See `ScratchLSTMCell`.
         use_bias: See `ScratchLSTMCell`.
         kernel_initializer: See `ScratchLSTMCell`.
@@ -49,59 +48,47 @@ class ScratchLSTM(keras.layers.RNN):
         kernel_regularizer: See `ScratchLSTMCell`.
         recurrent_regularizer: See `ScratchLSTMCell`.
         bias_regularizer: See `ScratchLSTMCell`.
-        activity_regularizer: Regularizer of the layer's output. Default:
-            `None`.
+        activity_regularizer: Regularizer of the output. Default: `None`.
         kernel_constraint: See `ScratchLSTMCell`.
         recurrent_constraint: See `ScratchLSTMCell`.
         bias_constraint: See `ScratchLSTMCell`.
         dropout: See `ScratchLSTMCell`.
         recurrent_dropout: See `ScratchLSTMCell`.
         seed: See `ScratchLSTMCell`.
-        return_sequences: Boolean, whether to return `h` of all steps, not of
-            the last one alone. Default: `False`.
-        return_state: Boolean, whether to return the last `h` and `c`, too.
-            Default: `False`.
-        go_backwards: Boolean, whether to run from the last step to the first;
-            the output then is in the order of the run. Default: `False`.
-        stateful: Boolean, whether each call starts from the states in which
-            the last one ended. It needs inputs of one known batch size. The
-            states are in `layer.states`, and in `layer.variables`, but they
-            are no weights. Default: `False`.
-        unroll: Boolean, whether to write the loop out, step after step.
-            Default: `False`.
-        use_cudnn: `True`, `False` or `"auto"`: whether the steps run in cuDNN
-            on a GPU. `True` raises an error where cuDNN can't be used.
-            Default: `"auto"`.
-        time_major: Boolean. If true, inputs, masks and returned sequences
-            have the time first: `(time, batch, features)`. Not for within
-            `keras.layers.Bidirectional`, which turns axis 1 round whatever it
-            is. Default: `False`.
-        cell: A cell of one's own to take the place of the arguments from
-            `units` to `seed`: a `ScratchLSTMCell` or a subclass. Default:
-            `None`.
+        return_sequences: Boolean, whether to return `h` of all time steps rather than
+            of the last one. Default: `False`.
+        return_state: Boolean, whether to also return the last `h` and `c`. Default:
+            `False`.
+        go_backwards: Boolean, whether to process the time steps in reverse order; the
+            output is in that order. Default: `False`.
+        stateful: Boolean, whether each call starts from the states in which the
+            previous call ended. Requires a fixed batch size. The states are in
+            `layer.states`; they are no weights. Default: `False`.
+        unroll: Boolean, whether to unroll the loop. Default: `False`.
+        use_cudnn: `True`, `False` or `"auto"`, whether to use cuDNN on a GPU. `True`
+            raises an error if cuDNN cannot be used. Default: `"auto"`.
+        time_major: Boolean. If `True`, inputs, masks and returned sequences have the
+            shape `(time, batch, ...)`. Default: `False`.
+        cell: A `ScratchLSTMCell`, or an instance of a subclass, in place of the
+            arguments from `units` to `seed`. Default: `None`.
+        **kwargs: Keyword arguments of `keras.layers.RNN`. `implementation` is
+            accepted for compatibility and ignored.
 
     Call arguments:
         sequences: Tensor of shape `(batch, time, features)`.
-        initial_state: List of two tensors of shape `(batch, units)`, `[h, c]`.
-            Default: zeros, or the last states where `stateful`.
-        mask: Boolean tensor of shape `(batch, time)`. A step that it marks
-            `False` leaves the states as they are, and its output repeats the
-            one before. Default: `None`.
-        training: Boolean, whether to drop out. Default: `False`.
+        initial_state: List `[h, c]` of two tensors of shape `(batch, units)`.
+            Default: zeros, or the last states if `stateful`.
+        mask: Boolean tensor of shape `(batch, time)`. A masked time step leaves the
+            states unchanged, and repeats the previous output. Default: `None`.
+        training: Boolean, whether to apply dropout. Default: `False`.
 
     Returns:
-        `h` of the last step, `(batch, units)`, or with `return_sequences` of
-        all steps, `(batch, time, units)`. With `return_state`, a list of that,
-        the last `h` and the last `c`, each `(batch, units)`.
+        The last `h`, of shape `(batch, units)`, or if `return_sequences` all `h`, of
+        shape `(batch, time, units)`. If `return_state`, a list of that, the last `h`
+        and the last `c`.
 
     Raises:
-        ValueError: An argument or an input does not fit; the message names it.
-
-    After a call, `layer.recurrence` names the way in which its steps ran: the
-    fast one of the backend (`"tensorflow"`, `"jax"`, `"torch"`), `"cudnn"`, or
-    `"loop"`, the plain loop over the cell. That one serves what the fast ones do
-    not: other activations, overridden gates, recurrent dropout in training and
-    `unroll`.
+        ValueError: If an argument or an input is invalid.
 
     Example:
 
@@ -115,12 +102,11 @@ class ScratchLSTM(keras.layers.RNN):
     >>> layer.cell.W_hf.shape == (4, 4)
     True
 
-    Reference:
+    References:
 
     - [Hochreiter and Schmidhuber, 1997](
         https://doi.org/10.1162/neco.1997.9.8.1735)
-    - [Werbos, 1990](https://doi.org/10.1109/5.58337), the backward pass through
-      time
+    - [Werbos, 1990](https://doi.org/10.1109/5.58337), backpropagation through time
     """
 
     def __init__(
@@ -154,82 +140,77 @@ class ScratchLSTM(keras.layers.RNN):
         **kwargs: Any,
     ) -> None:
         given = locals()
-        cell_arguments = {name: given[name] for name in _CELL_DEFAULTS}
-        if not (isinstance(use_cudnn, str) and use_cudnn == "auto"):
-            use_cudnn = _validation.flag(
-                "use_cudnn", use_cudnn, "True, False or 'auto'"
+        kwargs.pop("implementation", None)
+        if use_cudnn not in (True, False, "auto"):
+            raise ValueError(
+                "`use_cudnn` must be True, False or 'auto'. Received: "
+                f"use_cudnn={use_cudnn!r}"
             )
-        flags = {name: _validation.flag(name, given[name]) for name in _FLAGS}
-        if "zero_output_for_mask" in kwargs:
-            _validation.flag("zero_output_for_mask", kwargs["zero_output_for_mask"])
-        time_major = _validation.flag("time_major", time_major)
-        activity_regularizer = _validation.interpret(
-            "activity_regularizer",
-            activity_regularizer,
-            keras.regularizers.get,
-            "a regularizer, the name of one, or None",
-        )
-        if cell is not None:
-            _check_cell(cell, cell_arguments)
+        cell_arguments = {name: given[name] for name in _CELL_DEFAULTS}
         self_made = cell is None
         if self_made:
-            cell = ScratchLSTMCell(
-                **cell_arguments,
-                name="lstm_cell",
-                dtype=kwargs.get("dtype"),
-                trainable=kwargs.get("trainable", True),
-            )
+            policy = {k: kwargs[k] for k in ("dtype", "trainable") if k in kwargs}
+            cell = ScratchLSTMCell(**cell_arguments, name="lstm_cell", **policy)
+        else:
+            _check_cell(cell, cell_arguments)
         super().__init__(
             cell,
-            **flags,
+            return_sequences=return_sequences,
+            return_state=return_state,
+            go_backwards=go_backwards,
+            stateful=stateful,
+            unroll=unroll,
             activity_regularizer=activity_regularizer,
             **kwargs,
         )
+        self.supports_masking = True
+        self.input_spec = keras.InputSpec(ndim=3)
         self.time_major = time_major
         self.use_cudnn = use_cudnn
         self._cell_is_self_made = self_made
         self.recurrence: str | None = None
-
-    units = _of_the_cell("units")
-    activation = _of_the_cell("activation")
-    recurrent_activation = _of_the_cell("recurrent_activation")
-    use_bias = _of_the_cell("use_bias")
-    kernel_initializer = _of_the_cell("kernel_initializer")
-    recurrent_initializer = _of_the_cell("recurrent_initializer")
-    bias_initializer = _of_the_cell("bias_initializer")
-    unit_forget_bias = _of_the_cell("unit_forget_bias")
-    kernel_regularizer = _of_the_cell("kernel_regularizer")
-    recurrent_regularizer = _of_the_cell("recurrent_regularizer")
-    bias_regularizer = _of_the_cell("bias_regularizer")
-    kernel_constraint = _of_the_cell("kernel_constraint")
-    recurrent_constraint = _of_the_cell("recurrent_constraint")
-    bias_constraint = _of_the_cell("bias_constraint")
-    dropout = _of_the_cell("dropout")
-    recurrent_dropout = _of_the_cell("recurrent_dropout")
-    seed = _of_the_cell("seed")
+        if cell.is_standard and cell.use_bias and not unroll:
+            # XLA cannot compile cuDNN kernels in a TensorFlow graph.
+            self.supports_jit = recurrence.supports_jit(use_cudnn)
 
     @property
     def variables(self) -> list[Any]:
         """The weights, the random seeds, and the states of a stateful layer."""
-        # Keras keeps the states of an RNN to itself. But only what stands here
-        # is carried from step to step by `fit` and `predict` on JAX.
+        # Keras leaves the states out, and then `fit` on JAX does not update them.
         return [*super().variables, *(self.states or [])]
 
-    def build(self, sequences_shape: Shape, initial_state_shape: Any = None) -> None:
-        self._check_sequences_shape(sequences_shape)
-        sequences_shape = self._batch_major(sequences_shape)
-        if self.stateful and sequences_shape[0] is None:
+    @property
+    def zero_output_for_mask(self) -> bool:
+        """Whether the output of a masked time step is zeros."""
+        return self._zero_output_for_mask
+
+    @zero_output_for_mask.setter
+    def zero_output_for_mask(self, value):
+        # `Bidirectional` sets it on its layers, and flips axis 1 of what they return.
+        if value and getattr(self, "time_major", False):
             raise ValueError(
-                f"`{self.name}` is stateful and got `sequences` of shape "
-                f"{tuple(sequences_shape)}; expected a known batch size, as with "
-                "`keras.Input(batch_shape=(32, None, 8))`."
+                "`time_major` must be False within `keras.layers.Bidirectional` if "
+                f"`return_sequences` is True. Received: `{self.name}` with "
+                "time_major=True. Swap the first two axes around the wrapper instead."
             )
-        super().build(sequences_shape, initial_state_shape)
-        for state in self.states or []:
-            keep_dtype(state)  # else torch loses them under mixed precision
-        time, batch, features = None, None, sequences_shape[2]
-        self.input_spec = keras.InputSpec(shape=(batch, time, features))
-        self.built = True
+        self._zero_output_for_mask = value
+
+    def build(self, input_shape: Shape) -> None:
+        batch_size, _, features = input_shape = self._batch_major(input_shape)
+        if self.stateful and self.states is None and batch_size is not None:
+            # Keras would give both the same path. Not tracked, as they are no weights.
+            vars(self)["states"] = [
+                keras.Variable(
+                    state,
+                    dtype=self.variable_dtype,
+                    trainable=False,
+                    autocast=False,
+                    name=f"state_{k}",
+                )
+                for k, state in enumerate(self.get_initial_state(batch_size))
+            ]
+        super().build(input_shape)
+        self.input_spec = keras.InputSpec(shape=(None, None, features))
 
     def call(
         self,
@@ -238,12 +219,11 @@ class ScratchLSTM(keras.layers.RNN):
         mask: Tensor | None = None,
         training: bool = False,
     ) -> Any:
-        if isinstance(mask, (list, tuple)):  # one of the states, too
+        if isinstance(mask, (list, tuple)):  # that of the states, too
             mask = mask[0] if mask else None
         if mask is not None:
-            mask = _validation.numbers_only("mask", mask, "truth values")
             mask = ops.convert_to_tensor(mask)
-            self._check_mask(mask, sequences)
+            _check_shape("mask", mask.shape, sequences.shape[:2])
         if self.time_major:
             sequences = ops.swapaxes(sequences, 0, 1)
             mask = None if mask is None else ops.swapaxes(mask, 0, 1)
@@ -251,8 +231,7 @@ class ScratchLSTM(keras.layers.RNN):
         if initial_state is not None:
             self._check_initial_state(initial_state, sequences.shape[0])
         elif self.stateful:
-            # A copy, since on torch the states are overwritten in place, which
-            # the backward pass must not see.
+            # A copy, since torch updates the states in place before the backward pass.
             initial_state = [ops.copy(state) for state in self.states]
         result = super().call(sequences, initial_state, mask, training)
         if not (self.time_major and self.return_sequences):
@@ -269,42 +248,38 @@ class ScratchLSTM(keras.layers.RNN):
         mask: Tensor | None,
         training: bool = False,
     ) -> Any:
-        ways = {}
-        if self._follows_the_equations(training):
-            ways = recurrence.implementations(self.use_cudnn)
-        for way, lstm in ways.items():
+        cell, implementations = self.cell, {}
+        drops_h = training and cell.recurrent_dropout
+        if cell.is_standard and not drops_h and not self.unroll:
+            implementations = recurrence.implementations(self.use_cudnn)
+        for name, lstm in implementations.items():
             try:
                 result = self._run(lstm, sequences, initial_state, mask, training)
             except NotImplementedError:
                 continue
-            self.recurrence = way
+            self.recurrence = name
             return result
         if self.use_cudnn is True:
             raise ValueError(
-                f"`use_cudnn` is True, but `{self.name}` can't run in cuDNN on this "
-                "machine or with these arguments; expected 'auto' to leave the choice "
-                "to the layer."
+                "`use_cudnn` must be 'auto' or False where cuDNN cannot run this layer "
+                f"with these inputs. Received: `{self.name}` with use_cudnn=True"
             )
         self.recurrence = "loop"
-        return super().inner_loop(sequences, initial_state, mask, training)
-
-    def _follows_the_equations(self, training):
-        """Whether the steps are the plain ones, which `recurrence` runs faster."""
-        cell = self.cell
-        return (
-            type(cell).call is ScratchLSTMCell.call
-            and type(cell).gates is ScratchLSTMCell.gates
-            and cell.activation is keras.activations.tanh
-            and cell.recurrent_activation is keras.activations.sigmoid
-            and not (training and cell.recurrent_dropout)
-            and not self.unroll
+        last, outputs, states = super().inner_loop(
+            sequences, initial_state, mask, training
         )
+        returns_h = type(cell).call is ScratchLSTMCell.call
+        if mask is not None and not returns_h and not self.zero_output_for_mask:
+            mask = ops.flip(mask, 1) if self.go_backwards else mask
+            outputs = recurrence.repeat_masked_outputs(outputs, mask)
+            last = outputs[:, -1]
+        return last, outputs, states
 
     def _run(self, lstm, sequences, initial_state, mask, training):
         cell = self.cell
         if training and 0 < cell.dropout < 1:
-            dropped = cell.get_dropout_mask(sequences[:, 0, :])
-            sequences = sequences * ops.expand_dims(dropped, 1)
+            dropout_mask = cell.get_dropout_mask(sequences[:, 0, :])
+            sequences = sequences * ops.expand_dims(dropout_mask, 1)
         x = ops.swapaxes(ops.cast(sequences, cell.compute_dtype), 0, 1)
         if mask is not None:
             mask = ops.swapaxes(ops.cast(mask, "bool"), 0, 1)
@@ -312,22 +287,20 @@ class ScratchLSTM(keras.layers.RNN):
             x = ops.flip(x, 0)
             mask = None if mask is None else ops.flip(mask, 0)
 
-        def by_letter(letter):
-            weights = [getattr(cell, letter + gate) for gate in GATES]
+        def per_gate(prefix):
+            weights = [getattr(cell, prefix + gate) for gate in GATES]
             return [ops.cast(weight, cell.compute_dtype) for weight in weights]
 
-        W_x, W_h = by_letter("W_x"), by_letter("W_h")
-        b = by_letter("b_") if cell.use_bias else None
-        h_all, h, c = lstm(x, *initial_state, W_x, W_h, b, mask, training)
+        b = per_gate("b_") if cell.use_bias else None
+        h_all, h, c = lstm(
+            x, *initial_state, per_gate("W_x"), per_gate("W_h"), b, mask, training
+        )
         if mask is not None and self.zero_output_for_mask:
             h_all = h_all * ops.cast(mask, h_all.dtype)[:, :, None]
         return h_all[-1], ops.swapaxes(h_all, 0, 1), [h, c]
 
-    def compute_output_shape(
-        self, sequences_shape: Shape, initial_state_shape: Any = None
-    ) -> Any:
-        self._check_sequences_shape(sequences_shape)
-        shape = super().compute_output_shape(self._batch_major(sequences_shape))
+    def compute_output_shape(self, input_shape: Shape) -> Any:
+        shape = super().compute_output_shape(self._batch_major(input_shape))
         if not self.return_sequences:
             return shape
         if not self.return_state:
@@ -357,85 +330,71 @@ class ScratchLSTM(keras.layers.RNN):
 
     @classmethod
     def from_config(cls, config: Config) -> "ScratchLSTM":
-        config = dict(_validation.config(config))
+        config = dict(config)
         if isinstance(config.get("cell"), dict):
             config["cell"] = keras.saving.deserialize_keras_object(config["cell"])
         return cls(**config)
 
     def _batch_major(self, shape):
-        """`(time, batch, …)` with the batch first, and the other way round."""
+        """Swaps the first two axes of a shape if the layer is time-major."""
         if not self.time_major:
-            return shape
+            return tuple(shape)
         time, batch, *rest = shape
         return (batch, time, *rest)
 
-    def _check_sequences_shape(self, shape):
-        if not _validation.is_shape(shape, ndim=3):
-            first = "time, batch" if self.time_major else "batch, time"
-            raise ValueError(
-                f"`{self.name}` got `sequences` of shape {shape}; expected "
-                f"({first}, features) with known features."
-            )
-
-    def _check_mask(self, mask, sequences):
-        shape, expected = tuple(mask.shape), tuple(sequences.shape[:2])
-        if not _may_be_equal(shape, expected):
-            raise ValueError(
-                f"`{self.name}` got `mask` of shape {shape}; expected {expected}, as "
-                "the `sequences` have it."
-            )
-
     def _check_sequences(self, sequences):
-        shape = tuple(sequences.shape)
-        if shape[1] == 0:
+        batch_size, time, _ = sequences.shape
+        if time == 0:
             raise ValueError(
-                f"`{self.name}` got `sequences` of shape {shape}, batch first; "
-                "expected at least one step."
+                "`sequences` must have at least one time step. Received: shape "
+                f"{tuple(sequences.shape)}"
             )
-        if not _validation.are_numbers(sequences):
-            raise ValueError(
-                f"`{self.name}` got `sequences` of {_validation.dtype_of(sequences)}; "
-                "expected real numbers."
-            )
-        batch_size = sequences.shape[0]
         expected = self.states[0].shape[0] if self.stateful else None
-        if not _may_be_equal((batch_size,), (expected,)):
+        if None not in (batch_size, expected) and batch_size != expected:
             raise ValueError(
-                f"`{self.name}` is stateful and got `sequences` with a batch size of "
-                f"{batch_size}; expected {expected}, the batch size of its states."
+                f"The batch size must be {expected}, as `{self.name}` is stateful. "
+                f"Received: {batch_size}"
             )
 
     def _check_initial_state(self, initial_state, batch_size):
         states = keras.tree.flatten(initial_state)
-        shapes = [tuple(getattr(state, "shape", ())) for state in states]
-        expected = [(batch_size, size) for size in self.state_size]
-        if len(shapes) != len(expected) or not all(
-            map(_may_be_equal, shapes, expected)
-        ):
+        if len(states) != len(self.state_size):
             raise ValueError(
-                f"`{self.name}` got `initial_state` of shapes {shapes}; expected "
-                f"{expected}."
+                f"`initial_state` must be a list of {len(self.state_size)} tensors. "
+                f"Received: {len(states)}"
             )
+        for state, size in zip(states, self.state_size, strict=True):
+            _check_shape("initial_state", ops.shape(state), (batch_size, size))
 
 
-def _may_be_equal(shape, other):
-    """Whether two shapes are equal as far as they are known."""
-    return len(shape) == len(other) and all(
-        None in sizes or sizes[0] == sizes[1]
-        for sizes in zip(shape, other, strict=True)
-    )
+# The layer answers for its cell: `layer.units`, `layer.dropout` and so on.
+for _name in _CELL_DEFAULTS:
+    setattr(ScratchLSTM, _name, property(attrgetter(f"cell.{_name}")))
+
+
+def _check_shape(what, shape, expected):
+    """Raises unless two shapes are equal as far as they are known."""
+    known = [
+        have == want
+        for have, want in zip(shape, expected, strict=False)
+        if isinstance(have, int) and want is not None
+    ]
+    if len(shape) != len(expected) or not all(known):
+        raise ValueError(
+            f"`{what}` must have the shape {tuple(expected)}. Received: {tuple(shape)}"
+        )
 
 
 def _check_cell(cell, arguments):
     if not isinstance(cell, ScratchLSTMCell):
         raise ValueError(
-            f"`cell` is {cell!r}; expected a `ScratchLSTMCell` or an instance of a "
-            "subclass. For other cells there is `keras.layers.RNN`."
+            "`cell` must be a `ScratchLSTMCell` or an instance of a subclass. "
+            f"Received: cell={cell!r}. Use `keras.layers.RNN` for other cells."
         )
     for name, value in arguments.items():
         default = None if name == "units" else _CELL_DEFAULTS[name]
-        if not np.array_equal(value, default):  # the value may be anything
+        if not np.array_equal(value, default):  # the value may be an array
             raise ValueError(
-                f"`{name}` is {value!r} beside a `cell`; expected it to be left out, "
-                "since it is the cell's to choose."
+                f"`{name}` must be left out if `cell` is given. Received: "
+                f"{name}={value!r}. Pass it to the cell instead."
             )

@@ -1,51 +1,51 @@
-"""Arguments that may differ from gate to gate."""
+"""Arguments and weights that differ per gate, and the order of fused gates."""
 
 from typing import Any, TypeGuard
 
-from keras import initializers, ops
-
-from keras_scratch_lstm import _validation
+from keras import constraints, initializers, ops, regularizers
 
 GATES = ("i", "f", "o", "c")
+WEIGHT_NAMES = [prefix + gate for gate in GATES for prefix in ("W_x", "W_h", "b_")]
 
-# The order in which the built-in cell lays the gates side by side.
+# Keras, cuDNN and PyTorch concatenate the gates in this order.
 FUSED_ORDER = ("i", "f", "c", "o")
+
+# The arguments that can be set per gate: the Keras module of each, and the default.
+OPTIONS: dict[str, tuple[Any, str | None]] = {
+    "kernel_initializer": (initializers, "glorot_uniform"),
+    "recurrent_initializer": (initializers, "orthogonal"),
+    "bias_initializer": (initializers, "zeros"),
+    "kernel_regularizer": (regularizers, None),
+    "recurrent_regularizer": (regularizers, None),
+    "bias_regularizer": (regularizers, None),
+    "kernel_constraint": (constraints, None),
+    "recurrent_constraint": (constraints, None),
+    "bias_constraint": (constraints, None),
+}
 
 
 def is_per_gate(value: Any) -> TypeGuard[dict[str, Any]]:
-    """Whether an argument is a choice by gate: a dict, but no serialized object."""
+    """Whether `value` is a dict of gates, rather than a serialized object."""
     return isinstance(value, dict) and "class_name" not in value
 
 
 def resolve(argument, value, get, default=None):
-    """Turns one argument into Keras objects: a single one, or one a gate.
+    """Resolve an argument to a Keras object, or to a dict with one per gate.
 
     Args:
-        argument: String, the argument's name, for error messages.
-        value: What the user gave: anything that `get` takes, or a dict of
-            such things with gates for keys.
-        get: Function that turns an identifier into a Keras object, such as
-            `keras.initializers.get`.
-        default: The identifier for a gate that the dict leaves out.
-
-    Returns:
-        An object, or a dict with one for each gate.
+        argument: String, name of the argument, for error messages.
+        value: Anything that `get` takes, or a dict of such things per gate.
+        get: Function that resolves an identifier, such as `keras.initializers.get`.
+        default: Identifier for the gates that the dict leaves out.
     """
-    kind = argument.rpartition("_")[2]
-    expected = f"something that Keras has as {kind}, or a dict of such by gate"
-
-    def interpret(value):
-        return _validation.interpret(argument, value, get, expected)
-
     if not is_per_gate(value):
-        return interpret(value)
-    unknown = [gate for gate in value if gate not in GATES]
-    if unknown:
+        return get(value)
+    if unknown := set(value) - set(GATES):
         raise ValueError(
-            f"`{argument}` names the gate {unknown[0]!r}; expected a dict with "
-            f"keys among {', '.join(map(repr, GATES))}."
+            f"The keys of `{argument}` must be among 'i', 'f', 'o' and 'c'. Received: "
+            f"{', '.join(sorted(map(repr, unknown)))}"
         )
-    return {gate: interpret(value.get(gate, default)) for gate in GATES}
+    return {gate: get(value.get(gate, default)) for gate in GATES}
 
 
 def serialize(value, serialize_one):
@@ -56,36 +56,51 @@ def serialize(value, serialize_one):
 
 
 def pick(value, gate):
-    """One gate's share of what `resolve` returned."""
+    """The object for one gate in a result of `resolve`."""
     return value[gate] if isinstance(value, dict) else value
 
 
 def fuse(weights):
-    """Four gates' tensors, in the order of `GATES`, as one in the fused order."""
+    """Concatenate four tensors in the order of `GATES` to one in `FUSED_ORDER`."""
     of_gate = dict(zip(GATES, weights, strict=True))
     return ops.concatenate([of_gate[gate] for gate in FUSED_ORDER], -1)
 
 
-def split_initializer(initializer, units, forget_bias=False):
-    """One initializer for each gate's weight.
-
-    A single initializer is drawn once, with the four gates side by side as in
-    the built-in cell, and each gate takes its slice. So a seed means the same
-    numbers here and there, and glorot's fan-out and orthogonal rows stay what
-    they are there.
+def named_weights(cell):
+    """The weights of a cell as pairs of name and tensor, in the order of `GATES`.
 
     Args:
-        initializer: What `resolve` returned.
-        units: Integer, the width of one gate.
-        forget_bias: Boolean, whether the forget gate starts at 1.
+        cell: A built `ScratchLSTMCell` or `keras.layers.LSTMCell`.
+    """
+    if not hasattr(cell, "recurrent_kernel"):
+        return [(weight.name, weight.value) for weight in cell.weights]
+    fused = {"W_x": cell.kernel, "W_h": cell.recurrent_kernel, "b_": cell.bias}
+    tensors = {
+        prefix + gate: tensor
+        for prefix, weight in fused.items()
+        if weight is not None
+        for gate, tensor in zip(
+            FUSED_ORDER, ops.split(weight.value, 4, axis=-1), strict=True
+        )
+    }
+    return [(name, tensors[name]) for name in WEIGHT_NAMES if name in tensors]
 
-    Returns:
-        Dict of gate to initializer.
+
+def split_initializer(initializer, units, forget_bias=False):
+    """A dict with an initializer for the weight of each gate.
+
+    A single initializer is drawn once for the fused weight, as in the built-in cell,
+    and each gate takes its slice. So equal seeds give equal weights, and Glorot's
+    fan-out and orthogonal rows are those of the fused weight.
+
+    Args:
+        initializer: A result of `resolve`.
+        units: Integer, width of one gate.
+        forget_bias: Boolean, whether the slice of the forget gate is 1.
     """
     if isinstance(initializer, dict):
         return initializer
-    # `add_weight` reads None so, too.
-    initializer = initializer or initializers.get("glorot_uniform")
+    initializer = initializer or initializers.get("glorot_uniform")  # as `add_weight`
     if forget_bias:
         initializer = _with_forget_bias(initializer, units)
     drawn = None
@@ -97,7 +112,7 @@ def split_initializer(initializer, units, forget_bias=False):
             try:
                 drawn = ops.convert_to_numpy(fused)
             except (TypeError, NotImplementedError):
-                return fused  # within a trace: a stand-in, not to be kept
+                return fused  # a tracer, which must not be stored
         return drawn
 
     def initializer_of(gate):
@@ -120,27 +135,3 @@ def _with_forget_bias(initializer, units):
         return ops.concatenate([b_i, b_f, b_c_b_o])
 
     return initialize
-
-
-def named_weights(cell):
-    """A cell's weights, under the letters of the equations.
-
-    Args:
-        cell: A built `ScratchLSTMCell` or `keras.layers.LSTMCell`.
-
-    Returns:
-        List of pairs, name and tensor, in the order of `ScratchLSTMCell.weights`.
-    """
-    if not hasattr(cell, "recurrent_kernel"):
-        return [(weight.name, weight.value) for weight in cell.weights]
-    fused = {"W_x": cell.kernel, "W_h": cell.recurrent_kernel, "b_": cell.bias}
-    split = {
-        letter: dict(zip(FUSED_ORDER, ops.split(values.value, 4, axis=-1), strict=True))
-        for letter, values in fused.items()
-        if values is not None
-    }
-    return [
-        (letter + gate, parts[gate])
-        for gate in GATES
-        for letter, parts in split.items()
-    ]

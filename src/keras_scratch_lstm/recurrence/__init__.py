@@ -1,28 +1,26 @@
-"""How a whole sequence runs fast: one contract, and one file a backend.
+"""Fast implementations of the LSTM over a whole sequence, one module per backend.
 
-Each file has one function, the contract:
+Every module implements one contract:
 
     lstm(x, h, c, W_x, W_h, b, mask, training) -> (h_all, h, c)
 
-- `x`: the sequence, `(time, batch, features)`.
-- `h`, `c`: the states to begin with, each `(batch, units)`.
-- `W_x`, `W_h`, `b`: the weights of the gates, four tensors each in the order
-  i, f, o, c: `(features, units)`, `(units, units)` and `(units,)`. Without
-  bias, `b` is `None`.
-- `mask`: Boolean tensor `(time, batch)`, or `None`. A step that it marks
-  `False` leaves `h` and `c` as they are.
-- `training`: Boolean, whether to be fast with gradients or without. They are due in
-  both cases.
+- `x`: input sequence of shape `(time, batch, features)`.
+- `h`, `c`: initial states, each of shape `(batch, units)`.
+- `W_x`, `W_h`, `b`: weights per gate, four tensors each in the order i, f, o, c, of
+  shapes `(features, units)`, `(units, units)` and `(units,)`. `b` may be
+  `None`.
+- `mask`: Boolean tensor of shape `(time, batch)`, or `None`. A masked time step leaves
+  `h` and `c` unchanged.
+- `training`: Boolean, whether to be fast with gradients or without. Both give correct
+  gradients.
 
-It returns the outputs, `(time, batch, units)`, and the last `h` and `c`. The
-output of a step is `h`; where the mask marks the first steps `False`, it is what
-Keras puts out on that backend, zeros on TensorFlow and torch. Gates are sigmoid,
-activations tanh.
+It returns the hidden states of all time steps, `(time, batch, units)`, and the last `h`
+and `c`. The activations are sigmoid and tanh. For leading masked time steps, it returns
+what Keras does on the backend: zeros on TensorFlow and torch, the initial `h` on JAX.
 
-It may raise `NotImplementedError` for what it does not serve; the layer then runs
-the plain loop of `keras.layers.RNN`, which all are tested against.
-
-Nothing here knows of layers or variables.
+An implementation raises `NotImplementedError` for what it does not support. The layer
+then tries the next one, and at last runs the reference loop of `keras.layers.RNN`, with
+which the tests compare all others. Nothing here depends on layers or variables.
 """
 
 import contextlib
@@ -31,39 +29,67 @@ import importlib
 
 import keras
 
-_allowed = contextvars.ContextVar("allowed", default=None)  # of each thread its own
+_forced = contextvars.ContextVar("forced", default=None)  # per thread
 
 
 def implementations(use_cudnn="auto"):
-    """The implementations available on this backend and machine, best first.
+    """The implementations for this backend and its devices, the preferred one first.
 
     Returns:
-        Dict of a way's name to its function `lstm`. The plain loop, `"loop"`,
-        is not among them, since it is the layer's own.
+        Dict of name to function `lstm`. The reference loop, `"loop"`, is not in it,
+        since it belongs to the layer.
     """
-    backend = keras.backend.backend()
-    if backend not in ("tensorflow", "jax", "torch"):
+    backend = _backend()
+    if backend is None:
         return {}
-    module = importlib.import_module(f"{__name__}.{backend}")
     found = {}
-    if use_cudnn and module.has_gpu():
+    if use_cudnn and backend.has_gpu():
         cudnn = importlib.import_module(f"{__name__}.cudnn")
-        found["cudnn"] = getattr(module, "lstm_in_cudnn", cudnn.lstm)
+        found["cudnn"] = getattr(backend, "lstm_in_cudnn", cudnn.lstm)
     if use_cudnn is not True:
-        found[backend] = module.lstm
-    allowed = _allowed.get()
-    return {name: lstm for name, lstm in found.items() if allowed in (None, name)}
+        found[keras.backend.backend()] = backend.lstm
+    forced = _forced.get()
+    return {name: lstm for name, lstm in found.items() if forced in (None, name)}
 
 
 @contextlib.contextmanager
 def force(name):
-    """Allows one way alone, or the plain loop, in this thread.
+    """Context manager that restricts this thread to one implementation.
 
     Args:
-        way: `"loop"`, `"tensorflow"`, `"jax"`, `"torch"` or `"cudnn"`.
+        name: `"loop"` (the reference loop), `"tensorflow"`, `"jax"`, `"torch"` or
+            `"cudnn"`. Where that one does not apply, the reference loop runs.
     """
-    before = _allowed.set(name)
+    token = _forced.set(name)
     try:
         yield
     finally:
-        _allowed.reset(before)
+        _forced.reset(token)
+
+
+def supports_jit(use_cudnn="auto"):
+    """Whether XLA can compile a model that runs `implementations(use_cudnn)`."""
+    is_tensorflow = keras.backend.backend() == "tensorflow"
+    return not (is_tensorflow and use_cudnn and _backend().has_gpu())
+
+
+def repeat_masked_outputs(outputs, mask):
+    """Repeat the previous output at masked time steps, where Keras's loop does not.
+
+    Args:
+        outputs: Outputs of the reference loop, of shape `(batch, time, size)`.
+        mask: Boolean tensor of shape `(batch, time)`.
+    """
+    return getattr(_backend(), "repeat_masked_outputs", _identity)(outputs, mask)
+
+
+def _identity(outputs, mask):
+    return outputs
+
+
+def _backend():
+    """The module of the current backend, or `None` if it has no fast implementation."""
+    name = keras.backend.backend()
+    if name not in ("tensorflow", "jax", "torch"):
+        return None
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,4 +1,4 @@
-"""The recurrence in cuDNN on TensorFlow and JAX, by Keras's own binding."""
+"""The recurrence in cuDNN on TensorFlow and JAX, through Keras's bindings."""
 
 from keras import ops
 

@@ -1,15 +1,14 @@
-"""The recurrence on TensorFlow: a loop forth, and a loop back derived by hand.
+"""The recurrence on TensorFlow: a while loop with a hand-written backward pass.
 
-One product a gate, not one for all gates side by side: TensorFlow runs small
-products beside each other faster than one that it cuts up itself. Several steps make
-one turn of the loop, since a turn costs as much as a few operations; but not in
-inference, since tf2onnx takes only a loop that writes once a turn. The letters and the
-derivation are in docs/backward.md.
+There is one matmul per gate, since TensorFlow runs small matmuls in parallel faster
+than it splits a fused one. An iteration has several time steps, since it costs as much
+as a few ops; but one in inference, since tf2onnx supports one write per iteration.
+`docs/backward.md` has the derivation in the same symbols.
 """
 
 import tensorflow as tf
 
-STEPS_A_TURN = 5  # more was no faster, and takes longer to build
+UNROLL = 5  # time steps per iteration
 
 
 def has_gpu():
@@ -19,7 +18,7 @@ def has_gpu():
 def lstm(x, h, c, W_x, W_h, b, mask, training):
     time, batch = tf.shape(x)[0], tf.shape(x)[1]
     rows = tf.reshape(x, (-1, x.shape[-1]))
-    if b is not None:  # weights of an input that is always 1: one gradient for both
+    if b is not None:  # as weights of a constant input: one matmul for both gradients
         rows = tf.concat([rows, tf.ones_like(rows[:, :1])], 1)
         W_x = [tf.concat([W, b[None]], 0) for W, b in zip(W_x, b, strict=True)]
     units = h.shape[-1]
@@ -27,24 +26,24 @@ def lstm(x, h, c, W_x, W_h, b, mask, training):
     for W in W_x:
         projected = tf.reshape(tf.matmul(rows, W), (time, batch, units))
         z.append(tf.ensure_shape(projected, (x.shape[0], x.shape[1], units)))
-    recurrence = _recurrence(mask, STEPS_A_TURN if training else 1)
+    recurrence = _recurrence(mask, UNROLL if training else 1)
     h_all, h, c = recurrence(*z, h, c, *W_h)
-    if mask is not None:  # zeros before the first step that counts
-        begun = tf.cumsum(tf.cast(mask, h.dtype)) > 0
-        h_all = tf.where(begun[:, :, None], h_all, 0)
+    if mask is not None:  # zeros at leading masked time steps
+        seen = tf.cumsum(tf.cast(mask, h.dtype)) > 0
+        h_all = tf.where(seen[:, :, None], h_all, 0)
     return h_all, h, c
 
 
-def _recurrence(mask, steps_a_turn):
-    """The loop over projected inputs; the mask, which has no gradient, aside."""
+def _recurrence(mask, unroll):
+    """The loop over projected inputs. The mask has no gradient, so it is a closure."""
 
     @tf.custom_gradient
     def recurrence(z_i, z_f, z_o, z_c, h_0, c_0, *W_h):
         time = tf.shape(z_i)[0] if z_i.shape[0] is None else z_i.shape[0]
         z_all = [_array(time, h_0.dtype).unstack(z) for z in (z_i, z_f, z_o, z_c)]
-        kept = None if mask is None else mask[:, :, None]
+        unmasked = None if mask is None else mask[:, :, None]
 
-        def step(t, h, c, *written):
+        def step(t, h, c, *arrays):
             z_i, z_f, z_o, z_c = (z.read(t) for z in z_all)
             i = tf.sigmoid(z_i + tf.matmul(h, W_h[0]))
             f = tf.sigmoid(z_f + tf.matmul(h, W_h[1]))
@@ -52,56 +51,60 @@ def _recurrence(mask, steps_a_turn):
             c_tilde = tf.tanh(z_c + tf.matmul(h, W_h[3]))
             c_new = f * c + i * c_tilde
             h_new = o * tf.tanh(c_new)
-            if kept is not None:
-                c_new = tf.where(kept[t], c_new, c)
-                h_new = tf.where(kept[t], h_new, h)
+            if unmasked is not None:
+                c_new = tf.where(unmasked[t], c_new, c)
+                h_new = tf.where(unmasked[t], h_new, h)
             values = (i, f, o, c_tilde, c, h_new)
-            return t + 1, h_new, c_new, *_write(written, t, values)
+            return t + 1, h_new, c_new, *_write(arrays, t, values)
 
         empty = [_array(time, h_0.dtype, h_0.shape) for _ in range(6)]
         carried = (tf.constant(0), h_0, c_0, *empty)
-        _, h, c, *saved, h_all = _loop(step, carried, time, steps_a_turn)
+        _, h, c, *residuals, h_all = _loop(step, carried, time, unroll)
         h_all = h_all.stack()
-        stacked, graph = [array.stack() for array in saved], _graph()
+        stacked, graph = [array.stack() for array in residuals], _graph()
 
         def backward(dh_all, dh_last, dc_last):
-            values, dh_out = saved, _array(time, h_0.dtype).unstack(dh_all)
-            if _graph() is not graph:  # as that of a SavedModel, which takes no arrays
+            values, dh_out = residuals, _array(time, h_0.dtype).unstack(dh_all)
+            if (
+                _graph() is not graph
+            ):  # in a SavedModel, which cannot capture TensorArrays
                 values = [_array(time, h_0.dtype).unstack(value) for value in stacked]
             W_hi, W_hf, W_ho, W_hc = (tf.transpose(W) for W in W_h)
 
-            def step_back(done, dh, dc, c, *written):
+            def backward_step(done, dh, dc, c, *arrays):
                 t = time - 1 - done
-                i, f, o, c_tilde, c_before = (value.read(t) for value in values)
+                i, f, o, c_tilde, c_prev = (value.read(t) for value in values)
                 tanh_c = tf.tanh(c)
                 dh += dh_out.read(t)
-                if kept is not None:  # what goes past the step, and what goes in
-                    nothing = tf.zeros_like(dh)
-                    dh_past, dc_past = (tf.where(kept[t], nothing, d) for d in (dh, dc))
-                    dh, dc = (tf.where(kept[t], d, nothing) for d in (dh, dc))
+                if unmasked is not None:  # gradients that bypass a masked time step
+                    zeros = tf.zeros_like(dh)
+                    dh_bypass, dc_bypass = (
+                        tf.where(unmasked[t], zeros, d) for d in (dh, dc)
+                    )
+                    dh, dc = (tf.where(unmasked[t], d, zeros) for d in (dh, dc))
                 dc += _tanh_grad(tanh_c, dh * o)
                 dz_i = _sigmoid_grad(i, dc * c_tilde)
-                dz_f = _sigmoid_grad(f, dc * c_before)
+                dz_f = _sigmoid_grad(f, dc * c_prev)
                 dz_o = _sigmoid_grad(o, dh * tanh_c)
                 dz_c = _tanh_grad(c_tilde, dc * i)
                 dh = (tf.matmul(dz_i, W_hi) + tf.matmul(dz_f, W_hf)) + (
                     tf.matmul(dz_o, W_ho) + tf.matmul(dz_c, W_hc)
                 )
                 dc *= f
-                if kept is not None:
-                    dh, dc = dh + dh_past, dc + dc_past
-                written = _write(written, t, (dz_i, dz_f, dz_o, dz_c))
-                return done + 1, dh, dc, c_before, *written
+                if unmasked is not None:
+                    dh, dc = dh + dh_bypass, dc + dc_bypass
+                arrays = _write(arrays, t, (dz_i, dz_f, dz_o, dz_c))
+                return done + 1, dh, dc, c_prev, *arrays
 
             empty = [_array(time, h_0.dtype, h_0.shape) for _ in range(4)]
             carried = (tf.constant(0), dh_last, dc_last, c, *empty)
-            _, dh_0, dc_0, _, *dz = _loop(step_back, carried, time)
+            _, dh_0, dc_0, _, *dz = _loop(backward_step, carried, time)
             dz = [dz_gate.stack() for dz_gate in dz]
-            # The gradient of each gate's weights in one product over all steps.
+            # One matmul over all time steps for the gradient of each weight.
             units = h_0.shape[-1]
-            h_before = tf.reshape(tf.concat([h_0[None], h_all[:-1]], 0), (-1, units))
+            h_prev = tf.reshape(tf.concat([h_0[None], h_all[:-1]], 0), (-1, units))
             dW_h = [
-                tf.matmul(h_before, tf.reshape(dz_gate, (-1, units)), transpose_a=True)
+                tf.matmul(h_prev, tf.reshape(dz_gate, (-1, units)), transpose_a=True)
                 for dz_gate in dz
             ]
             return *dz, dh_0, dc_0, *dW_h
@@ -111,16 +114,16 @@ def _recurrence(mask, steps_a_turn):
     return recurrence
 
 
-def _loop(step, carried, time, steps_a_turn=STEPS_A_TURN):
-    """`step`, `time` times over, with the number of steps done carried first."""
+def _loop(step, carried, time, unroll=UNROLL):
+    """Runs `step` `time` times. The first loop variable counts the steps done."""
 
-    def turn(*carried):
-        for _ in range(steps_a_turn):
+    def iteration(*carried):
+        for _ in range(unroll):
             carried = step(*carried)
         return carried
 
     def loop(body, steps, carried):
-        # XLA asks for the maximum in second derivatives.
+        # XLA needs the maximum for second derivatives.
         return tf.while_loop(
             lambda done, *_: done + steps <= time,
             body,
@@ -128,11 +131,11 @@ def _loop(step, carried, time, steps_a_turn=STEPS_A_TURN):
             maximum_iterations=time,
         )
 
-    if steps_a_turn > 1:
-        carried = loop(turn, steps_a_turn, carried)
-        if isinstance(time, int) and time % steps_a_turn == 0:
+    if unroll > 1:
+        carried = loop(iteration, unroll, carried)
+        if isinstance(time, int) and time % unroll == 0:
             return carried
-    return loop(step, 1, carried)  # what is too little for a turn
+    return loop(step, 1, carried)  # the remainder
 
 
 def _graph():

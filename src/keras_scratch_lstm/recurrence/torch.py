@@ -1,9 +1,11 @@
-"""The recurrence on torch: its own `lstm`, which is cuDNN's on a GPU.
+"""The recurrence on torch: `torch.lstm`, in oneDNN on a CPU and in cuDNN on a GPU.
 
-torch has the gates in the order i, f, c, o, one below the other.
+torch concatenates the gates along rows, in the order i, f, c, o.
 """
 
 import torch
+
+from keras_scratch_lstm.per_gate import FUSED_ORDER, GATES
 
 
 def has_gpu():
@@ -13,8 +15,17 @@ def has_gpu():
 def lstm(x, h, c, W_x, W_h, b, mask, training):
     if mask is not None:
         return _loop(x, h, c, W_x, W_h, b, mask)
-    with torch.backends.cudnn.flags(enabled=False):
-        return _torch_lstm(x, h, c, W_x, W_h, b)
+    try:
+        # oneDNN has no LSTM in the dtypes of autocast on a CPU.
+        with (
+            torch.backends.cudnn.flags(enabled=False),
+            torch.autocast(x.device.type, enabled=x.device.type != "cpu"),
+        ):
+            return _torch_lstm(x, h, c, W_x, W_h, b)
+    except RuntimeError as error:
+        if "Batching rule not implemented" not in str(error):  # within `torch.vmap`
+            raise
+        return _loop(x, h, c, W_x, W_h, b)
 
 
 def lstm_in_cudnn(x, h, c, W_x, W_h, b, mask, training):
@@ -24,9 +35,9 @@ def lstm_in_cudnn(x, h, c, W_x, W_h, b, mask, training):
 
 
 def _torch_lstm(x, h, c, W_x, W_h, b):
-    weights = [_stacked(W_x), _stacked(W_h)]
+    weights = [_fuse(W_x), _fuse(W_h)]
     if b is not None:
-        bias = _stacked(b)
+        bias = _fuse(b)
         weights += [bias, torch.zeros_like(bias)]
     training = torch.is_grad_enabled()
     h_all, h, c = torch.lstm(
@@ -35,22 +46,27 @@ def _torch_lstm(x, h, c, W_x, W_h, b):
     return h_all, h[0], c[0]
 
 
-def _stacked(weights):
-    i, f, o, c = (weight.t() for weight in weights)
-    return torch.cat([i, f, c, o])
+def _fuse(weights):
+    of_gate = dict(zip(GATES, weights, strict=True))
+    return torch.cat([of_gate[gate].t() for gate in FUSED_ORDER])
 
 
-def _loop(x, h, c, W_x, W_h, b, mask):
-    """Step by step, since `torch.lstm` knows no mask."""
+def _loop(x, h, c, W_x, W_h, b, mask=None):
+    """A loop over time, since `torch.lstm` supports neither masks nor `vmap`."""
     z = x @ torch.cat(W_x, -1)
     if b is not None:
         z = z + torch.cat(b, -1)
     W_h = torch.cat(W_h, -1)
-    outputs = [torch.zeros_like(h)]
-    for z_t, kept in zip(z, mask[:, :, None], strict=True):
+    h_all = []
+    for t, z_t in enumerate(z):
         z_i, z_f, z_o, z_c = (z_t + h @ W_h).chunk(4, -1)
         c_new = z_f.sigmoid() * c + z_i.sigmoid() * z_c.tanh()
-        h_new = z_o.sigmoid() * c_new.tanh()
-        outputs.append(torch.where(kept, h_new, outputs[-1]))
-        h, c = torch.where(kept, h_new, h), torch.where(kept, c_new, c)
-    return torch.stack(outputs[1:]), h, c
+        h_new = output = z_o.sigmoid() * c_new.tanh()
+        if mask is not None:
+            mask_t = mask[t, :, None]
+            before = h_all[-1] if h_all else torch.zeros_like(h)
+            output = torch.where(mask_t, h_new, before)
+            h_new, c_new = torch.where(mask_t, h_new, h), torch.where(mask_t, c_new, c)
+        h, c = h_new, c_new
+        h_all.append(output)
+    return torch.stack(h_all), h, c
