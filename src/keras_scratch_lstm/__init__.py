@@ -1,4 +1,4 @@
-"""An LSTM for Keras 3 with a weight for every letter of its equations."""
+"""A readable LSTM for Keras 3: every matrix of the equations is its own weight."""
 
 from importlib.metadata import version
 
@@ -8,8 +8,8 @@ except ModuleNotFoundError as error:
     if error.name not in ("tensorflow", "jax", "torch"):
         raise
     raise ImportError(
-        f"Keras is set to the {error.name} backend, which is not installed: run "
-        f"`pip install {error.name}`, or set KERAS_BACKEND to one that is."
+        f"Keras is set to the {error.name} backend, which is not installed. Run "
+        f"`pip install {error.name}`, or set KERAS_BACKEND to an installed one."
     ) from None
 
 from keras_scratch_lstm.callbacks import GateMonitor, PerplexityLogger

@@ -1,20 +1,20 @@
-"""The types of the public signatures.
+"""Types of the public signatures.
 
-Keras has no types to build on, so a tensor is `Any` to a type checker.
+Keras is untyped, so a tensor is `Any` to a type checker.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any, TypeAlias
 
-Tensor: TypeAlias = Any  # of the backend or symbolic, an array, a variable
+Tensor: TypeAlias = Any  # tensor of the backend, symbolic tensor, array or variable
 Shape: TypeAlias = Sequence[int | None]
 Config: TypeAlias = dict[str, Any]
 Logs: TypeAlias = dict[str, Any] | None
 
-# By name, as an object or as a class, as in `keras.activations.get`.
+# Anything that `keras.activations.get` takes.
 Activation: TypeAlias = str | Callable[..., Any] | None
-# The same, or serialized, or a dict with a choice for each gate.
+# The same, or a serialized object, or a dict with one of these per gate.
 Choice: TypeAlias = Activation | Mapping[str, Any]
 
 Path: TypeAlias = str | PathLike[str]

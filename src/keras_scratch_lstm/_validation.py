@@ -1,4 +1,7 @@
-"""What an argument may be. A check returns the value, or raises one sentence."""
+"""Checks of arguments that Keras does not make itself.
+
+Each check returns the value, or raises a `ValueError` that states the rule.
+"""
 
 import numbers
 import operator
@@ -7,24 +10,24 @@ from pathlib import Path
 import keras
 import numpy as np
 
-_LONGEST = 300  # letters of what came, in a message
+_MAX_LENGTH = 300  # characters of a received value in a message
 
 
-def invalid(argument, value, expected):
-    """The error that names an argument, what came, and what is expected."""
+def invalid(argument, value, rule):
+    """The error for an argument that must be something else."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
-        came = f"array of shape {tuple(value.shape)} and dtype {dtype_of(value)}"
+        received = f"array of shape {tuple(value.shape)} and dtype {dtype_of(value)}"
     else:
-        came = repr(value)
-    if len(came) > _LONGEST:
-        came = came[:_LONGEST] + "…"
-    return ValueError(f"`{argument}` must be {expected}. Received: {argument}={came}")
+        received = repr(value)
+    if len(received) > _MAX_LENGTH:
+        received = received[:_MAX_LENGTH] + "…"
+    return ValueError(f"`{argument}` must be {rule}. Received: {argument}={received}")
 
 
-def flag(argument, value, expected="True or False"):
+def flag(argument, value, rule="True or False"):
     is_flag = isinstance(value, (bool, np.bool_, int, np.integer)) and value in (0, 1)
     if not is_flag:
-        raise invalid(argument, value, expected)
+        raise invalid(argument, value, rule)
     return bool(value)
 
 
@@ -36,7 +39,6 @@ def positive_integer(argument, value):
 
 
 def integer_or_none(argument, value, low=-(2**31), high=2**31 - 1):
-    """An integer of 32 bits, since JAX has no others unless asked."""
     number = 0 if value is None else _integer(value)
     if number is None or not low <= number <= high:
         raise invalid(argument, value, f"an integer from {low} to {high}, or None")
@@ -58,7 +60,7 @@ def fraction(argument, value):
 
 
 def path(argument, value):
-    # `open` takes integers, too, as files that are open already.
+    # `open` also takes integers, as file descriptors.
     try:
         value = Path(value)
         if "\0" not in str(value):
@@ -68,73 +70,46 @@ def path(argument, value):
     raise invalid(argument, value, "the path of a file")
 
 
-def interpret(argument, value, get, expected):
-    """What `get` of Keras makes of an identifier: something to call, or None."""
-    try:
-        found = get(value)
-    except Exception as error:  # whatever the code of a custom object raises
-        raise invalid(argument, value, expected) from error
-    if found is not None and not callable(found):
-        raise invalid(argument, value, expected)
-    return found
-
-
 def float_dtype(value):
-    """A dtype as layers and metrics take it: its name, a policy, or None."""
+    """A dtype of layers and metrics: its name, a dtype policy, or `None`."""
     try:
         policy = keras.dtype_policies.get(value)
         if "float" in policy.compute_dtype:
             return value
-    except Exception as error:  # whatever Keras makes of a damaged configuration
+    except Exception as error:  # whatever Keras raises for a damaged configuration
         reason = error
     else:
         reason = None
-    raise invalid("dtype", value, "a float dtype or a dtype policy of one") from reason
+    raise invalid("dtype", value, "a float dtype or a policy with one") from reason
 
 
-def numbers_only(argument, value, expected):
-    """An array or tensor, or what becomes one, with real numbers in it."""
+def numbers_only(argument, value, rule):
+    """An array or tensor of real numbers, or what converts to one."""
     try:
         array = value if hasattr(value, "dtype") else np.asarray(value)
-    except (RuntimeError, TypeError, ValueError):  # of several lengths, and the like
+    except (RuntimeError, TypeError, ValueError):  # such as a ragged list
         array = None
     if not are_numbers(array):
-        raise invalid(argument, value, expected)
+        raise invalid(argument, value, rule)
     return array
 
 
-def config(value):
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise invalid("config", value, "a dict of arguments, as of `get_config`")
-    return value
-
-
-def is_shape(value, ndim):
-    """Whether it is a shape of so many axes, the last of a known size."""
-    try:
-        sizes = [size if size is None else _integer(size) for size in value]
-        known = all(size is None or size >= 0 for size in sizes)
-    except TypeError:
-        return False
-    return known and len(sizes) == ndim and bool(sizes[-1])
-
-
 def are_numbers(tensor):
-    """Whether a tensor or array has numbers in it, real ones, or truth values."""
+    """Whether a tensor or array holds real numbers or booleans."""
     kinds = "float", "bfloat", "int", "uint", "bool"
     return hasattr(tensor, "dtype") and dtype_of(tensor).startswith(kinds)
 
 
 def dtype_of(tensor):
-    """The name of a dtype, the same on each backend."""
+    """The name of a dtype, which is the same on all backends."""
     try:
         return keras.backend.standardize_dtype(tensor.dtype)
-    except (TypeError, ValueError):  # no dtype of Keras
+    except (TypeError, ValueError):  # not a dtype of Keras
         return str(tensor.dtype)
 
 
 def _integer(value):
-    """As an integer, or `None` for what is none; a truth value is none, either."""
+    """The value as an integer, or `None` if it is not one. A Boolean is not."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:

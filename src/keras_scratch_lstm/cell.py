@@ -11,6 +11,9 @@ from keras_scratch_lstm._keras import DropoutRNNCell
 from keras_scratch_lstm._types import Activation, Choice, Config, Shape, Tensor
 from keras_scratch_lstm.per_gate import FUSED_ORDER, GATES
 
+_RATES = ("dropout", "recurrent_dropout")
+_PLAIN = ("units", "use_bias", "unit_forget_bias", *_RATES, "seed")
+
 
 class Gates(NamedTuple):
     """The gates of one time step, each of shape `(batch, units)`."""
@@ -41,7 +44,12 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
     initializer, regularizer and constraint can be set per gate, by a dict with the
     keys `"i"`, `"f"`, `"o"` and `"c"`; gates that are left out keep the default.
 
-    Override `gates` to write a custom cell.
+    Override `gates` to write a custom cell, such as one with `f = 1 - i`:
+
+        class CoupledCell(ScratchLSTMCell):
+            def gates(self, x, h, c):
+                gates = super().gates(x, h, c)
+                return gates._replace(f=1 - gates.i)
 
     Args:
         units: Positive integer, size of `h` and `c`.
@@ -82,9 +90,6 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
 
     Returns:
         `(h, [h, c])`: output and new states, each of shape `(batch, units)`.
-
-    Raises:
-        ValueError: If an argument is invalid.
 
     Example:
 
@@ -143,10 +148,8 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         for name, (module, default) in per_gate.OPTIONS.items():
             value = per_gate.resolve(name, given[name], module.get, default)
             setattr(self, name, value)
-        self.dropout = _validation.fraction("dropout", dropout)
-        self.recurrent_dropout = _validation.fraction(
-            "recurrent_dropout", recurrent_dropout
-        )
+        for name in _RATES:
+            setattr(self, name, _validation.fraction(name, given[name]))
         if recurrent_dropout:
             self.dropout_mask_count = len(GATES)  # for DropoutRNNCell
         self.seed = seed
@@ -172,28 +175,15 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         self.built = True
 
     def gates(self, x: Tensor, h: Tensor, c: Tensor) -> Gates:
-        """Compute the gates of one time step. Override it to write a custom cell.
+        """Compute the gates of one time step.
 
         Args:
             x: Tensor of shape `(batch, features)`, the input.
             h: Tensor of shape `(batch, units)`, the previous hidden state.
-            c: Tensor of shape `(batch, units)`, the previous cell state. Unused here;
-                the gates of a peephole cell depend on it.
+            c: Tensor of shape `(batch, units)`, the previous cell state.
 
         Returns:
             `Gates(i, f, o, c_tilde)`, each of shape `(batch, units)`.
-
-        Example:
-
-        >>> import numpy as np
-        >>> from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
-        >>> class CoupledCell(ScratchLSTMCell):
-        ...     def gates(self, x, h, c):
-        ...         gates = super().gates(x, h, c)
-        ...         return gates._replace(f=1 - gates.i)
-        >>> layer = ScratchLSTM(cell=CoupledCell(4))
-        >>> layer(np.ones((2, 5, 3), "float32")).shape == (2, 4)
-        True
         """
         sigmoid, tanh = self.recurrent_activation, self.activation
         i = sigmoid(x @ self.W_xi + h @ self.W_hi + self.b_i)
@@ -227,18 +217,14 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         return [ops.zeros((batch_size, size), dtype=dtype) for size in self.state_size]
 
     def get_config(self) -> Config:
-        arguments = "units", "use_bias", "unit_forget_bias"
-        arguments += "dropout", "recurrent_dropout", "seed"
-        return {
-            **super().get_config(),
-            **{name: getattr(self, name) for name in arguments},
-            "activation": activations.serialize(self.activation),
-            "recurrent_activation": activations.serialize(self.recurrent_activation),
-            **{
-                name: per_gate.serialize(getattr(self, name), module.serialize)
-                for name, (module, _) in per_gate.OPTIONS.items()
-            },
-        }
+        config = super().get_config()
+        for name in _PLAIN:
+            config[name] = getattr(self, name)
+        for name in ("activation", "recurrent_activation"):
+            config[name] = activations.serialize(getattr(self, name))
+        for name, (module, _) in per_gate.OPTIONS.items():
+            config[name] = per_gate.serialize(getattr(self, name), module.serialize)
+        return config
 
     def set_weights(self, weights: Sequence[Tensor]) -> None:
         self._reject_fused_weights(len(weights))
@@ -299,8 +285,7 @@ def _as_gates(result):
     try:
         return Gates(*result)
     except TypeError:
-        length = f" of length {len(result)}" if isinstance(result, tuple) else ""
+        kind = type(result).__name__
         raise ValueError(
-            "`gates` must return `Gates(i, f, o, c_tilde)`. Received: "
-            f"{type(result).__name__}{length}"
+            f"`gates` must return `Gates(i, f, o, c_tilde)`. Received: {kind}"
         ) from None
