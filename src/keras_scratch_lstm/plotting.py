@@ -144,7 +144,7 @@ def plot_heatmap(
         extent=(steps[0] - half, steps[-1] + half, len(values) - 0.5, -0.5),
     )
     ax.set(ylabel="unit", title=_TITLES[array])
-    ax.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    ax.yaxis.set_major_locator(_integer_locator())
     _label_time(ax, steps, tokens)
     ax.figure.colorbar(image, ax=ax, pad=0.01, aspect=30)
     return _save(ax.figure, path)
@@ -280,6 +280,10 @@ def _normalize(array, values):
     return Normalize(-most, most)
 
 
+def _integer_locator():
+    return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True)
+
+
 def _new_axes(height):
     return Figure(figsize=(_WIDTH, height), layout="constrained").subplots()
 
@@ -288,7 +292,7 @@ def _label_time(ax, steps, tokens):
     """Label the time axis by the tokens if there is room, else by numbers."""
     if tokens is None or len(tokens) > _MAX_TOKEN_LABELS:
         ax.set_xlabel("time step")
-        ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        ax.xaxis.set_major_locator(_integer_locator())
         return
     ax.set_xticks(steps, _visible(tokens), family="monospace", parse_math=False)
     rotation = 90 if max(map(len, tokens)) > 1 else 0
