@@ -1,19 +1,19 @@
-"""How fast the layers train and run, against the built-in ones and others.
+"""Benchmark the layers against the built-in ones, native PyTorch and d2l.
 
-    python benchmarks/throughput.py                     the main table, on each backend
-    python benchmarks/throughput.py --grid              batch by units
+    python benchmarks/throughput.py                     main table, all backends
+    python benchmarks/throughput.py --grid              batch size by units
     python benchmarks/throughput.py --steps             long sequences
     python benchmarks/throughput.py --inference         forward pass and generation
 
-The contenders take turns, round after round, in one process for each backend, so that
-what else the machine does falls on all alike: read the ratios. A table in Markdown is
-printed, and everything goes to `--out` as JSON, with a chart of the main table.
+All contenders of a backend run interleaved in one process, so that other load affects
+them alike: compare the ratios, not the absolute numbers of two runs. The main table is
+printed in Markdown. All results are written to `--out` as JSON, with a chart of the
+main table.
 
-Training is `model.fit` with default settings on one-hot characters: an LSTM, and the
-logits of the next character. Tokens a second are those of the epoch in a call of `fit`
-over `--batches` minibatches, after a first call that compiles. What `fit` does after
-the epoch is left out: on TensorFlow it waits for a thread of `tf.data` that looks up
-only now and then, some seconds apart in the end, which says nothing of a layer.
+Training is `model.fit` with default settings on one-hot characters: an LSTM and a dense
+layer for the logits. Tokens/s are those of one epoch of `--batches` minibatches, after
+a first call that compiles. The time that `fit` takes after the epoch is excluded: on
+TensorFlow it waits for a polling `tf.data` thread, whatever the layer.
 """
 
 import argparse
@@ -32,15 +32,15 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 BACKENDS = ("tensorflow", "jax", "torch")
 VOCABULARY = 28
-PAIRS = {  # ratio: above, below
+PAIRS = {  # title of the ratio: numerator, denominator
     "`ScratchLSTM` / `LSTM`": ("ScratchLSTM", "LSTM"),
     "`RNN(ScratchLSTMCell)` / `RNN(LSTMCell)`": (
         "RNN(ScratchLSTMCell)",
         "RNN(LSTMCell)",
     ),
-    "`ScratchLSTM` / bare torch": ("ScratchLSTM", "torch.nn.LSTM"),
-    "`ScratchLSTM` / torch's in `fit`": ("ScratchLSTM", "torch.nn.LSTM in fit"),
-    "`ScratchLSTM` / d2l's loop": ("ScratchLSTM", "d2l"),
+    "`ScratchLSTM` / native PyTorch loop": ("ScratchLSTM", "torch.nn.LSTM"),
+    "`ScratchLSTM` / `torch.nn.LSTM` in `fit`": ("ScratchLSTM", "torch.nn.LSTM in fit"),
+    "`ScratchLSTM` / d2l loop": ("ScratchLSTM", "d2l"),
 }
 
 
@@ -48,13 +48,13 @@ PAIRS = {  # ratio: above, below
 
 
 def layers():
-    """The Keras layers by name, each made from its units and arguments."""
+    """Keras layers: name to a function of units and keyword arguments."""
     import keras
 
     from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
 
     def in_rnn(cell):
-        return lambda units, **run: keras.layers.RNN(cell(units), **run)
+        return lambda units, **kwargs: keras.layers.RNN(cell(units), **kwargs)
 
     return {
         "RNN(LSTMCell)": in_rnn(keras.layers.LSTMCell),
@@ -64,8 +64,8 @@ def layers():
     }
 
 
-def text(shape):
-    """Random tokens one-hot, and those that follow."""
+def random_text(shape):
+    """One-hot random tokens, and their next tokens as targets."""
     import numpy as np
 
     batches, batch, steps = shape
@@ -97,7 +97,7 @@ def keras_contender(make_layer):
     import keras
 
     def make(units, shape):
-        model, (x, y) = build_model(make_layer, units, shape), text(shape)
+        model, (x, y) = build_model(make_layer, units, shape), random_text(shape)
 
         class Clock(keras.callbacks.Callback):
             def on_epoch_begin(self, epoch, logs=None):
@@ -118,7 +118,7 @@ def keras_contender(make_layer):
     return make
 
 
-def bare_torch(units, shape):
+def native_torch(units, shape):
     import torch
 
     lstm = torch.nn.LSTM(VOCABULARY, units, batch_first=True)
@@ -126,7 +126,7 @@ def bare_torch(units, shape):
     parameters = [*lstm.parameters(), *logits.parameters()]
     optimizer = torch.optim.SGD(parameters, 1.0)
     loss = torch.nn.CrossEntropyLoss()
-    x, y = (torch.tensor(values) for values in text(shape))
+    x, y = (torch.tensor(values) for values in random_text(shape))
     x, y = x.split(shape[1]), y.long().split(shape[1])
 
     def train(batches=shape[0]):
@@ -141,7 +141,7 @@ def bare_torch(units, shape):
 
 
 def torch_in_fit(units, shape):
-    """torch's own layer through `model.fit`: what `fit` itself costs on torch."""
+    """`torch.nn.LSTM` in `model.fit`, which shows the overhead of `fit`."""
     import keras
     import torch
 
@@ -161,7 +161,7 @@ def torch_in_fit(units, shape):
 
 
 def d2l_loop(units, shape):
-    """The book's own code from scratch, as in the example."""
+    """The from-scratch training loop of d2l, as in the example."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
     import d2l_lstm
     import keras
@@ -177,7 +177,7 @@ def d2l_loop(units, shape):
     )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     updater = keras.optimizers.SGD(1.0)
-    x, y = text(shape)
+    x, y = random_text(shape)
     x = tf.constant(x.argmax(-1).reshape(*shape))
     y = tf.constant(y.reshape(*shape))
 
@@ -191,7 +191,7 @@ def d2l_loop(units, shape):
 def contenders(backend):
     found = {name: keras_contender(make) for name, make in layers().items()}
     if importlib.util.find_spec("torch"):
-        found["torch.nn.LSTM"] = bare_torch
+        found["torch.nn.LSTM"] = native_torch
     if backend == "torch":
         found["torch.nn.LSTM in fit"] = torch_in_fit
     if backend == "tensorflow" and importlib.util.find_spec("d2l"):
@@ -199,19 +199,19 @@ def contenders(backend):
     return found
 
 
-# --- measuring -----------------------------------------------------------------
+# --- measurements -----------------------------------------------------------------
 
 
 def seconds(function, *arguments):
-    """What a function took, or what it says that it took."""
+    """Run time of a function, unless it returns its own measurement."""
     start = time.perf_counter()
-    told = function(*arguments)
-    took = time.perf_counter() - start
-    return told if isinstance(told, float) else took
+    measured = function(*arguments)
+    elapsed = time.perf_counter() - start
+    return measured if isinstance(measured, float) else elapsed
 
 
-def rounds_of(functions, rounds):
-    """Seconds of each function in each round, in turns, the first in turns too."""
+def interleave(functions, rounds):
+    """Seconds per function and round. Each round starts with another function."""
     times = {name: [] for name in functions}
     names = list(functions)
     for k in range(rounds):
@@ -221,20 +221,20 @@ def rounds_of(functions, rounds):
 
 
 def rates(times, work):
-    """Median and spread of work a second."""
+    """Median, minimum and maximum of work per second."""
     found = {}
     for name, values in times.items():
         speeds = sorted(work / value for value in values)
         found[name] = {
             "median": statistics.median(speeds),
-            "least": speeds[0],
-            "greatest": speeds[-1],
+            "min": speeds[0],
+            "max": speeds[-1],
         }
     return found
 
 
 def ratios(times):
-    """Medians over the rounds of one's speed against another's in the same round."""
+    """Median over the rounds of the ratio of two speeds within a round."""
     return {
         title: statistics.median(
             slow / fast for fast, slow in zip(times[above], times[below], strict=True)
@@ -244,64 +244,61 @@ def ratios(times):
     }
 
 
-def matrix_product_peak():
-    """GFLOP/s of the backend's product of two 2048 × 2048 matrices, at its best."""
+def matmul_peak():
+    """Best GFLOP/s of the backend's matmul of two 2048 × 2048 matrices."""
     import keras
     import numpy as np
 
     size = 2048
     a = keras.ops.convert_to_tensor(np.ones((size, size), "float32"))
 
-    def product():
+    def matmul():
         keras.ops.convert_to_numpy(a @ a)[0, 0]
 
-    product()
-    return 2 * size**3 / min(seconds(product) for _ in range(10)) / 1e9
+    matmul()
+    return 2 * size**3 / min(seconds(matmul) for _ in range(10)) / 1e9
 
 
-def flop_a_token(units):
-    """Of the products of one LSTM and its logits, forth and back."""
-    forth = 2 * 4 * units * (VOCABULARY + units) + 2 * units * VOCABULARY
-    return 3 * forth - 2 * 4 * units * VOCABULARY  # the input needs no gradient
+def flop_per_token(units):
+    """FLOP of all matmuls in the forward and backward pass."""
+    forward = 2 * 4 * units * (VOCABULARY + units) + 2 * units * VOCABULARY
+    return 3 * forward - 2 * 4 * units * VOCABULARY  # the input needs no gradient
 
 
 def measure_main(backend, options):
     shape, units = (options.batches, options.batch, options.time), options.units
-    alone = measure_each_alone(backend, options)
+    separate = measure_in_processes(backend, options)
     functions = {}
     for name, make in contenders(backend).items():
         functions[name] = make(units, shape)
         functions[name]()  # compiles
-    times = rounds_of(functions, options.rounds)
+    times = interleave(functions, options.rounds)
     tokens = shape[0] * shape[1] * shape[2]
     speeds = rates(times, tokens)
     for name, speed in speeds.items():
-        gflops = flop_a_token(units) * speed["median"] / 1e9
-        speed.update(alone[name], gflops=gflops)
+        gflops = flop_per_token(units) * speed["median"] / 1e9
+        speed.update(separate[name], gflops=gflops)
     return {
-        "matrix_product_gflops": matrix_product_peak(),
+        "matmul_gflops": matmul_peak(),
         "tokens_per_sec": speeds,
         "ratios": ratios(times),
     }
 
 
-def measure_each_alone(backend, options):
-    """Memory in use and first calls, which can't take turns in one process.
-
-    Medians of some processes each: what compiling takes is not the same each time.
-    """
+def measure_in_processes(backend, options):
+    """Peak memory and duration of the first call, as medians over processes."""
     runs = {name: [] for name in contenders(backend)}
     for _ in range(min(5, options.rounds)):
         for name, found in runs.items():
-            found.append(ask_one(backend, name, options))
+            found.append(run_process(backend, name, options))
     return {
-        name: {what: statistics.median(one[what] for one in found) for what in found[0]}
+        name: {key: statistics.median(run[key] for run in found) for key in found[0]}
         for name, found in runs.items()
     }
 
 
-def ask_one(backend, name, options):
-    """First call and peak memory of one contender in a process of its own."""
+def run_process(backend, name, options):
+    """First call and peak memory of one contender in its own process."""
     command = [sys.executable, __file__, *options.given, "--alone", name]
     command += ["--only", backend]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -314,7 +311,7 @@ def measure_alone(backend, options):
     shape = (options.batches, options.batch, options.time)
     import keras
 
-    keras.ops.zeros(1)  # the backend is up
+    keras.ops.zeros(1)  # initializes the backend
     make = contenders(backend)[options.alone]
     train = make(options.units, shape)
     before = peak_memory()
@@ -324,9 +321,9 @@ def measure_alone(backend, options):
 
 
 def peak_memory():
-    """Megabytes that this process had in use at its peak."""
+    """Peak memory of this process in megabytes."""
     for line in _lines("/proc/self/status"):
-        # `ru_maxrss` would begin at what the parent process has in use.
+        # `ru_maxrss` would include the parent process.
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024 / 1e6
     unit = 1 if platform.system() == "Darwin" else 1024
@@ -344,44 +341,44 @@ def measure_grid(backend, options):
             for name in ("LSTM", "ScratchLSTM"):
                 functions[name] = contenders(backend)[name](units, shape)
                 functions[name]()
-            times = rounds_of(functions, options.rounds)
+            times = interleave(functions, options.rounds)
             ratio = ratios(times)["`ScratchLSTM` / `LSTM`"]
             found.append({"batch": batch, "units": units, "ratio": ratio})
             print(backend, found[-1], flush=True)
     return {
         "cells": found,
         "geometric_mean": statistics.geometric_mean(one["ratio"] for one in found),
-        "least": min(one["ratio"] for one in found),
+        "min": min(one["ratio"] for one in found),
     }
 
 
 def measure_steps(backend, options):
-    """Milliseconds and megabytes a time step, as the sequences grow longer."""
+    """Milliseconds and megabytes per time step, for longer and longer sequences."""
     found = []
     for steps in options.step_counts:
         one = argparse.Namespace(**vars(options))
         one.given = [*options.given, "--time", str(steps), "--batches", "2"]
         functions, per_step = {}, {}
         for name in ("LSTM", "ScratchLSTM"):
-            memory = ask_one(backend, name, one)["peak_memory_mb"]
-            per_step[f"mb_a_step_{name}"] = memory / steps
+            memory = run_process(backend, name, one)["peak_memory_mb"]
+            per_step[f"mb_per_step_{name}"] = memory / steps
             shape = (2, options.batch, steps)
             functions[name] = contenders(backend)[name](options.units, shape)
             functions[name]()
-        for name, values in rounds_of(functions, options.rounds).items():
+        for name, values in interleave(functions, options.rounds).items():
             milliseconds = 1e3 * statistics.median(values) / (2 * steps)
-            per_step[f"ms_a_step_{name}"] = milliseconds
+            per_step[f"ms_per_step_{name}"] = milliseconds
         found.append({"steps": steps, **per_step})
         print(backend, found[-1], flush=True)
     return {"lengths": found}
 
 
 def measure_inference(backend, options):
-    """A whole sequence forth, and one character after another."""
+    """Forward pass over whole sequences, and generation of text."""
     import numpy as np
 
     shape, units = (1, options.batch, options.time), options.units
-    x, _ = text(shape)
+    x, _ = random_text(shape)
     functions = {}
     for name, make in layers().items():
         model = build_model(make, units, shape)
@@ -389,16 +386,16 @@ def measure_inference(backend, options):
             model.predict_on_batch(x) for _ in range(options.batches)
         ]
         functions[name]()
-    times = rounds_of(functions, options.rounds)
+    times = interleave(functions, options.rounds)
     tokens = options.batches * options.batch * options.time
 
     compiled, by_predict = generators(units, options.characters)
     start = np.array([[1]], "int32")
-    assert (compiled(start) == by_predict(start)).all()  # the same text
+    assert (compiled(start) == by_predict(start)).all()
     few = max(1, options.characters // 20)
-    generation = {"a compiled loop": [], "`predict` per character": []}
+    generation = {"compiled loop": [], "`predict` per character": []}
     for _ in range(options.rounds):
-        generation["a compiled loop"].append(
+        generation["compiled loop"].append(
             seconds(compiled, start) / options.characters
         )
         generation["`predict` per character"].append(
@@ -417,7 +414,7 @@ def measure_inference(backend, options):
 
 
 def generators(units, characters):
-    """Two ways to the same text, the likeliest character after each."""
+    """Two implementations of greedy generation, which give the same text."""
     import keras
     import numpy as np
     from keras import ops
@@ -425,21 +422,21 @@ def generators(units, characters):
     from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
 
     class Generator(keras.Model):
-        """All characters in one call, which `predict` compiles."""
+        """Generates all characters in one call, which `predict` compiles."""
 
         def __init__(self, cell, logits):
             super().__init__()
             self.cell, self.logits = cell, logits
             self.step = self.one_step
-            if keras.backend.backend() == "torch":  # there Keras compiles nothing
+            if keras.backend.backend() == "torch":  # where Keras compiles nothing
                 import torch
 
-                # The default would want a C++ compiler, and be half as fast again.
+                # The default backend is half as fast again, but needs a C++ compiler.
                 self.step = torch.compile(self.one_step, backend="eager")
 
         def one_step(self, token, h, c):
             x = ops.one_hot(token, VOCABULARY, dtype="float32")
-            # `call` itself, since what Keras does around it is most of a step.
+            # `call` itself, since `__call__` would take most of the time.
             output, (h, c) = self.cell.call(x, [h, c])
             token = ops.cast(ops.argmax(self.logits.call(output), -1), "int32")
             return token, h, c
@@ -492,10 +489,10 @@ MEASURES = {
 }
 
 
-# --- reporting -----------------------------------------------------------------
+# --- report -----------------------------------------------------------------
 
 
-def machine():
+def host():
     import keras
 
     versions = {"keras": keras.__version__}
@@ -522,10 +519,10 @@ def _lines(path):
 
 def table(results):
     """The main table in Markdown."""
-    # Libraries differ in their products, so the machine's peak is that of the best.
-    peak = max(found["matrix_product_gflops"] for found in results.values())
+    # The matmuls of the backends differ, so the peak is that of the fastest.
+    peak = max(found["matmul_gflops"] for found in results.values())
     lines = [
-        "| backend | contender | tokens/s (least–greatest) | first call | "
+        "| backend | contender | tokens/s (min–max) | first call | "
         "peak memory | share of peak |",
         "|---|---|---|---|---|---|",
     ]
@@ -533,7 +530,7 @@ def table(results):
         for name, speed in found["tokens_per_sec"].items():
             lines.append(
                 f"| {backend} | `{name}` | {speed['median']:,.0f} "
-                f"({speed['least']:,.0f}–{speed['greatest']:,.0f}) | "
+                f"({speed['min']:,.0f}–{speed['max']:,.0f}) | "
                 f"{speed['first_call_s']:.2f} s | {speed['peak_memory_mb']:,.0f} MB | "
                 f"{speed['gflops'] / peak:.0%} |"
             )
@@ -551,7 +548,7 @@ def table(results):
 
 
 def draw(results, folder):
-    """Tokens a second of every contender, as a PNG and an SVG."""
+    """Plot the tokens/s of all contenders, as PNG and SVG."""
     import matplotlib
     import numpy as np
 
@@ -564,19 +561,19 @@ def draw(results, folder):
     for ax, (backend, found) in zip(axes[0], results.items(), strict=True):
         speeds = found["tokens_per_sec"]
         names = list(speeds)[::-1]
-        least, medians, greatest = (
-            [speeds[name][what] / 1e3 for name in names]
-            for what in ("least", "median", "greatest")
+        low, medians, high = (
+            [speeds[name][key] / 1e3 for name in names]
+            for key in ("min", "median", "max")
         )
-        spread = np.abs(np.subtract([least, greatest], medians))
-        colours = ["#0072b2" if "Scratch" in name else "#999999" for name in names]
-        ax.barh(names, medians, xerr=spread, color=colours, ecolor="#333333")
+        spread = np.abs(np.subtract([low, high], medians))
+        colors = ["#0072b2" if "Scratch" in name else "#999999" for name in names]
+        ax.barh(names, medians, xerr=spread, color=colors, ecolor="#333333")
         ax.set_title(backend)
-        ax.set_xlabel("thousand tokens a second")
+        ax.set_xlabel("thousand tokens/s")
         ax.tick_params(labelsize=8)
     figure.tight_layout()
-    for ending in ("png", "svg"):
-        figure.savefig(folder / f"throughput.{ending}", dpi=120)
+    for extension in ("png", "svg"):
+        figure.savefig(folder / f"throughput.{extension}", dpi=120)
     return figure
 
 
@@ -587,7 +584,7 @@ def main(arguments=None):
         return
     if options.only:
         measure = MEASURES[options.measure]
-        result = {"machine": machine(), **measure(options.only, options)}
+        result = {"machine": host(), **measure(options.only, options)}
         print(json.dumps(result))
         return
     results = {}
@@ -604,14 +601,14 @@ def main(arguments=None):
         results[backend] = json.loads(done.stdout.splitlines()[-1])
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{options.measure}.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    kept.update(results)
-    kept = {backend: kept[backend] for backend in BACKENDS if backend in kept}
-    path.write_text(json.dumps(kept, indent=2) + "\n")
+    merged = json.loads(path.read_text()) if path.exists() else {}
+    merged.update(results)
+    merged = {backend: merged[backend] for backend in BACKENDS if backend in merged}
+    path.write_text(json.dumps(merged, indent=2) + "\n")
     if options.measure == "main":
-        (options.out / "main.md").write_text(table(kept) + "\n")
-        print(table(kept))
-        draw(kept, options.out)
+        (options.out / "main.md").write_text(table(merged) + "\n")
+        print(table(merged))
+        draw(merged, options.out)
     else:
         print(json.dumps(results, indent=2))
 
@@ -619,7 +616,9 @@ def main(arguments=None):
 def parse(arguments):
     def number(argument):
         if not argument.isdecimal() or int(argument) == 0:
-            raise argparse.ArgumentTypeError(f"{argument!r} came; expected 1 or more.")
+            raise argparse.ArgumentTypeError(
+                f"must be a positive integer. Received: {argument!r}"
+            )
         return int(argument)
 
     def numbers(argument):
@@ -634,11 +633,15 @@ def parse(arguments):
         )
     parser.set_defaults(measure="main")
     parser.add_argument("--rounds", type=number, default=21)
-    parser.add_argument("--batches", type=number, default=20, help="of one round")
+    parser.add_argument(
+        "--batches", type=number, default=20, help="minibatches per round"
+    )
     parser.add_argument("--batch", type=number, default=32)
-    parser.add_argument("--time", type=number, default=35, help="steps of a sequence")
+    parser.add_argument("--time", type=number, default=35, help="time steps")
     parser.add_argument("--units", type=number, default=256)
-    parser.add_argument("--characters", type=number, default=1000, help="to generate")
+    parser.add_argument(
+        "--characters", type=number, default=1000, help="characters to generate"
+    )
     parser.add_argument("--grid-batches", type=numbers, default=[1, 8, 32, 128])
     parser.add_argument("--grid-units", type=numbers, default=[64, 128, 256, 512])
     parser.add_argument(
@@ -646,7 +649,7 @@ def parse(arguments):
     )
     default = Path(__file__).parent / "results"
     parser.add_argument("--out", type=Path, default=default)
-    # What this script asks of itself, in processes of their own.
+    # For the processes that this script starts.
     parser.add_argument("--only", choices=BACKENDS, help=argparse.SUPPRESS)
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""The benchmark runs, and reports what it measured; no test asserts a time."""
+"""The benchmark runs and reports its measurements. No test asserts a time."""
 
 import importlib.util
 import json
@@ -37,29 +37,29 @@ def run(tmp_path):
 
 
 @pytest.mark.one_backend
-def test_the_main_table(run, throughput):
+def test_main_table(run, throughput):
     pytest.importorskip("matplotlib")
     printed, out = run()
     found = json.loads((out / "main.json").read_text())[BACKEND]
     names = {"RNN(LSTMCell)", "LSTM", "RNN(ScratchLSTMCell)", "ScratchLSTM"}
     assert names <= set(found["tokens_per_sec"]) == set(throughput.contenders(BACKEND))
     for name, speed in found["tokens_per_sec"].items():
-        assert 0 < speed["least"] <= speed["median"] <= speed["greatest"]
+        assert 0 < speed["min"] <= speed["median"] <= speed["max"]
         assert speed["first_call_s"] > 0
         assert f"| `{name}` | {speed['median']:,.0f} (" in printed
     assert "`ScratchLSTM` / `LSTM`" in found["ratios"]
-    for ending in ("png", "svg"):
-        assert (out / f"throughput.{ending}").stat().st_size > 1000
+    for extension in ("png", "svg"):
+        assert (out / f"throughput.{extension}").stat().st_size > 1000
 
 
 @pytest.mark.one_backend
-def test_the_grid(run):
+def test_grid(run):
     _, out = run("--grid")
     found = json.loads((out / "grid.json").read_text())[BACKEND]
     sizes = [(one["batch"], one["units"]) for one in found["cells"]]
     assert sizes == [(1, 2), (1, 3), (2, 2), (2, 3)]
     ratios = [one["ratio"] for one in found["cells"]]
-    assert found["least"] == min(ratios)
+    assert found["min"] == min(ratios)
     assert found["geometric_mean"] == pytest.approx(statistics.geometric_mean(ratios))
 
 
@@ -78,7 +78,7 @@ def test_inference(run):
     assert len(found["characters_per_sec"]) == 2
 
 
-def test_both_generate_the_same_text(throughput):
+def test_generators_return_same_text(throughput):
     import numpy as np
 
     compiled, by_predict = throughput.generators(units=16, characters=30)
@@ -90,30 +90,29 @@ def test_both_generate_the_same_text(throughput):
 
 @pytest.mark.parametrize("wrong", ["0", "-1", "1.5", "a"])
 @pytest.mark.parametrize("argument", ["rounds", "grid-units"])
-def test_a_number_that_is_none(throughput, capsys, argument, wrong):
+def test_invalid_number_is_rejected(throughput, capsys, argument, wrong):
     with pytest.raises(SystemExit):
         throughput.parse([f"--{argument}={wrong}"])
-    expected = f"argument --{argument}: '{wrong}' came; expected 1 or more.\n"
+    expected = f"--{argument}: must be a positive integer. Received: '{wrong}'\n"
     assert capsys.readouterr().err.endswith(expected)
 
 
-def test_ratios_are_taken_round_by_round(throughput):
+def test_ratios_are_medians_over_rounds(throughput):
     times = {"ScratchLSTM": [1.0, 2.0, 4.0], "LSTM": [3.0, 4.0, 4.0]}
     assert throughput.ratios(times) == {"`ScratchLSTM` / `LSTM`": 2.0}
 
 
-def test_the_work_of_a_token(throughput):
-    """Counted product by product."""
+def test_flop_per_token(throughput):
     units, vocabulary = 256, 28
     x_W_x, h_W_h, logits = units * vocabulary, units * units, units * vocabulary
-    forth = 4 * (x_W_x + h_W_h) + logits
-    to_weights, to_inputs = forth, 4 * h_W_h + logits
-    assert throughput.flop_a_token(units) == 2 * (forth + to_weights + to_inputs)
+    forward = 4 * (x_W_x + h_W_h) + logits
+    to_weights, to_inputs = forward, 4 * h_W_h + logits
+    assert throughput.flop_per_token(units) == 2 * (forward + to_weights + to_inputs)
 
 
-def test_rounds_take_turns(throughput):
+def test_rounds_are_interleaved(throughput):
     called = []
     functions = {name: lambda name=name: called.append(name) for name in "abc"}
-    times = throughput.rounds_of(functions, 3)
+    times = throughput.interleave(functions, 3)
     assert "".join(called) == "abcbcacab"
     assert [len(values) for values in times.values()] == [3, 3, 3]
