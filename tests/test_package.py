@@ -11,14 +11,13 @@ import keras_scratch_lstm
 
 ROOT = Path(__file__).parents[1]
 
-# A Python in which a package is not installed.
 WITHOUT = """
 import sys
-class Without:
+class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == {!r}:
             raise ModuleNotFoundError("No module named " + name, name=name)
-sys.meta_path.insert(0, Without())
+sys.meta_path.insert(0, Finder())
 import keras_scratch_lstm
 """
 
@@ -32,23 +31,25 @@ def run(code, **environment):
     )
 
 
-def test_the_public_names():
+def test_public_names():
     assert sorted(keras_scratch_lstm.__all__) == [
         "GateMonitor",
         "GateTrace",
+        "Gates",
         "Perplexity",
         "PerplexityLogger",
         "ScratchLSTM",
         "ScratchLSTMCell",
+        "from_torch",
         "to_builtin",
         "to_scratch",
+        "to_torch",
         "trace_gates",
     ]
-    for name in keras_scratch_lstm.__all__:
-        assert hasattr(keras_scratch_lstm, name)
+    assert all(hasattr(keras_scratch_lstm, name) for name in keras_scratch_lstm.__all__)
 
 
-def test_one_source_for_the_version():
+def test_version_is_that_of_the_changelog_and_the_citation():
     installed = importlib.metadata.version("keras-scratch-lstm")
     assert keras_scratch_lstm.__version__ == installed
     changelog = (ROOT / "CHANGELOG.md").read_text()
@@ -58,14 +59,13 @@ def test_one_source_for_the_version():
 
 @pytest.mark.one_backend
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
-def test_a_missing_backend_is_told_in_a_sentence(backend):
+def test_a_missing_backend_raises_an_error_with_a_remedy(backend):
     done = run(WITHOUT.format(backend), KERAS_BACKEND=backend)
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
-    assert last == (
-        f"ImportError: Keras is set to the {backend} backend, which is not installed: "
-        f"run `pip install {backend}`, or set KERAS_BACKEND to one that is."
-    )
+    assert last.startswith("ImportError: ")
+    assert f"`pip install {backend}`" in last
+    assert "KERAS_BACKEND" in last
 
 
 @pytest.mark.one_backend

@@ -1,6 +1,6 @@
-"""Makes `addons.npz`: the two LSTM cells of TensorFlow Addons, in numbers.
+"""Write `addons.npz`: outputs and weights of the LSTM cells of TensorFlow Addons.
 
-It needs an environment of its own, since TensorFlow Addons has no Keras 3:
+Run it in an environment with Keras 2:
 
     pip install tensorflow-cpu==2.15.1 tensorflow-addons==0.23.0
     python tests/compat/make_addons.py

@@ -1,4 +1,4 @@
-"""The book's own package as the measure."""
+"""Comparison with the book's package, `d2l`."""
 
 import random
 
@@ -13,6 +13,8 @@ from book_text import (
     tokenize,
 )
 
+from keras_scratch_lstm import ScratchLSTM
+
 if keras.backend.backend() != "tensorflow":
     pytest.skip("d2l's loop needs the tensorflow backend", allow_module_level=True)
 
@@ -21,38 +23,74 @@ import d2l_lstm
 import tensorflow as tf
 import time_machine
 
+UNITS = 16
+
+
+@pytest.fixture(autouse=True)
+def without_download(book, monkeypatch):
+    monkeypatch.setattr(d2l, "download", lambda name: str(book))
+
 
 @pytest.fixture
-def texts(book, monkeypatch):
-    """Corpus and vocabulary, d2l's and ours, of the same file."""
-    monkeypatch.setattr(d2l, "download", lambda name: str(book))
+def text(book):
+    """Our corpus and vocabulary."""
     tokens = tokenize(load_text(book).characters)
     vocabulary = Vocabulary(tokens)
-    return d2l.load_corpus_time_machine(), (vocabulary.encode(tokens), vocabulary)
+    return vocabulary.encode(tokens), vocabulary
 
 
-def test_corpus_and_vocabulary(texts):
-    (d2l_corpus, d2l_vocab), (corpus, vocabulary) = texts
-    assert vocabulary.tokens == d2l_vocab.idx_to_token
+@pytest.fixture
+def batches(seed):
+    """d2l's minibatches and vocabulary."""
+    random.seed(seed)
+    return d2l.load_data_time_machine(8, 10, max_tokens=1000)
+
+
+def scratch_model(vocabulary_size, rng):
+    """d2l's model of the book's LSTM, with random parameters."""
+    parameters = d2l_lstm.lstm_parameters(vocabulary_size, UNITS)
+    for parameter in parameters:
+        parameter.assign(rng.normal(0, 0.7, parameter.shape).astype("float32"))
+    return d2l.RNNModelScratch(
+        vocabulary_size,
+        UNITS,
+        d2l_lstm.zero_state,
+        d2l_lstm.lstm,
+        lambda *_: parameters,
+    ), [parameter.numpy() for parameter in parameters]
+
+
+def layer_model(vocabulary_size):
+    """d2l's model of a layer, with a `ScratchLSTM`."""
+    keras.utils.set_random_seed(3)
+    layer = ScratchLSTM(
+        UNITS, time_major=True, return_sequences=True, return_state=True
+    )
+    return d2l.RNNModel(layer, vocabulary_size)
+
+
+def test_corpus_and_vocabulary_match(text):
+    corpus, vocabulary = text
+    d2l_corpus, d2l_vocabulary = d2l.load_corpus_time_machine()
+    assert vocabulary.tokens == d2l_vocabulary.idx_to_token
     np.testing.assert_array_equal(corpus, d2l_corpus)
 
 
 @pytest.mark.parametrize("length", [10_000, 20_011, 170_580])
 @pytest.mark.parametrize(
-    ("ours", "theirs"),
+    ("make_batches", "d2l_name"),
     [
         (sequential_batches, "seq_data_iter_sequential"),
         (random_batches, "seq_data_iter_random"),
     ],
 )
-def test_minibatches_for_the_same_random_state(texts, ours, theirs, length, seed):
-    _, (corpus, _) = texts
-    corpus = corpus[:length]
+def test_minibatches_match(text, make_batches, d2l_name, length, seed):
+    corpus = text[0][:length]
     for epoch in range(3):
         random.seed(seed + epoch)
-        expected = list(getattr(d2l, theirs)(list(corpus), 32, 35))
+        expected = list(getattr(d2l, d2l_name)(list(corpus), 32, 35))
         random.seed(seed + epoch)
-        x, y = ours(corpus, 32, 35, random)
+        x, y = make_batches(corpus, 32, 35, random)
         assert len(x) == len(expected) > 0
         for k, (d2l_x, d2l_y) in enumerate(expected):
             np.testing.assert_array_equal(x[k], d2l_x.numpy())
@@ -60,34 +98,73 @@ def test_minibatches_for_the_same_random_state(texts, ours, theirs, length, seed
 
 
 @pytest.mark.parametrize("name", ["scratch", "layer"])
-def test_the_books_parameters_are_the_cells_weights(texts, rng, name):
-    """Outputs, states and generated text are the book's own."""
-    _, (corpus, vocabulary) = texts
-    keras.utils.set_random_seed(3)
-    parameters = d2l_lstm.lstm_parameters(len(vocabulary), 16)
-    for parameter in parameters:
-        parameter.assign(rng.normal(0, 0.7, parameter.shape).astype("float32"))
+def test_stateful_outputs_and_generated_text_match(text, rng, name):
+    corpus, vocabulary = text
+    scratch, parameters = scratch_model(len(vocabulary), rng)
     layer = time_machine.LAYERS[name]
-    rnn = layer(16, return_sequences=True, stateful=True, name="rnn")
+    rnn = layer(UNITS, return_sequences=True, stateful=True, name="rnn")
     model = time_machine.build_model(rnn, len(vocabulary), 4, 7)
     rnn.cell.set_weights(parameters[:12])
     model.get_layer("logits").set_weights(parameters[12:])
 
-    net = d2l.RNNModelScratch(
-        len(vocabulary), 16, d2l_lstm.zero_state, d2l_lstm.lstm, lambda *_: parameters
-    )
-    state = net.begin_state(4)
+    state = scratch.begin_state(4)
     for k in range(3):
         x = corpus[28 * k : 28 * (k + 1)].reshape(4, 7)
-        outputs, state = net(tf.constant(x), state)
+        outputs, state = scratch(tf.constant(x), state)
         logits = model(x).numpy().swapaxes(0, 1).reshape(-1, len(vocabulary))
         np.testing.assert_allclose(logits, outputs.numpy(), atol=2e-5)
-        for ours, theirs in zip(rnn.states, state, strict=True):
-            np.testing.assert_allclose(ours.numpy(), theirs.numpy(), atol=1e-5)
+        for actual, expected in zip(rnn.states, state, strict=True):
+            np.testing.assert_allclose(actual.numpy(), expected.numpy(), atol=1e-5)
 
     vocab = d2l.Vocab([vocabulary.tokens[1:]])
     for start in ("time traveller", "the", "q"):
-        theirs = d2l.predict_ch8(start, 50, net, vocab)
-        # `<unk>`, which chance may choose, is one token.
-        assert len(theirs.replace("<unk>", "?")) == len(start) + 50
-        assert time_machine.generate(model, vocabulary, start) == theirs
+        expected = d2l.predict_ch8(start, 50, scratch, vocab)
+        assert len(expected.replace("<unk>", "?")) == len(start) + 50  # one token
+        assert time_machine.generate(model, vocabulary, start) == expected
+
+
+def test_time_major_outputs_match_within_the_books_model(batches, rng):
+    iterator, vocab = batches
+    scratch, parameters = scratch_model(len(vocab), rng)
+    model = layer_model(len(vocab))
+    states = [net.begin_state(8, dtype=tf.float32) for net in (scratch, model)]
+    model(tf.zeros((8, 10), "int32"), states[1])  # builds it
+    model.rnn.set_weights(parameters[:12])
+    model.dense.set_weights(parameters[12:])
+    xs = [x for x, _ in iterator]
+    assert len(xs) == (1000 - 10 - 1) // 8 // 10
+    for x in xs:
+        expected, states[0] = scratch(x, states[0])
+        actual, states[1] = model(x, states[1])
+        np.testing.assert_allclose(actual.numpy(), expected.numpy(), atol=2e-5)
+        for one, other in zip(*states, strict=True):
+            np.testing.assert_allclose(one.numpy(), other.numpy(), atol=1e-5)
+    expected = d2l.predict_ch8("time traveller", 20, scratch, vocab)
+    assert d2l.predict_ch8("time traveller", 20, model, vocab) == expected
+
+
+def test_the_books_training_loop_trains_the_layer(batches):
+    iterator, vocab = batches
+    model = layer_model(len(vocab))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    optimizer = keras.optimizers.SGD(1.0)
+    perplexities = [
+        d2l.train_epoch_ch8(model, iterator, loss, optimizer, use_random_iter)[0]
+        for use_random_iter in (False, True, False, False, False)
+    ]
+    assert model.rnn.recurrence == "tensorflow"
+    # Guessing among 28 tokens has a perplexity of 28.
+    assert perplexities[-1] < perplexities[0] < 30
+    assert perplexities[-1] < 22
+
+
+@pytest.mark.filterwarnings("ignore:`set_matplotlib_formats`:DeprecationWarning")
+def test_train_ch8_prints_its_closing_lines(batches, capsys):
+    iterator, vocab = batches
+    strategy = tf.distribute.get_strategy()
+    d2l.train_ch8(layer_model(len(vocab)), iterator, vocab, 1.0, 3, strategy)
+    closing, *samples = capsys.readouterr().out.splitlines()
+    perplexity, speed = closing.removeprefix("perplexity ").split(", ")
+    assert 1 < float(perplexity) < 28
+    assert float(speed.split(" ")[0]) > 0
+    assert [len(sample.replace("<unk>", "?")) for sample in samples] == [64, 59]

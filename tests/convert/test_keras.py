@@ -1,0 +1,664 @@
+import importlib
+import inspect
+import json
+import pickle
+import pkgutil
+import re
+
+import keras
+import numpy as np
+import pytest
+from keras import constraints, layers, ops, regularizers
+from reference import fuse, label
+
+from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, to_builtin, to_scratch
+from keras_scratch_lstm._keras import sublayers
+
+BACKEND = keras.backend.backend()
+BUILTIN = (layers.LSTM, layers.LSTMCell)
+SCRATCH = (ScratchLSTM, ScratchLSTMCell)
+BATCH, TIME, FEATURES = 3, 5, 4
+SHAPE = (BATCH, TIME, FEATURES)
+numpy = ops.convert_to_numpy
+
+
+@pytest.fixture
+def x(rng):
+    return rng.normal(size=SHAPE).astype("float32")
+
+
+def parts(layer):
+    return [layer, *sublayers(layer, recursive=True)]
+
+
+def count(layer, classes):
+    return sum(type(part) in classes for part in parts(layer))
+
+
+def config_of(layer):
+    """The configuration as saved in a file, where tuples are lists."""
+    return json.loads(json.dumps(layer.get_config()))
+
+
+def random_weights(layer, rng):
+    for weight in layer.weights:
+        values = rng.normal(0, 0.5, weight.shape)
+        weight.assign(abs(values) if weight.name == "moving_variance" else values)
+    return layer
+
+
+def built(layer):
+    layer.build((None, TIME, FEATURES))
+    return layer
+
+
+def call(layer, inputs, **arguments):
+    outputs = keras.tree.flatten(layer(*inputs, **arguments))
+    return [numpy(output).astype("float64") for output in outputs]
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    assert len(actual) == len(expected) > 0
+    for one, other in zip(actual, expected, strict=True):
+        assert np.ptp(other) > 0
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance)
+
+
+def assert_equal_weights(actual, expected):
+    assert [w.name for w in actual.weights] == [w.name for w in expected.weights]
+    assert len(actual.weights) > 0
+    for one, other in zip(actual.weights, expected.weights, strict=True):
+        assert one is not other
+        assert (one.dtype, one.trainable) == (other.dtype, other.trainable)
+        np.testing.assert_array_equal(numpy(one), numpy(other))
+
+
+def assert_round_trip(builtin, inputs, tolerance=1e-5):
+    """Outputs are equal after `to_scratch`, and everything is after `to_builtin`."""
+    config, weights = config_of(builtin), builtin.get_weights()
+    scratch = to_scratch(builtin)
+    assert count(scratch, BUILTIN) == 0
+    assert count(scratch, SCRATCH) == count(builtin, BUILTIN) > 0
+    names = [[part.name for part in parts(model)] for model in (scratch, builtin)]
+    assert names[0] == names[1]
+    assert_close(call(scratch, inputs), call(builtin, inputs), tolerance)
+
+    again = to_builtin(scratch)
+    assert count(again, SCRATCH) == 0
+    assert_equal_weights(again, builtin)
+    assert config_of(again) == config
+    once_more = to_scratch(again)
+    assert_equal_weights(once_more, scratch)
+    assert config_of(once_more) == config_of(scratch)
+
+    assert config_of(builtin) == config  # the original is unchanged
+    np.testing.assert_equal(builtin.get_weights(), weights)
+
+
+# --- layers and models -------------------------------------------------------
+
+
+def all_arguments():
+    kinds = ("kernel", "recurrent", "bias")
+    config = {f"{kind}_regularizer": "l1l2" for kind in kinds}
+    config |= {f"{kind}_constraint": "non_neg" for kind in kinds}
+    config |= {"activation": "relu", "recurrent_activation": "hard_sigmoid"}
+    config |= {"kernel_initializer": "he_normal", "unit_forget_bias": False}
+    config |= {"bias_initializer": keras.initializers.Constant(0.25)}
+    config |= {"dropout": 0.25, "recurrent_dropout": 0.125, "seed": 5}
+    config |= {"activity_regularizer": "l2", "unroll": True, "name": "my_lstm"}
+    config |= {"return_sequences": True, "return_state": True, "go_backwards": True}
+    return layers.LSTM(6, **config)
+
+
+def bidirectional():
+    forward = layers.LSTM(6, return_sequences=True)
+    backward = layers.LSTM(6, "relu", return_sequences=True, go_backwards=True)
+    return layers.Bidirectional(forward, "sum", backward_layer=backward, name="both")
+
+
+def sequential():
+    return keras.Sequential(
+        [
+            keras.Input((TIME, FEATURES), name="sequence"),
+            layers.Bidirectional(layers.RNN(layers.LSTMCell(3), return_sequences=True)),
+            layers.BatchNormalization(),
+            layers.LSTM(6),
+            layers.Dense(2, name="logits"),
+        ],
+        name="sequential",
+    )
+
+
+def functional():
+    """Two inputs and outputs, a shared LSTM, initial states, nested models."""
+    shared = layers.LSTM(3, return_sequences=True, name="shared")
+    first = keras.Input((TIME, FEATURES), name="first")
+    second = keras.Input((TIME, FEATURES))
+    inner_input = keras.Input((TIME, 3))
+    inner = layers.LSTM(6, return_state=True, name="inner_lstm")(inner_input)
+    inner = keras.Model(inner_input, inner, name="inner")
+    _, h, c = inner(shared(first))
+    decoder = layers.LSTM(6, return_sequences=True, name="decoder")
+    decoded = decoder(shared(second), initial_state=[h, c])
+    head = keras.Sequential([layers.LSTM(2, name="last"), layers.Dense(1)], name="head")
+    outputs = {"decoded": decoded * 2.0, "head": head(decoded)}
+    outputs["again"] = inner(decoded[..., :3])
+    return keras.Model([first, second], outputs, name="functional")
+
+
+CASES = {
+    "cell": lambda: layers.LSTMCell(6, name="my_cell"),
+    "layer": lambda: layers.LSTM(6),
+    "all arguments": all_arguments,
+    "no bias": lambda: layers.LSTM(6, use_bias=False, return_sequences=True),
+    "mixed precision": lambda: layers.LSTM(6, dtype="mixed_float16"),
+    "RNN": lambda: layers.RNN(layers.LSTMCell(6), return_sequences=True),
+    "stacked": lambda: layers.RNN(
+        layers.StackedRNNCells(
+            [layers.LSTMCell(6), layers.GRUCell(4), layers.LSTMCell(2)]
+        )
+    ),
+    "Bidirectional": bidirectional,
+    "TimeDistributed": lambda: layers.TimeDistributed(layers.LSTM(6)),
+    "Sequential": sequential,
+    "Functional": functional,
+}
+
+
+def make(case, rng):
+    """A built layer or model with random weights, and inputs for it."""
+    layer = CASES[case]()
+    shapes = {
+        "cell": [(BATCH, FEATURES), [(BATCH, 6), (BATCH, 6)]],
+        "TimeDistributed": [(BATCH, 2, TIME, FEATURES)],
+        "Functional": [[SHAPE, SHAPE]],
+    }.get(case, [SHAPE])
+    inputs = keras.tree.map_shape_structure(
+        lambda shape: rng.normal(size=shape).astype("float32"), shapes
+    )
+    if not layer.built:
+        layer.build(shapes[0])
+    return random_weights(layer, rng), inputs
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip_keeps_outputs_weights_and_config(rng, case):
+    builtin, inputs = make(case, rng)
+    assert_round_trip(builtin, inputs, 2e-3 if case == "mixed precision" else 1e-5)
+
+
+# Layers and operations whose classes share a name.
+SHARED_NAMES = {
+    "Add": (lambda x: layers.Add()([x, x]), lambda x: x + 1.5),
+    "Average": (lambda x: layers.Average()([x, x]), lambda x: ops.average(x, axis=1)),
+    "Concatenate": (
+        lambda x: layers.Concatenate()([x, x]),
+        lambda x: ops.concatenate([x, x]),
+    ),
+    "Dot": (lambda x: layers.Dot(-1)([x, x]), lambda x: ops.dot(x, np.ones(FEATURES))),
+    "Maximum": (lambda x: layers.Maximum()([x, x]), lambda x: ops.maximum(x, 0.0)),
+    "Minimum": (lambda x: layers.Minimum()([x, x]), lambda x: ops.minimum(x, 0.0)),
+    "Multiply": (lambda x: layers.Multiply()([x, x]), lambda x: x * 1.5),
+    "Reshape": (layers.Reshape((-1, 2)), lambda x: ops.reshape(x, (-1, 2))),
+    "Softmax": (layers.Softmax(), lambda x: ops.softmax(x)),
+    "Subtract": (lambda x: layers.Subtract()([x, x * 2]), lambda x: x - 1.5),
+}
+
+
+def test_layers_beside_operations_of_the_same_name_are_converted(rng, x):
+    operations = {
+        name
+        for module in pkgutil.iter_modules(keras.src.ops.__path__, "keras.src.ops.")
+        if not module.name.endswith("_test")
+        for name, value in vars(importlib.import_module(module.name)).items()
+        if inspect.isclass(value) and issubclass(value, keras.Operation)
+    }
+    assert {"Add", "Concatenate"} <= operations & {*dir(layers)} - {"Layer"}
+    assert operations & {*dir(layers)} - {"Layer"} <= SHARED_NAMES.keys()
+
+    inputs = keras.Input((TIME, FEATURES))
+    outputs = []
+    for name, (layer, operation) in SHARED_NAMES.items():
+        by_layer, by_operation = layer(inputs), operation(inputs)
+        classes = [type(t._keras_history.operation) for t in (by_layer, by_operation)]
+        assert [cls.__name__ for cls in classes] == [name, name]
+        assert [issubclass(cls, layers.Layer) for cls in classes] == [True, False]
+        outputs += [layers.LSTM(2)(by_layer), by_operation]
+    assert_round_trip(random_weights(keras.Model(inputs, outputs), rng), [x])
+
+
+def test_a_tagger_with_masks_and_concatenated_embeddings_is_converted(rng):
+    words, tags = keras.Input((None,), name="words"), keras.Input((None,), name="tags")
+    x = layers.Concatenate()(
+        [
+            layers.Embedding(9, 3, mask_zero=True)(words),
+            layers.Embedding(5, 2, mask_zero=True)(tags),
+        ]
+    )
+    x = layers.Bidirectional(layers.LSTM(4, return_sequences=True))(x)
+    x = ops.concatenate([x, x * 0.5], axis=-1)
+    builtin = keras.Model([words, tags], layers.Dense(5)(x))
+    tokens = rng.integers(1, 5, (2, BATCH, TIME))
+    tokens[:, 0, 2:] = tokens[:, 1, 4:] = 0
+    inputs = [[ops.convert_to_tensor(row) for row in tokens]]
+    assert_round_trip(random_weights(builtin, rng), inputs)
+    unmasked = [[ops.convert_to_tensor(np.maximum(row, 1)) for row in tokens]]
+    masked, full = call(builtin, inputs)[0], call(builtin, unmasked)[0]
+    assert abs(masked[0, 0] - full[0, 0]).max() > 1e-4  # the mask takes effect
+
+
+class Multiply(layers.Layer):
+    """A custom layer that is not registered, and has the name of a Keras class."""
+
+    def call(self, x):
+        return x * 2
+
+    def compute_output_shape(self, shape):
+        return shape
+
+
+def test_custom_layers_need_not_be_registered(rng, x):
+    inputs = keras.Input((TIME, FEATURES))
+    y = layers.TimeDistributed(Multiply())(inputs) * 0.5  # the operation `Multiply`
+    y = layers.Multiply()([y, layers.Lambda(lambda x: x + 1)(y)])
+    builtin = random_weights(keras.Model(inputs, layers.LSTM(6)(y)), rng)
+    assert_close(call(to_scratch(builtin), [x]), call(builtin, [x]))
+
+
+@pytest.mark.parametrize("case", ["cell", "layer", "Bidirectional", "model"])
+def test_unbuilt_layers_are_converted_without_weights(case):
+    make_it = CASES.get(case, lambda: keras.Sequential([layers.LSTM(6)]))
+    builtin = make_it()
+    scratch = to_scratch(builtin)
+    assert not scratch.built
+    assert not scratch.weights
+    again = to_builtin(scratch)
+    assert config_of(again) == config_of(builtin)
+    again.build((None, FEATURES) if case == "cell" else (None, TIME, FEATURES))
+    assert count(again, BUILTIN) == count(builtin, BUILTIN)
+
+
+def test_layers_of_the_target_class_are_copied(rng, x):
+    scratch = ScratchLSTM(6, kernel_regularizer={"f": "l2"}, return_sequences=True)
+    both = keras.Sequential([keras.Input((TIME, FEATURES)), scratch, layers.LSTM(3)])
+    copy = to_scratch(random_weights(both, rng))
+    assert count(copy, SCRATCH) == 4
+    assert config_of(copy.layers[0]) == config_of(scratch)
+    assert_close(call(copy, [x]), call(both, [x]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_float16"])
+def test_a_given_cell_becomes_arguments_of_the_built_in_layer(rng, x, dtype):
+    cell = ScratchLSTMCell(6, activation="relu", bias_regularizer="l2", dtype=dtype)
+    scratch = built(ScratchLSTM(cell=cell, return_sequences=True))
+    builtin = to_builtin(random_weights(scratch, rng))
+    assert type(builtin) is layers.LSTM
+    assert builtin.cell.dtype_policy.name == dtype
+    assert_close(call(builtin, [x]), call(scratch, [x]), 2e-3)
+    np.testing.assert_equal(to_scratch(builtin).get_weights(), scratch.get_weights())
+
+
+# --- state -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_cudnn", [False, "auto"])
+def test_use_cudnn_is_copied(use_cudnn):
+    scratch = to_scratch(layers.LSTM(6, use_cudnn=use_cudnn))
+    assert scratch.use_cudnn == to_builtin(scratch).use_cudnn == use_cudnn
+
+
+@pytest.mark.parametrize("case", ["layer", "Sequential", "Functional"])
+def test_trainable_flags_are_copied(rng, case):
+    builtin, _ = make(case, rng)
+    lstms = [part for part in parts(builtin) if type(part) is layers.LSTM]
+    builtin.trainable = False
+    if case != "layer":
+        builtin.trainable = True
+        lstms[0].trainable = False
+    lstms[-1].cell.trainable = True
+    lstms[-1].cell.recurrent_kernel.trainable = False
+    scratch = to_scratch(builtin)
+    cells = {
+        part.name: part.cell for part in parts(scratch) if type(part) is ScratchLSTM
+    }
+    for weight in cells[lstms[-1].name].weights:
+        assert weight.trainable == (not weight.name.startswith("W_h"))
+    again = to_builtin(scratch)
+    assert_equal_weights(again, builtin)
+    for one, other in zip(parts(again), parts(builtin), strict=True):
+        assert one.trainable == other.trainable
+    sizes = [
+        sum(np.prod(weight.shape) for weight in model.trainable_weights)
+        for model in (scratch, builtin)
+    ]
+    assert sizes[0] == sizes[1]
+
+
+def test_random_seeds_and_state_of_preprocessing_layers_are_copied(rng, x):
+    normalize = layers.Normalization()
+    normalize.adapt(rng.normal(3, 2, size=(8, TIME, FEATURES)))
+    middle = [
+        normalize,
+        layers.Dropout(0.4, seed=1),
+        layers.LSTM(6, dropout=0.4, seed=2, return_sequences=True),
+        layers.LSTM(6, recurrent_dropout=0.4, seed=3),
+    ]
+    builtin = keras.Sequential([keras.Input((TIME, FEATURES)), *middle])
+    builtin(x, training=True)
+    scratch = to_scratch(builtin)
+    again = to_builtin(scratch)
+    expected = call(builtin, [x], training=True)
+    assert_close(call(scratch, [x], training=True), expected)
+    assert_close(call(again, [x], training=True), expected)
+
+
+def states(model):
+    found = [part.states for part in parts(model) if isinstance(part, layers.RNN)]
+    assert len(keras.tree.flatten(found)) == 9
+    return keras.tree.flatten(found)
+
+
+def test_states_of_stateful_layers_are_copied(rng):
+    builtin = keras.Sequential(
+        [
+            keras.Input(batch_shape=SHAPE),
+            layers.GRU(3, stateful=True, return_sequences=True),
+            layers.Bidirectional(layers.LSTM(3, stateful=True, return_sequences=True)),
+            layers.RNN(layers.LSTMCell(6), stateful=True, return_sequences=True),
+            layers.LSTM(6, stateful=True),
+        ]
+    )
+    for state in states(builtin):
+        state.assign(rng.normal(size=state.shape))
+    scratch = to_scratch(builtin)
+    for model in (scratch, to_builtin(scratch)):
+        for one, other in zip(states(builtin), states(model), strict=True):
+            assert one is not other
+            np.testing.assert_array_equal(numpy(one), numpy(other))
+
+
+def test_a_compiled_model_trains_like_the_original(rng):
+    x = rng.normal(size=(8, TIME, FEATURES)).astype("float32")
+    y = rng.normal(size=(8, 2)).astype("float32")
+    builtin = keras.Sequential(
+        [
+            keras.Input((TIME, FEATURES)),
+            layers.LSTM(
+                6, kernel_regularizer="l2", recurrent_constraint="max_norm", name="lstm"
+            ),
+            layers.Dense(2),
+        ]
+    )
+    random_weights(builtin, rng)
+    builtin.get_layer("lstm").cell.bias.trainable = False
+    builtin.compile(
+        keras.optimizers.SGD(0.5, momentum=0.9, global_clipnorm=1.0),
+        "mse",
+        metrics=["mae"],
+    )
+    scratch = to_scratch(builtin)
+    before = builtin.get_weights()
+    for model, number in (scratch, 10), (to_builtin(scratch), 4):
+        assert model.optimizer.get_config() == builtin.optimizer.get_config()
+        assert len(model.trainable_variables) == number
+
+    def fit(model):
+        return model.fit(x, y, 4, epochs=3, shuffle=False, verbose=0).history
+
+    actual = fit(scratch)
+    np.testing.assert_equal(builtin.get_weights(), before)
+    expected = fit(builtin)
+    assert actual.keys() == expected.keys() == {"loss", "mae"}
+    for name in actual:
+        np.testing.assert_allclose(actual[name], expected[name], rtol=1e-4)
+    assert_close(call(scratch, [x]), call(builtin, [x]), 1e-4)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="strings need TensorFlow")
+def test_vocabulary_is_copied():
+    texts = np.array([["time travels"], ["the time traveller"]])
+    vectorize = layers.TextVectorization(output_sequence_length=TIME)
+    vectorize.adapt(texts)
+    middle = [vectorize, layers.Embedding(10, FEATURES), layers.LSTM(6)]
+    builtin = keras.Sequential([keras.Input((1,), dtype="string"), *middle])
+    scratch = to_scratch(builtin)
+    assert scratch.layers[0].get_vocabulary() == vectorize.get_vocabulary()
+    inputs = [ops.convert_to_tensor(texts)]
+    assert_close(call(scratch, inputs), call(builtin, inputs))
+
+
+# --- Bidirectional and weights of the built-in layer -------------------------
+
+
+@pytest.mark.parametrize("with_backward_layer", [False, True])
+def test_bidirectional_of_a_converted_layer_raises(rng, with_backward_layer):
+    scratch = to_scratch(make("layer", rng)[0])
+    backward = to_scratch(built(layers.LSTM(6, go_backwards=True)))
+    with pytest.raises(ValueError, match="would lose its converted weights"):
+        layers.Bidirectional(
+            scratch, backward_layer=backward if with_backward_layer else None
+        )
+
+
+def test_converted_bidirectional_models_can_be_saved_and_copied(rng, x, tmp_path):
+    builtin = keras.Sequential([keras.Input((TIME, FEATURES)), bidirectional()])
+    scratch = to_scratch(random_weights(builtin, rng))
+    scratch.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    clone = keras.models.clone_model(scratch)
+    clone.set_weights(scratch.get_weights())
+    for model in (loaded, clone, pickle.loads(pickle.dumps(scratch))):
+        assert count(model, SCRATCH) == 4
+        assert_close(call(model, [x]), call(builtin, [x]))
+
+
+def test_weights_of_the_built_in_layer_raise_an_error_that_names_to_scratch(
+    rng, tmp_path
+):
+    builtin = in_a_model(layers.LSTM(6, name="second"))
+    builtin.save_weights(tmp_path / "built_in.weights.h5")
+    scratch = to_scratch(builtin)
+    before = scratch.get_weights()
+    with pytest.raises(ValueError, match="`to_scratch`"):
+        scratch.layers[0].set_weights(builtin.layers[0].get_weights())
+    with pytest.raises(ValueError, match="`to_scratch`"):
+        scratch.load_weights(tmp_path / "built_in.weights.h5")
+    np.testing.assert_equal(scratch.get_weights(), before)
+
+
+# --- regularizers, constraints and initializers ------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"kernel_regularizer": "l1", "bias_regularizer": "l2"},
+        {"recurrent_regularizer": regularizers.L1L2(0.1, 0.2)},
+        {"kernel_constraint": constraints.MaxNorm(0.5)},
+        {"recurrent_constraint": constraints.MinMaxNorm(0.2, 0.4, rate=0.5)},
+        {"kernel_constraint": constraints.UnitNorm(axis=[0])},
+        {"bias_constraint": "non_neg", "kernel_constraint": "non_neg"},
+    ],
+    ids=label,
+)
+def test_converted_regularizers_and_constraints_act_the_same(rng, arguments):
+    builtin = random_weights(built(layers.LSTM(6, **arguments)), rng)
+    scratch = to_scratch(builtin)
+    assert config_of(to_builtin(scratch)) == config_of(builtin)
+    losses = [
+        numpy(sum(layer.losses, start=ops.zeros(()))) for layer in (scratch, builtin)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    before = builtin.get_weights()
+    for layer in (builtin, scratch):
+        for weight in layer.weights:
+            if weight.constraint is not None:
+                weight.assign(weight.constraint(weight))
+    after = builtin.get_weights()
+    changed = not all(map(np.array_equal, before, after))
+    assert changed == any("constraint" in argument for argument in arguments)
+    for one, other in zip(fuse(scratch.cell.get_weights()), after, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"kernel_regularizer": regularizers.OrthogonalRegularizer()},
+        {"kernel_regularizer": Multiply},
+        {"recurrent_constraint": constraints.MaxNorm(axis=1)},
+        {"kernel_constraint": constraints.UnitNorm(axis=[0, 1])},
+        {"bias_constraint": "max_norm"},
+    ],
+    ids=label,
+)
+def test_regularizers_and_constraints_across_gates_are_rejected(arguments):
+    name = next(iter(arguments))
+    for make_layer, convert in ((layers.LSTM, to_scratch), (ScratchLSTM, to_builtin)):
+        layer = make_layer(6, **arguments, name="lstm")
+        with pytest.raises(
+            ValueError, match=f"`lstm/lstm_cell`: .* as `{name}` acts ac"
+        ):
+            convert(layer)
+
+
+def test_per_gate_arguments_are_merged_if_equal():
+    every = {gate: regularizers.L2(0.1) for gate in "ifoc"}
+    builtin = to_builtin(ScratchLSTM(6, kernel_regularizer=every))
+    assert isinstance(builtin.kernel_regularizer, regularizers.L2)
+
+
+def test_per_gate_initializers_of_built_layers_are_dropped(rng, x):
+    layer = built(ScratchLSTM(6, bias_initializer={"f": "ones", "i": "he_normal"}))
+    builtin = to_builtin(layer)
+    assert_close(call(builtin, [x]), call(layer, [x]))
+    assert isinstance(builtin.bias_initializer, keras.initializers.Zeros)
+
+
+# --- errors ------------------------------------------------------------------
+
+
+class CoupledCell(ScratchLSTMCell):
+    def gates(self, x, h, c):
+        gates = super().gates(x, h, c)
+        return gates._replace(f=1 - gates.i)
+
+
+class MyLSTM(layers.LSTM):
+    pass
+
+
+class MyCell(layers.LSTMCell):
+    pass
+
+
+class MyScratchLSTM(ScratchLSTM):
+    pass
+
+
+class Subclassed(keras.Model):
+    """A model with an LSTM that its configuration does not contain."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.lstm = layers.LSTM(6)
+
+    def call(self, x):
+        return self.lstm(x)
+
+
+class WithoutConfig(Multiply):
+    def __init__(self, number):
+        super().__init__()
+
+
+def in_a_model(*layers_after):
+    first = layers.LSTM(FEATURES, return_sequences=True, name="first")
+    return keras.Sequential([keras.Input((TIME, FEATURES)), first, *layers_after])
+
+
+def shared_between_models():
+    shared = layers.Dense(FEATURES, name="shared")
+    inputs = keras.Input((TIME, FEATURES))
+    inner = keras.Model(inputs, shared(inputs), name="inner")
+    inputs = keras.Input((TIME, FEATURES))
+    return keras.Model(inputs, layers.LSTM(6)(shared(inner(inputs))))
+
+
+def frozen_gate():
+    layer = built(ScratchLSTM(6, name="mine"))
+    layer.cell.W_hf.trainable = False
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("convert", "make_it", "message"),
+    [
+        (to_scratch, lambda: "lstm", "a layer or model that contains `LSTM` or `LSTMC"),
+        (
+            to_scratch,
+            lambda: layers.GRU(6),
+            "`LSTMCell`. Received: layer_or_model=<GRU",
+        ),
+        (to_scratch, lambda: MyLSTM(6), "`MyLSTM` is a subclass of `LSTM`, whose"),
+        (
+            to_scratch,
+            lambda: layers.RNN(MyCell(6), name="rnn"),
+            "`rnn/my_cell`: `MyCel",
+        ),
+        (
+            to_scratch,
+            lambda: in_a_model(Subclassed()),
+            "`subclassed`: Keras cannot re-",
+        ),
+        (
+            to_scratch,
+            lambda: in_a_model(WithoutConfig(3)),
+            "`without_config`: Keras ca",
+        ),
+        (to_scratch, shared_between_models, "`shared`: it is shared between models or"),
+        (to_builtin, lambda: layers.LSTM(6), "contains `ScratchLSTM` or `ScratchLSTMC"),
+        (to_builtin, lambda: CoupledCell(6), "`CoupledCell` is a subclass of `Scratch"),
+        (to_builtin, lambda: MyScratchLSTM(6), "`MyScratchLSTM` is a subclass of `Scr"),
+        (to_builtin, lambda: ScratchLSTM(6, time_major=True), "has no `time_major`"),
+        (
+            to_builtin,
+            frozen_gate,
+            "`lstm_cell`: all or none of W_h* must be frozen",
+        ),
+        (
+            to_builtin,
+            lambda: ScratchLSTMCell(6, bias_initializer={"f": "ones"}),
+            "it is not built, and `bias_initializer` differs between gates",
+        ),
+        (
+            to_builtin,
+            lambda: ScratchLSTMCell(6, kernel_regularizer={"f": "l2"}),
+            "`kernel_regularizer` must be the same for all gates",
+        ),
+        (
+            to_builtin,
+            lambda: ScratchLSTMCell(6, bias_constraint={"f": "non_neg"}),
+            "`bias_constraint` must be the same for all gates",
+        ),
+    ],
+)
+def test_what_cannot_be_converted_raises_an_error(convert, make_it, message):
+    keras.utils.clear_session()  # for names without numbers
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        convert(make_it())
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def test_custom_losses_must_be_registered():
+    def my_loss(y_true, y_pred):
+        return ops.mean(ops.square(y_true - y_pred))
+
+    builtin = in_a_model(layers.LSTM(6))
+    builtin.compile("sgd", loss=my_loss)
+    with pytest.raises(TypeError, match="register_keras_serializable"):
+        to_scratch(builtin)
+    with keras.saving.custom_object_scope({"my_loss": my_loss}):
+        assert to_scratch(builtin).loss is my_loss

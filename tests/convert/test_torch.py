@@ -1,0 +1,244 @@
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+from reference import sigmoid
+
+from keras_scratch_lstm import (
+    ScratchLSTM,
+    ScratchLSTMCell,
+    from_torch,
+    to_builtin,
+    to_torch,
+)
+
+BATCH, TIME, FEATURES, UNITS = 3, 5, 4, 6
+numpy = ops.convert_to_numpy
+
+
+def state_dict(rng, units=UNITS, suffix="_l0"):
+    shapes = {
+        "weight_ih": (4 * units, FEATURES),
+        "weight_hh": (4 * units, units),
+        "bias_ih": (4 * units,),
+        "bias_hh": (4 * units,),
+    }
+    return {
+        name + suffix: rng.normal(size=shape).astype("float32")
+        for name, shape in shapes.items()
+    }
+
+
+def as_list(outputs):
+    return [numpy(output) for output in keras.tree.flatten(outputs)]
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        assert np.ptp(other) > 0
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance)
+
+
+def random_lstm(rng, **arguments):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    lstm = torch.nn.LSTM(FEATURES, UNITS, **arguments)
+    with torch.no_grad():
+        for parameter in lstm.parameters():
+            parameter.copy_(torch.tensor(rng.normal(0, 0.5, parameter.shape)))
+    return torch, lstm
+
+
+def run_torch(torch, lstm, x, *states):
+    with torch.no_grad():
+        states = tuple(torch.tensor(state) for state in states) or None
+        outputs, (h, c) = lstm(torch.tensor(x), states)
+    return outputs.numpy(), h.numpy(), c.numpy()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("time_major", [False, True])
+def test_outputs_and_states_match_torch(rng, bias, time_major):
+    torch, lstm = random_lstm(rng, bias=bias, batch_first=not time_major)
+    layer = from_torch(
+        lstm.state_dict(),
+        return_sequences=True,
+        return_state=True,
+        time_major=time_major,
+        name="converted",
+    )
+    assert (type(layer), layer.name) == (ScratchLSTM, "converted")
+    x = rng.normal(size=(BATCH, TIME, FEATURES)).astype("float32")
+    h, c = rng.normal(size=(2, BATCH, UNITS)).astype("float32")
+    x = x.swapaxes(0, 1) if time_major else x
+    outputs, last_h, last_c = run_torch(torch, lstm, x, h[None], c[None])
+    actual = as_list(layer(x, initial_state=[h, c]))
+    assert_close(actual, [outputs, last_h[0], last_c[0]])
+
+    weights = to_torch(layer)
+    assert list(weights) == list(lstm.state_dict())
+    again = torch.nn.LSTM(FEATURES, UNITS, bias=bias, batch_first=not time_major)
+    again.load_state_dict({key: torch.tensor(value) for key, value in weights.items()})
+    assert_close(
+        run_torch(torch, again, x, h[None], c[None]), [outputs, last_h, last_c]
+    )
+    np.testing.assert_equal(from_torch(weights).get_weights(), layer.get_weights())
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_layers_and_directions_match_torch(rng, tmp_path, num_layers, bidirectional):
+    torch, lstm = random_lstm(
+        rng, num_layers=num_layers, bidirectional=bidirectional, batch_first=True
+    )
+    result = from_torch(lstm, return_sequences=True, name="converted")
+    stack = result if num_layers > 1 else [result]
+    assert {type(layer) for layer in stack} == {
+        layers.Bidirectional if bidirectional else ScratchLSTM
+    }
+    model = keras.Sequential([keras.Input((None, FEATURES)), *stack])
+    x = rng.normal(size=(BATCH, TIME, FEATURES)).astype("float32")
+    expected, *_ = run_torch(torch, lstm, x)
+    assert_close([numpy(model(x))], [expected])
+
+    weights = to_torch(result)
+    again = torch.nn.LSTM(FEATURES, UNITS, num_layers, bidirectional=bidirectional)
+    again.load_state_dict({key: torch.tensor(value) for key, value in weights.items()})
+    again.batch_first = True
+    assert_close(run_torch(torch, again, x)[:1], [expected])
+
+    model.save(tmp_path / "model.keras")
+    assert_close(
+        [numpy(keras.saving.load_model(tmp_path / "model.keras")(x))], [expected]
+    )
+    assert_close([numpy(to_builtin(model)(x))], [expected])
+
+
+def test_last_outputs_of_both_directions_match_torch(rng):
+    torch, lstm = random_lstm(rng, bidirectional=True, batch_first=True, num_layers=2)
+    x = rng.normal(size=(BATCH, TIME, FEATURES)).astype("float32")
+    _, h, c = run_torch(torch, lstm, x)
+    lower, upper = from_torch(lstm, return_state=True)
+    last, *states = as_list(upper(lower(x)))
+    assert_close([last], [np.concatenate([h[2], h[3]], -1)])
+    assert_close(states, [h[2], c[2], h[3], c[3]])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_tensors_of_any_dtype_that_require_gradients_are_read(rng, dtype):
+    torch, lstm = random_lstm(rng)
+    lstm = lstm.to(getattr(torch, dtype))
+    parameters = dict(lstm.named_parameters())
+    assert all(parameter.requires_grad for parameter in parameters.values())
+    x = rng.normal(size=(TIME, BATCH, FEATURES)).astype("float32")
+    expected, *_ = run_torch(torch, lstm.float(), x)  # exact, but for float64
+    arguments = {"return_sequences": True, "time_major": True}
+    assert_close([numpy(from_torch(parameters, **arguments)(x))], [expected])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_to_torch_returns_arrays_that_torch_can_read(rng, dtype):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    # Keras on torch cannot draw orthogonal matrices in bfloat16.
+    layer = from_torch(state_dict(rng), dtype=dtype, recurrent_initializer="zeros")
+    weight = to_torch(layer)["weight_hh_l0"]
+    W_hf = numpy(ops.cast(layer.cell.W_hf, "float32"))
+    np.testing.assert_array_equal(torch.tensor(weight)[UNITS : 2 * UNITS].T, W_hf)
+
+
+def test_one_step_matches_the_equations_of_torch(rng):
+    """In NumPy, so that it runs without torch."""
+    weights = state_dict(rng)
+    x, h, c = rng.normal(size=(3, BATCH, UNITS)).astype("float32")
+    x = x[:, :FEATURES]
+    z = sum(
+        a @ weights[f"weight_{key}_l0"].T + weights[f"bias_{key}_l0"]
+        for a, key in ((x, "ih"), (h, "hh"))
+    )
+    i, f, g, o = np.split(z.astype("float64"), 4, axis=-1)
+    new_c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+    new_h = sigmoid(o) * np.tanh(new_c)
+    _, states = from_torch(weights).cell(x, [h, c])
+    assert_close(as_list(states), [new_h, new_c])
+
+
+def test_bidirectional_of_a_converted_layer_raises(rng):
+    layer = from_torch(state_dict(rng), name="mine")
+    with pytest.raises(ValueError, match="re-creates `mine` from its configuration"):
+        layers.Bidirectional(layer)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w, rng: "weights.pt", "must be a `torch.nn.LSTM` or its state dict. R"),
+        (lambda w, rng: [], "must be a `torch.nn.LSTM` or its state dict. Received: l"),
+        (lambda w, rng: {}, "`torch.nn.LSTM` without `proj_size`, or its state dict"),
+        (lambda w, rng: {f"lstm.{k}": v for k, v in w.items()}, "['lstm.weight_ih_l0'"),
+        (lambda w, rng: w | {"weight_hr_l0": np.ones((2, 6))}, "'weight_hr_l0']"),
+        (lambda w, rng: w | state_dict(rng, suffix="_l2"), "'weight_ih_l2'"),
+        (
+            lambda w, rng: {k: v for k, v in w.items() if k != "bias_hh_l0"},
+            "=['weight_ih_l0', 'weight_hh_l0', 'bias_ih_l0']",
+        ),
+        (
+            lambda w, rng: {k: v[: 3 * UNITS] for k, v in w.items()},  # of a GRU
+            "`weight_ih_l*` must be of shape (24, 4), for 6 units and 4 features. Rec",
+        ),
+        (
+            lambda w, rng: w | {"weight_hh_l0": np.ones((24, 5))},
+            "`weight_ih_l*` must be of shape (20, 4), for 5 units",
+        ),
+        (
+            lambda w, rng: w | {"bias_hh_l0": np.ones(6)},
+            "`bias_hh_l*` must be of shape (24,)",
+        ),
+    ],
+)
+def test_other_weights_raise_an_error(rng, change, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        from_torch(change(state_dict(rng), rng))
+    assert message in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+def test_other_modules_raise_an_error(rng):
+    torch, _ = random_lstm(rng)
+    for module in (
+        torch.nn.GRU(FEATURES, UNITS),
+        torch.nn.RNN(FEATURES, UNITS),
+        torch.nn.LSTM(FEATURES, UNITS, proj_size=2),
+        torch.nn.Sequential(torch.nn.LSTM(FEATURES, UNITS)),
+    ):
+        with pytest.raises(ValueError, match=r"` must be (a|of)"):
+            from_torch(module)
+
+
+def built(layer):
+    layer.build((None, TIME, FEATURES))
+    return layer
+
+
+class MyCell(ScratchLSTMCell):
+    def gates(self, x, h, c):
+        return super().gates(x, h + c, c)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (lambda: built(layers.LSTM(6)), "`layer` must be a `ScratchLSTM`. Received: "),
+        (lambda: ScratchLSTM(6), "must be built"),
+        (lambda: built(ScratchLSTM(6, activation="relu")), "standard gates"),
+        (lambda: built(ScratchLSTM(6, recurrent_activation="relu")), "standard gates"),
+        (lambda: built(ScratchLSTM(cell=MyCell(6))), "standard gates and activations"),
+        (lambda: built(ScratchLSTM(6, go_backwards=True)), "`go_backwards=False`"),
+        (
+            lambda: built(layers.Bidirectional(ScratchLSTM(6), merge_mode="sum")),
+            "`merge_mode` must be 'concat'",
+        ),
+    ],
+)
+def test_what_torch_does_not_compute_raises_an_error(layer, message):
+    with pytest.raises(ValueError, match=message):
+        to_torch(layer())
