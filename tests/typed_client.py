@@ -1,7 +1,7 @@
-"""What a user writes, for the type checker: `mypy` reads it, and it is never run.
+"""Code of a user, for the type checker: mypy reads it, and nothing runs it.
 
-Each `assert_type` fails where a type got lost, and each `type: ignore` where the
-checker would let a mistake pass.
+An `assert_type` fails if a type is lost. A `type: ignore` fails if the checker misses
+the mistake on its line.
 """
 
 from typing import Any, assert_type
@@ -40,39 +40,38 @@ class CoupledCell(ScratchLSTMCell):
 
 
 def layers() -> None:
-    initializer = keras.initializers.Orthogonal()
     cell = ScratchLSTMCell(
         4,
         activation=keras.activations.relu,
-        kernel_initializer={"i": "zeros", "f": initializer},
+        kernel_initializer={"i": "zeros", "f": keras.initializers.Orthogonal()},
         recurrent_regularizer={"f": "l2"},
         seed=3,
         name="cell",
     )
     assert_type(cell.get_config(), dict[str, Any])
     assert_type(cell(np.ones((2, 3)), cell.get_initial_state(2)), Any)
-    layer = ScratchLSTM(4, return_sequences=True, use_cudnn=False)
+    layer = ScratchLSTM(4, return_sequences=True, use_cudnn=False, implementation=2)
     assert_type(layer.recurrence, str | None)
     print(layer.cell.W_hf.shape, ScratchLSTM(cell=CoupledCell(4)))
 
     ScratchLSTMCell("4")  # type: ignore[arg-type]
     ScratchLSTMCell(4, use_bias="no")  # type: ignore[arg-type]
     ScratchLSTM(4, use_cudnn="always")  # type: ignore[arg-type]
-    ScratchLSTM(cell=keras.layers.LSTMCell)
     ScratchLSTM(cell="a cell")  # type: ignore[arg-type]
 
 
 def training(model: Any, x: np.ndarray) -> None:
     model.compile(metrics=[Perplexity(ignore_class=0)])
     logger = PerplexityLogger(verbose=0)
-    model.fit(x, callbacks=[GateMonitor(x, layer="lstm"), logger])
+    model.fit(x, callbacks=[GateMonitor(x, layer=["lstm", "lstm_1"]), logger])
+    GateMonitor(x, metrics=("saturation",))
     assert_type(logger.closing_line, str)
     assert_type(logger.tokens_per_sec, float | None)
     assert_type(logger.seconds, float)
     Perplexity(from_logits="yes")  # type: ignore[arg-type]
 
 
-def looking_inside(model: Any, x: np.ndarray) -> None:
+def tracing(model: Any, x: np.ndarray) -> None:
     trace = trace_gates(model, x, layer="lstm")
     assert_type(trace, GateTrace)
     assert_type(trace.f, np.ndarray)
@@ -80,21 +79,26 @@ def looking_inside(model: Any, x: np.ndarray) -> None:
     assert_type(trace.backward, GateTrace | None)
     assert_type(trace.saturation(), dict[str, Saturation])
     assert_type(trace.saturation()["f"].right, np.ndarray)
-    trace.to_html("gates.html", "a text")
+    assert_type(trace.correlate({"space": x == 1}), dict[str, np.ndarray])
+    trace.to_html("gates.html")
     trace.to_html("gates.html", ["some", "words"], sample=1)
     trace.save("trace.npz")
     assert_type(GateTrace.load("trace.npz"), GateTrace)
+    trace_gates("model.keras", x, layer=-1, batches=None)
+    trace_gates(model, x, batch_size="all")  # type: ignore[arg-type]
+    print(trace.saturation().f)  # type: ignore[attr-defined]
+
+
+def plotting(trace: GateTrace) -> None:
     assert_type(plot_gates(trace, [1, 2], tokens="a text"), Figure)
     assert_type(plot_heatmap(trace, "c", steps=slice(10)), Figure)
     assert_type(plot_saturation(trace, path="saturation.png"), Figure)
-    assert_type(plot_text(trace, 3, "a text"), Figure)
-    trace_gates(model, x, batch_size="all")  # type: ignore[arg-type]
-    print(trace.saturation().f)  # type: ignore[attr-defined]
+    assert_type(plot_text(trace, 3, ["a text", "another"]), Figure)
     plot_gates(trace)  # type: ignore[call-arg]
 
 
-def conversion(model: Any) -> None:
+def conversion(model: Any, lstm: Any) -> None:
     print(to_builtin(to_scratch(model)))
-    layer = from_torch({"weight_ih_l0": np.ones((16, 8))}, return_state=True)
-    assert_type(layer, ScratchLSTM)
+    layer = from_torch(lstm, return_sequences=True)
     assert_type(to_torch(layer), dict[str, np.ndarray])
+    to_torch(layer, "lstm.")  # type: ignore[call-arg]

@@ -161,25 +161,25 @@ def _config(value):
 def _copy_by_config(old, classes):
     """Copy a layer without its weights, its LSTMs as the other classes."""
     parts = {type(part) for part in [old, *sublayers(old, recursive=True)]}
-    custom = {cls for cls in parts if cls.__module__.partition(".")[0] != "keras"}
-    # By their full names, as the short name may also be that of a Keras class.
-    targets = {_full_name(cls): classes.get(cls, cls) for cls in {*custom, *classes}}
+    # By their full names, as their short names may also be those of Keras classes.
+    swapped = {_full_name(cls): new for cls, new in classes.items()}
+    custom = {_full_name(cls): cls for cls in parts if not _is_keras(cls)}
 
     def retarget(config):
         if not isinstance(config, dict) or "class_name" not in config:
             return None  # unchanged
         config = {key: v for key, v in config.items() if key != "compile_config"}
-        name = f"{config.get('module')}.{config['class_name']}"
-        if name in targets:
+        name = f"{config.get('module') or '__main__'}.{config['class_name']}"
+        if name in swapped:
+            config = _swapped_config(config, swapped[name])
+        if name in swapped or name in custom:
             config["registered_name"] = name
-            if targets[name] in _TO_SCRATCH:
-                config["config"] = _builtin_config(config["config"])
         return config
 
     try:
         return keras.saving.deserialize_keras_object(
             keras.tree.traverse(retarget, _config(old), top_down=False),
-            custom_objects=targets,
+            custom_objects=custom | swapped,
             safe_mode=False,  # the model is in memory, not from a file
         )
     except Exception as error:  # custom layers may raise anything
@@ -193,22 +193,34 @@ def _cannot_copy(layer):
     return _error(layer.name, f"{reason} It must be possible to save and load it.")
 
 
+def _is_keras(cls):
+    return cls.__module__.partition(".")[0] == "keras"
+
+
 def _full_name(cls):
     module = "keras.layers" if cls in _TO_SCRATCH else cls.__module__
     return f"{module}.{cls.__name__}"
 
 
-def _builtin_config(config):
-    """The configuration of a `ScratchLSTM` or its cell, for the built-in class."""
+def _swapped_config(serialized, new):
+    """Adapt a serialized LSTM or cell to the class `new`."""
+    config, build_config = serialized["config"], serialized.get("build_config")
+    if build_config:  # with the shapes of initial states, whose names differ
+        shapes = build_config.get("shapes_dict", build_config)
+        shape = shapes.get("sequences_shape", shapes.get("input_shape"))
+        serialized = serialized | {"build_config": {"input_shape": shape}}
+    if new not in _TO_SCRATCH:
+        return serialized
     cell = config.get("cell", {"config": {}})["config"]
     config = config | {k: v for k, v in cell.items() if k not in ("name", "trainable")}
-    return {
+    config = {
         # `_check` made sure that all gates have the same regularizer or constraint.
         key: value[GATES[0]] if is_per_gate(value) else value
         for key, value in config.items()
         if key not in ("cell", "time_major")
         and not (key.endswith("_initializer") and is_per_gate(value))
     }
+    return serialized | {"config": config}
 
 
 def _pair(old, new, classes, copies):
