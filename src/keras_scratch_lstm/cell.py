@@ -235,11 +235,12 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         super().load_own_variables(store)
 
     def _reject_fused_weights(self, number):
-        if self.built and number == (3 if self.use_bias else 2):
+        # A file of a built-in layer has 0 at the path of a `ScratchLSTM`.
+        if self.built and number in (0, 3 if self.use_bias else 2):
             raise ValueError(
                 f"`weights` must be the {len(self.weights)} weights of "
-                f"`{self.name}`. Received: {number} weights, as a built-in LSTM has "
-                "them. Convert the built-in layer or model with `to_scratch` instead."
+                f"`{self.name}`. Received: {number} weights. Load those of a built-in "
+                "LSTM into the built-in model, and convert it with `to_scratch`."
             )
 
     def __getattr__(self, name):

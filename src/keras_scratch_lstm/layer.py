@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_scratch_lstm import recurrence
+from keras_scratch_lstm._bidirectional import BidirectionalGuard
 from keras_scratch_lstm._types import Activation, Choice, Config, Shape, Tensor
 from keras_scratch_lstm.cell import ScratchLSTMCell
 from keras_scratch_lstm.per_gate import GATES
@@ -22,7 +23,7 @@ _CELL_DEFAULTS = {
 
 
 @keras.saving.register_keras_serializable("keras_scratch_lstm")
-class ScratchLSTM(keras.layers.RNN):
+class ScratchLSTM(BidirectionalGuard):
     """Long short-term memory layer whose weights are those of a `ScratchLSTMCell`.
 
     A drop-in replacement for `keras.layers.LSTM`: same arguments, and the same outputs
@@ -178,22 +179,6 @@ class ScratchLSTM(keras.layers.RNN):
         """The weights, the random seeds, and the states of a stateful layer."""
         # Keras leaves the states out, and then `fit` on JAX does not update them.
         return [*super().variables, *(self.states or [])]
-
-    @property
-    def zero_output_for_mask(self) -> bool:
-        """Whether the output of a masked time step is zeros."""
-        return self._zero_output_for_mask
-
-    @zero_output_for_mask.setter
-    def zero_output_for_mask(self, value):
-        # `Bidirectional` sets it on its layers, and flips axis 1 of what they return.
-        if value and getattr(self, "time_major", False):
-            raise ValueError(
-                "`time_major` must be False within `keras.layers.Bidirectional` if "
-                f"`return_sequences` is True. Received: `{self.name}` with "
-                "time_major=True. Swap the first two axes around the wrapper instead."
-            )
-        self._zero_output_for_mask = value
 
     def build(self, input_shape: Shape) -> None:
         batch_size, _, features = input_shape = self._batch_major(input_shape)
