@@ -1,0 +1,217 @@
+"""State trees, checkpoints and layouts, which key a model's variables by their path."""
+
+import json
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from reference import fuse
+
+from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
+
+BACKEND = keras.backend.backend()
+BATCH, TIME, FEATURES, UNITS = 3, 5, 2, 4
+
+# `LSTM` and `LSTMCell` are ours or the built-in ones.
+MODELS = {
+    "stateless": lambda LSTM, LSTMCell: [LSTM(UNITS, name="lstm")],
+    "stateful": lambda LSTM, LSTMCell: [LSTM(UNITS, stateful=True, name="lstm")],
+    "stacked": lambda LSTM, LSTMCell: [
+        LSTM(UNITS, stateful=True, return_sequences=True, name="lower"),
+        LSTM(UNITS, stateful=True, name="upper"),
+    ],
+    "bidirectional": lambda LSTM, LSTMCell: [
+        layers.Bidirectional(LSTM(UNITS, stateful=True, name="lstm"), name="both")
+    ],
+    "rnn": lambda LSTM, LSTMCell: [
+        layers.RNN(LSTMCell(UNITS, name="cell"), stateful=True, name="rnn")
+    ],
+    "submodel": lambda LSTM, LSTMCell: [
+        keras.Sequential(
+            [
+                keras.Input(batch_shape=(BATCH, TIME, FEATURES)),
+                LSTM(UNITS, stateful=True, name="lstm"),
+            ],
+            name="inner",
+        )
+    ],
+}
+
+
+def make_model(kind, ours=True):
+    classes = ScratchLSTM, ScratchLSTMCell
+    if not ours:
+        classes = layers.LSTM, layers.LSTMCell
+    inputs = keras.Input(batch_shape=(BATCH, TIME, FEATURES))
+    head = layers.Dense(1, name="dense")
+    model = keras.Sequential([inputs, *MODELS[kind](*classes), head], name="model")
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9, name="sgd")
+    model.compile(optimizer, "mse", run_eagerly=BACKEND == "tensorflow")
+    return model
+
+
+def stateful_layers(model):
+    return [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, layers.RNN) and layer.stateful
+    ]
+
+
+def reset_states(model):
+    for layer in stateful_layers(model):
+        layer.reset_state()
+
+
+def as_builtin(model):
+    """The weights of a model of our layers, in the order of the built-in layers."""
+    *gates, kernel, bias = model.get_weights()
+    fused = [fuse(gates[k : k + 12]) for k in range(0, len(gates), 12)]
+    return [weight for weights in fused for weight in weights] + [kernel, bias]
+
+
+def call(model, x):
+    return keras.ops.convert_to_numpy(model(x))
+
+
+@pytest.fixture
+def batches(rng):
+    return rng.normal(size=(3, BATCH, TIME, FEATURES)).astype("float32")
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_variable_paths_are_unique(kind, batches):
+    model = make_model(kind)
+    model.fit(batches[0], np.zeros(BATCH), BATCH, verbose=0)
+    paths = [variable.path for variable in model.variables]
+    assert len(set(paths)) == len(paths)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_state_tree_restores_weights_states_and_optimizer(kind, batches):
+    """In a new model, with the outputs of the built-in layer as the right values."""
+    first, second, third = batches
+    model, restored = make_model(kind), make_model(kind)
+    expected = make_model(kind, ours=False)
+    model.fit(first, np.ones(BATCH), BATCH, verbose=0)
+    expected.set_weights(as_builtin(model))
+    for each in (model, expected):
+        reset_states(each)
+        each(second)
+    tree = model.get_state_tree("numpy_array")
+    restored.fit(first, np.ones(BATCH), BATCH, verbose=0)  # creates the slots
+    restored.set_state_tree(tree)
+    if kind != "rnn":  # whose states are Keras's own
+        np.testing.assert_allclose(call(restored, third), call(expected, third), 1e-5)
+        model(third)
+    for each in (model, restored):
+        reset_states(each)
+        each.fit(third, np.ones(BATCH), BATCH, verbose=0)
+    for weight, other in zip(model.weights, restored.weights, strict=True):
+        np.testing.assert_allclose(
+            weight.numpy(), other.numpy(), 1e-5, 1e-6, err_msg=weight.path
+        )
+
+
+@pytest.mark.parametrize("kind", ["stateful", "bidirectional", "submodel"])
+def test_orbax_checkpoint_restores_weights_and_states(kind, batches, tmp_path):
+    pytest.importorskip("orbax.checkpoint", reason="orbax-checkpoint is not installed")
+    model = make_model(kind)
+    callback = keras.callbacks.OrbaxCheckpoint(str(tmp_path), save_freq="epoch")
+    model.fit(batches[0], np.ones(BATCH), BATCH, callbacks=[callback], verbose=0)
+    callback.wait_until_finished()
+    saved = [variable.numpy() for variable in model.variables]
+
+    model.fit(batches[1], np.zeros(BATCH), BATCH, epochs=2, verbose=0)
+    assert any(
+        (value != variable.numpy()).any()
+        for value, variable in zip(saved, model.variables, strict=True)
+    )
+    model.load_weights(str(tmp_path))
+    for value, variable in zip(saved, model.variables, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value, variable.path)
+
+
+DISTRIBUTED = """
+import json
+import os
+import sys
+
+import jax
+import keras
+import numpy as np
+from keras import distribution, layers
+
+from keras_scratch_lstm import ScratchLSTM
+
+how, stateful = json.loads(sys.argv[1])
+devices = distribution.list_devices()
+assert len(devices) == 4
+if how == "data":
+    distribution.set_distribution(distribution.DataParallel(devices=devices))
+elif how == "model":
+    mesh = distribution.DeviceMesh((2, 2), ("batch", "model"), devices)
+    layout = distribution.LayoutMap(mesh)
+    layout[".*W_[xh].$"] = (None, "model")
+    layout[".*lstm/.*b_.$"] = ("model",)
+    distribution.set_distribution(
+        distribution.ModelParallel(layout_map=layout, batch_dim_name="batch")
+    )
+keras.utils.set_random_seed(1)
+model = keras.Sequential(
+    [
+        keras.Input(batch_shape=(8, 5, 2)),
+        layers.Bidirectional(
+            ScratchLSTM(4, return_sequences=True, stateful=stateful, name="lstm"),
+            name="both",
+        ),
+        ScratchLSTM(4, stateful=stateful, name="lstm"),
+        layers.Dense(1),
+    ]
+)
+model.compile(keras.optimizers.SGD(0.1), "mse", metrics=["mae"])
+rng = np.random.default_rng(0)
+x, y = rng.normal(size=(16, 5, 2)).astype("float32"), np.ones((16, 1), "float32")
+history = model.fit(x, y, batch_size=8, epochs=3, shuffle=False, verbose=0)
+if how == "model":
+    for variable in model.weights:
+        shards = {str(shard.index) for shard in variable.value.addressable_shards}
+        named_weight = variable.name.startswith(("W_", "b_"))
+        assert len(shards) == (2 if named_weight else 1), variable.path
+weights = [weight.numpy().tolist() for weight in model.weights]
+print(json.dumps([history.history, weights, model.predict(x, 8, verbose=0).tolist()]))
+"""
+
+
+def train_distributed(how, stateful):
+    environment = {
+        "KERAS_BACKEND": "jax",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", DISTRIBUTED, json.dumps([how, stateful])],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="virtual devices are JAX's")
+@pytest.mark.parametrize("stateful", [False, True])
+def test_distributed_training_matches_one_device(stateful):
+    expected = train_distributed(None, stateful)
+    for how in ("data", "model"):
+        for values, right in zip(
+            train_distributed(how, stateful), expected, strict=True
+        ):
+            keras.tree.map_structure(
+                lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-5),
+                values,
+                right,
+            )
