@@ -1,4 +1,4 @@
-"""Checks what is in the sdist and in the wheel, and what they say of themselves."""
+"""Checks the files and the metadata of the sdist and the wheel."""
 
 import subprocess
 import sys
@@ -43,7 +43,7 @@ assert {need for need in needs if "extra ==" not in need} == {
 
 with tarfile.open(sdist) as file:
     names = {name.partition("/")[2] for name in file.getnames()}
-# What a distribution needs to build and test it, and nothing that is not ours.
+# Everything needed to build and test, and only tracked files.
 assert {"pyproject.toml", "LICENSE", "tests/conftest.py"} <= names
 assert names <= {*tracked, "PKG-INFO"}, names - {*tracked}
-print(f"{wheel.name} and {sdist.name} are whole.")
+print(f"{wheel.name} and {sdist.name} are complete.")

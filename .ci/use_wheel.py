@@ -1,4 +1,4 @@
-"""Uses the package as a user has it, and sees that it is the wheel's."""
+"""Runs the main features with the installed wheel."""
 
 import sys
 from pathlib import Path
@@ -25,4 +25,4 @@ trace.to_html("gates.html", "time machi")
 plot_gates(trace, [0, 1], path="gates.png")
 assert Path("gates.html").stat().st_size > 10_000
 assert Path("gates.png").stat().st_size > 10_000
-print("The wheel works alone.")
+print("The installed wheel works.")

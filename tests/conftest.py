@@ -2,7 +2,11 @@ import os
 import random
 from pathlib import Path
 
-import keras
+# Parallel test processes with several threads each only wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
 import numpy as np
 import pytest
 
@@ -10,6 +14,8 @@ BOOK = Path(__file__).parents[2] / "shared" / "data" / "timemachine.txt"
 
 
 def pytest_collection_modifyitems(items):
+    import keras
+
     backend = keras.backend.backend()
     if backend == "tensorflow":
         return
@@ -21,7 +27,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def seed():
-    """A seed of its own for each test, printed, or that of `TEST_SEED`."""
+    """A new seed for each test, printed, or that of `TEST_SEED`."""
     value = int(os.environ.get("TEST_SEED", random.SystemRandom().randrange(2**31)))
     print(f"TEST_SEED={value}")
     return value
@@ -43,6 +49,8 @@ def book():
 @pytest.fixture
 def dtype_policy():
     """Sets Keras's dtype policy for one test."""
+    import keras
+
     before = keras.config.dtype_policy()
     yield keras.config.set_dtype_policy
     keras.config.set_dtype_policy(before)
