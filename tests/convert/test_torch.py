@@ -185,14 +185,7 @@ def test_bidirectional_of_a_converted_layer_raises(rng):
             lambda w, rng: {k: v[: 3 * UNITS] for k, v in w.items()},  # of a GRU
             "`weight_ih_l*` must be of shape (24, 4), for 6 units and 4 features. Rec",
         ),
-        (
-            lambda w, rng: w | {"weight_hh_l0": np.ones((24, 5))},
-            "`weight_ih_l*` must be of shape (20, 4), for 5 units",
-        ),
-        (
-            lambda w, rng: w | {"bias_hh_l0": np.ones(6)},
-            "`bias_hh_l*` must be of shape (24,)",
-        ),
+        (lambda w, rng: w | {"bias_hh_l0": np.ones(6)}, "`bias_hh_l*` must be of sha"),
     ],
 )
 def test_other_weights_raise_an_error(rng, change, message):
