@@ -211,9 +211,11 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
             and self.recurrent_activation is activations.sigmoid
         )
 
-    def get_initial_state(self, batch_size: int | None = None) -> list[Tensor]:
+    def get_initial_state(
+        self, batch_size: int | None = None, dtype: Any = None
+    ) -> list[Tensor]:
         """Initial states `[h, c]`: zeros of shape `(batch_size, units)`."""
-        dtype = self.compute_dtype
+        dtype = keras.backend.standardize_dtype(dtype or self.compute_dtype)
         return [ops.zeros((batch_size, size), dtype=dtype) for size in self.state_size]
 
     def get_config(self) -> Config:

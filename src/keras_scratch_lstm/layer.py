@@ -149,7 +149,7 @@ class ScratchLSTM(BidirectionalGuard):
             )
         cell_arguments = {name: given[name] for name in _CELL_DEFAULTS}
         self_made = cell is None
-        if self_made:
+        if cell is None:
             policy = {k: kwargs[k] for k in ("dtype", "trainable") if k in kwargs}
             cell = ScratchLSTMCell(**cell_arguments, name="lstm_cell", **policy)
         else:
@@ -184,7 +184,7 @@ class ScratchLSTM(BidirectionalGuard):
         batch_size, _, features = input_shape = self._batch_major(input_shape)
         if self.stateful and self.states is None and batch_size is not None:
             # Keras would give both the same path. Not tracked, as they are no weights.
-            vars(self)["states"] = [
+            self.__dict__["states"] = [
                 keras.Variable(
                     state,
                     dtype=self.variable_dtype,
