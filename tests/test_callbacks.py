@@ -5,139 +5,476 @@ import re
 import keras
 import numpy as np
 import pytest
+from keras import ops
+from reference import cross_entropy
 
-from keras_scratch_lstm import Perplexity, PerplexityLogger, callbacks
+from keras_scratch_lstm import (
+    GateMonitor,
+    Perplexity,
+    PerplexityLogger,
+    ScratchLSTM,
+    ScratchLSTMCell,
+    callbacks,
+    trace_gates,
+)
 
-TIME, VOCABULARY = 5, 11
+TIME, FEATURES, VOCABULARY, UNITS = 5, 3, 11, 4
+CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+WEIGHTS = [kind + gate for gate in "ifoc" for kind in ("W_x", "W_h", "b_")]
+SATURATION = [
+    f"{gate}_{side}_saturated" for gate in "ifo" for side in ("left", "right")
+]
 
 
-def build(metrics=(), time=TIME, regularizer=None):
+def fit(model, *data, callbacks=(), **arguments):
+    callbacks = list(callbacks) or [PerplexityLogger(verbose=0)]
+    return model.fit(*data, callbacks=callbacks, verbose=0, **arguments).history
+
+
+# --- PerplexityLogger --------------------------------------------------------
+
+
+def build(metrics=(), time=TIME, loss=CROSS_ENTROPY, activation=None, **arguments):
     keras.utils.set_random_seed(0)
-    model = keras.Sequential(
-        [
-            keras.Input((time, 3)),
-            keras.layers.Dense(VOCABULARY, kernel_regularizer=regularizer),
-        ]
-    )
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    dense = keras.layers.Dense(VOCABULARY, activation, **arguments)
+    model = keras.Sequential([keras.Input((time, FEATURES)), dense])
     model.compile("sgd", loss, metrics=list(metrics))
     return model
 
 
 @pytest.fixture
 def data(rng):
-    x = rng.normal(size=(37, TIME, 3)).astype("float32")
+    x = rng.normal(size=(37, TIME, FEATURES)).astype("float32")
     return x, rng.integers(0, VOCABULARY, (37, TIME))
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that goes on by a second each time that one looks at it."""
+    """A clock that advances by a second each time it is read."""
     ticks = itertools.count()
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: float(next(ticks)))
 
 
-def test_the_numbers_are_the_metrics(data, tmp_path):
-    log = tmp_path / "log.csv"
-    model = build([Perplexity(name="exact")])
-    history = model.fit(
-        *data,
-        validation_data=data,
-        batch_size=8,
-        epochs=3,
-        verbose=0,
-        callbacks=[PerplexityLogger(), keras.callbacks.CSVLogger(log)],
-    ).history
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {
+            "loss": keras.losses.SparseCategoricalCrossentropy(),
+            "activation": "softmax",
+        },
+        {"loss": "sparse_categorical_crossentropy", "activation": "softmax"},
+    ],
+    ids=["logits", "probabilities", "string"],
+)
+def test_perplexity_matches_metric(data, arguments):
+    metric = Perplexity(name="exact", from_logits="activation" not in arguments)
+    model = build([metric], **arguments)
+    logs = fit(model, *data, validation_data=data, batch_size=8, epochs=3)
     for prefix in ("", "val_"):
-        logged, exact = history[f"{prefix}perplexity"], history[f"{prefix}exact"]
-        np.testing.assert_allclose(logged, exact, rtol=1e-5)
-    with open(log) as file:
-        rows = list(csv.DictReader(file))
-    assert [float(row["perplexity"]) for row in rows] == history["perplexity"]
-    assert all(float(row["tokens_per_sec"]) > 0 for row in rows)
+        exact = logs[f"{prefix}exact"]
+        np.testing.assert_allclose(logs[f"{prefix}perplexity"], exact, rtol=1e-5)
 
 
-def test_a_perplexity_that_is_there_already_stays(data):
-    # An accuracy of that name: at most 1, so never taken for the exponential
-    # of a loss.
+def test_perplexity_of_model_takes_precedence(data):
+    # An accuracy of that name is at most 1, unlike the exponential of a loss.
     model = build([keras.metrics.SparseCategoricalAccuracy(name="perplexity")])
-    history = model.fit(
-        *data, validation_data=data, verbose=0, callbacks=[PerplexityLogger()]
-    ).history
+    history = fit(model, *data, validation_data=data)
     assert history["perplexity"][0] <= 1 < np.exp(history["loss"][0])
     own = model.evaluate(*data, verbose=0, return_dict=True)
     assert history["val_perplexity"][0] == pytest.approx(own["perplexity"])
 
 
+def one_hot(y):
+    return np.eye(VOCABULARY, dtype="float32")[y]
+
+
+def test_perplexity_of_each_output_with_cross_entropy(data):
+    x, y = data
+    losses = {
+        "next": CROSS_ENTROPY,
+        "tag": keras.losses.CategoricalCrossentropy(from_logits=True),
+        "smooth": keras.losses.CategoricalCrossentropy(label_smoothing=0.1),
+        "total": keras.losses.SparseCategoricalCrossentropy(reduction="sum"),
+        "value": "mse",
+    }
+    inputs = keras.Input((TIME, FEATURES))
+    outputs = {
+        name: keras.layers.Dense(VOCABULARY, kernel_regularizer="l2", name=name)(inputs)
+        for name in losses
+    }
+    model = keras.Model(inputs, outputs)
+    targets = {"next": y, "tag": one_hot(y[::-1]), "total": y}
+    targets |= dict.fromkeys(("smooth", "value"), one_hot(y))
+    weights = dict(zip(losses, (0.1, 7.0, 1.0, 1.0, 1.0), strict=True))
+    model.compile(keras.optimizers.SGD(0.0), losses, loss_weights=weights)
+    history = fit(model, x, targets, batch_size=8, validation_data=(x, targets))
+    predictions = model.predict(x, verbose=0)
+    for name, tokens in (("next", y), ("tag", y[::-1])):
+        expected = np.exp(cross_entropy(tokens, predictions[name]).mean())
+        for prefix in ("", "val_"):
+            value = history.pop(f"{prefix}{name}_perplexity")
+            assert value == [pytest.approx(expected, rel=1e-5)]
+    assert not [name for name in history if "perplexity" in name]
+    assert "tokens_per_sec" in history
+
+
+def test_perplexity_of_only_output_with_a_loss(data):
+    x, y = data
+    inputs = keras.Input((TIME, FEATURES))
+    outputs = [keras.layers.Dense(VOCABULARY, name=name)(inputs) for name in "ab"]
+    model = keras.Model(inputs, outputs)
+    model.get_layer("a").trainable = False
+    model.compile(keras.optimizers.SGD(0.0), [None, CROSS_ENTROPY])
+    history = fit(model, x, [y, y])
+    expected = np.exp(cross_entropy(y, model.predict(x, verbose=0)[1]).mean())
+    assert history["b_perplexity"] == [pytest.approx(expected, rel=1e-5)]
+
+
+class Halved(keras.losses.SparseCategoricalCrossentropy):
+    def call(self, y_true, y_pred):
+        return super().call(y_true, y_pred) / 2
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "mse",
+        keras.losses.CategoricalCrossentropy(True, label_smoothing=0.1),
+        keras.losses.SparseCategoricalCrossentropy(True, reduction="sum"),
+        Halved(from_logits=True),
+        keras.losses.BinaryCrossentropy(from_logits=True),
+        lambda y_true, y_pred: ops.mean(y_pred**2),
+    ],
+    ids=["mse", "label_smoothing", "sum", "subclass", "binary", "function"],
+)
+def test_no_perplexity_of_other_losses(data, loss, capsys):
+    x, y = data
+    sparse = isinstance(loss, keras.losses.SparseCategoricalCrossentropy)
+    targets = y if sparse else one_hot(y)
+    logger = PerplexityLogger()
+    model = build(loss=loss)
+    history = fit(model, x, targets, validation_data=(x, targets), callbacks=[logger])
+    assert sorted(history) == ["loss", "tokens_per_sec", "val_loss"]
+    assert logger.closing_line.startswith(f"loss {history['loss'][-1]:.1f}, ")
+    assert logger.closing_line in capsys.readouterr().out
+
+
+def test_loss_weight_of_one_output(data):
+    model = build()
+    model.compile(keras.optimizers.SGD(0.0), CROSS_ENTROPY, loss_weights=3.0)
+    history = fit(model, *data)
+    expected = np.exp(cross_entropy(data[1], model.predict(data[0], verbose=0)).mean())
+    assert history["perplexity"] == [pytest.approx(expected, rel=1e-5)]
+
+
+class WithAuxiliaryLoss(keras.Sequential):
+    def compute_loss(self, *args, **kwargs):
+        return 1 + super().compute_loss(*args, **kwargs)
+
+
+def test_penalties_in_the_loss_warn_once(data):
+    auxiliary = WithAuxiliaryLoss(build().layers)
+    auxiliary.compile("sgd", CROSS_ENTROPY)
+    for model in (build(kernel_regularizer="l2"), auxiliary):
+        with pytest.warns(UserWarning, match=r"metrics=\[Perplexity\(\)\]") as warned:
+            history = fit(model, *data, epochs=2)
+        assert [one.category for one in warned].count(UserWarning) == 1
+        assert "perplexity" not in history
+    # With the metric, there is no warning, which would be an error.
+    fit(build([Perplexity()], kernel_regularizer="l2"), *data)
+
+
+def test_overflow_is_infinite_perplexity(data):
+    bias = 1e4 * np.arange(VOCABULARY)
+    model = build(bias_initializer=keras.initializers.Constant(bias))
+    model.compile(keras.optimizers.SGD(0.0), CROSS_ENTROPY)
+    assert fit(model, data[0], 0 * data[1])["perplexity"] == [np.inf]
+
+
 @pytest.mark.parametrize("validated", [False, True])
-def test_tokens_and_seconds_are_counted(data, clock, validated):
+@pytest.mark.parametrize("shape", ["known", "unknown", "inferred"])
+def test_tokens_and_seconds(data, clock, validated, shape):
     logger = PerplexityLogger(verbose=0)
-    history = (
-        build()
-        .fit(
-            *data,
-            batch_size=8,
-            epochs=2,
-            validation_data=data if validated else None,
-            verbose=0,
-            callbacks=[logger],
-        )
-        .history
-    )
-    # From an epoch's start to its training's end is one look at the clock.
+    model = build(time=TIME if shape == "known" else None)
+    if shape == "inferred":
+        model = keras.Sequential([keras.layers.Dense(VOCABULARY)])
+        model.compile("sgd", CROSS_ENTROPY)
+        model.fit(*(values[:, :3] for values in data), verbose=0)
+    arguments = {"validation_data": data} if validated else {}
+    history = fit(model, *data, epochs=2, batch_size=8, callbacks=[logger], **arguments)
+    # From the epoch's start to the end of training, the clock is read once.
     tokens = 37 * TIME
     assert history["tokens_per_sec"] == [tokens, tokens]
-    # Two epochs of a start, the end of training and the end.
+    # Two epochs: each a start, the end of training, and the end.
     assert logger.seconds == 5
     assert logger.tokens_per_sec == 2 * tokens / 5
 
 
-def test_the_closing_line(data, capsys):
-    model = build()
-    logger = PerplexityLogger()
-    history = model.fit(*data, verbose=0, epochs=2, callbacks=[logger]).history
-    printed = capsys.readouterr().out.strip().splitlines()[-1]
-    assert printed == logger.closing_line
+def test_tokens_of_batches_of_different_lengths(rng, clock):
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, k):
+            batch, time = [(8, 5), (3, 7), (1, 2)][k]
+            y = np.zeros((batch, time), "int32")
+            return np.ones((batch, time, FEATURES)), (y[:, 0], y)
+
+    inputs = keras.Input((None, FEATURES))
+    hidden = keras.layers.Dense(VOCABULARY)(inputs)
+    pooled = keras.layers.GlobalMaxPooling1D()(hidden)
+    model = keras.Model(inputs, [pooled, hidden])
+    for _ in range(2):
+        model.compile("sgd", [None, CROSS_ENTROPY])
+        for _ in range(2):
+            history = fit(model, Batches(), epochs=2)
+            assert history["tokens_per_sec"] == [8 * 5 + 3 * 7 + 1 * 2] * 2
+
+
+@pytest.mark.one_backend
+def test_train_step_without_metrics_warns(data):
+    class Model(keras.Sequential):
+        def train_step(self, data):
+            return {"loss": ops.zeros(())}
+
+    model = Model(build().layers)
+    model.compile("sgd", CROSS_ENTROPY)
+    logger = PerplexityLogger(verbose=0)
+    with pytest.warns(UserWarning, match="does not call `compute_metrics`"):
+        assert "tokens_per_sec" not in fit(model, *data, callbacks=[logger])
+    assert logger.tokens_per_sec is None
+
+
+@pytest.mark.parametrize("verbose", [0, 1])
+def test_closing_line(data, capsys, verbose):
+    logger = PerplexityLogger(verbose)
+    history = fit(build(), *data, epochs=2, callbacks=[logger])
+    assert capsys.readouterr().out.strip() == logger.closing_line * verbose
     line = r"perplexity (\d+\.\d), (\d+\.\d) tokens/sec on /(CPU|GPU|TPU):\d+"
-    perplexity, speed, _ = re.fullmatch(line, printed).groups()
+    perplexity, speed, _ = re.fullmatch(line, logger.closing_line).groups()
     assert perplexity == f"{history['perplexity'][-1]:.1f}"
     assert speed == f"{logger.tokens_per_sec:.1f}"
 
 
-def test_silent_if_asked(data, capsys):
-    logger = PerplexityLogger(verbose=0)
-    build().fit(*data, verbose=0, callbacks=[logger])
-    assert "perplexity" not in capsys.readouterr().out
-    assert logger.closing_line.startswith("perplexity ")
-
-
-def test_an_open_time_leaves_the_speed_out(data):
-    logger = PerplexityLogger(verbose=0)
-    history = build(time=None).fit(*data, verbose=0, callbacks=[logger]).history
-    assert sorted(history) == ["loss", "perplexity"]
-    assert logger.tokens_per_sec is None
-    assert "tokens/sec" not in logger.closing_line
-
-
-def test_penalties_in_the_loss_are_told(data):
-    with pytest.warns(UserWarning, match="compile the model with `metrics=\\[Perp"):
-        build(regularizer="l2").fit(
-            *data, verbose=0, callbacks=[PerplexityLogger(verbose=0)]
-        )
-    # With the metric there is nothing to warn of, and warnings are errors.
-    build([Perplexity()], regularizer="l2").fit(
-        *data, verbose=0, callbacks=[PerplexityLogger(verbose=0)]
-    )
-
-
-def test_a_huge_loss_is_an_infinite_perplexity():
-    logger = PerplexityLogger(verbose=0)
-    logger.set_model(build())
-    logger.on_epoch_begin(0)
-    logs = {"loss": 1000.0}
-    logger.on_epoch_end(0, logs)
-    assert logs["perplexity"] == np.inf
-
-
-def test_evaluate_alone_needs_no_training(data):
+def test_evaluate_without_fit(data):
     build().evaluate(*data, verbose=0, callbacks=[PerplexityLogger()])
+
+
+# --- GateMonitor -------------------------------------------------------------
+
+LAYERS = {
+    "LSTM": lambda **kwargs: keras.layers.LSTM(UNITS, **kwargs),
+    "RNN(LSTMCell)": lambda **kwargs: keras.layers.RNN(
+        keras.layers.LSTMCell(UNITS), **kwargs
+    ),
+    "RNN(ScratchLSTMCell)": lambda **kwargs: keras.layers.RNN(
+        ScratchLSTMCell(UNITS), **kwargs
+    ),
+    "ScratchLSTM": lambda **kwargs: ScratchLSTM(UNITS, **kwargs),
+}
+
+
+@pytest.fixture
+def series(rng):
+    x = rng.normal(size=(16, TIME, FEATURES)).astype("float32")
+    return 3 * x, np.float32(rng.normal(size=(16, 1)))
+
+
+def stack(*layers, batch_size=None):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input(batch_shape=(batch_size, TIME, FEATURES))
+    model = keras.Sequential([inputs, *layers, keras.layers.Dense(1)])
+    model.compile("adam", "mse")
+    return model
+
+
+def layers_in(history):
+    return {name.partition("/")[0] for name in history} - {"loss"}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_monitor_logs_saturation_and_weight_norms(kind, series):
+    layer = LAYERS[kind](name="lstm")
+    model = stack(layer)
+    weights = []  # at the end of each epoch
+    record = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: weights.append(layer.get_weights())
+    )
+    monitor = GateMonitor(series[0][:3])
+    history = fit(model, *series, epochs=3, callbacks=[monitor, record])
+    assert set(history) == {
+        "loss",
+        *(f"lstm/{name}" for name in SATURATION),
+        *(f"lstm/{name}_norm" for name in WEIGHTS),
+    }
+    trace = trace_gates(model, series[0][:3])
+    for gate in "ifo":
+        values = getattr(trace, gate)
+        left, right = np.mean(values < 0.1), np.mean(values > 0.9)
+        assert history[f"lstm/{gate}_left_saturated"][-1] == pytest.approx(left)
+        assert history[f"lstm/{gate}_right_saturated"][-1] == pytest.approx(right)
+    for name in WEIGHTS:
+        norms = []
+        for values in weights:
+            if "Scratch" in kind:
+                weight = values[WEIGHTS.index(name)]
+            else:  # built-in: fused in the order i, f, c, o
+                fused = values[["W_x", "W_h", "b_"].index(name[:-1])]
+                weight = np.split(fused, 4, axis=-1)["ifco".index(name[-1])]
+            norms.append(np.sqrt((weight.astype("float64") ** 2).sum()))
+        assert history[f"lstm/{name}_norm"] == pytest.approx(norms, rel=1e-5)
+        assert len(set(norms)) == 3  # they change during training
+
+
+def test_saturation_is_that_of_the_probe(series):
+    model = stack(LAYERS["LSTM"](name="lstm"))
+    saturated = []
+    for scale in (1, 1000):
+        history = fit(model, *series, callbacks=[GateMonitor(scale * series[0])])
+        sides = (history[f"lstm/i_{side}_saturated"][0] for side in ("left", "right"))
+        saturated.append(sum(sides))
+    assert saturated[0] < 0.9 < saturated[1]
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (None, {"lower", "forward_upper", "backward_upper"}),
+        ("lower", {"lower"}),
+        (["lower", "backward_upper"], {"lower", "backward_upper"}),
+        ("upper", {"forward_upper", "backward_upper"}),
+    ],
+    ids=str,
+)
+def test_monitor_selects_layers(series, layer, expected):
+    lower = LAYERS["LSTM"](name="lower", return_sequences=True)
+    upper = keras.layers.Bidirectional(
+        LAYERS["ScratchLSTM"](name="upper"), name="upper"
+    )
+    model = stack(lower, upper)
+    chosen = {"lower": lower, "upper": upper}.get(layer) if layer == "lower" else layer
+    monitor = GateMonitor(series[0], chosen)
+    history = fit(model, *series, callbacks=[monitor])
+    assert layers_in(history) == expected
+    for name in expected:
+        lstm = lower if name == "lower" else upper.forward_layer
+        lstm = upper.backward_layer if name.startswith("backward") else lstm
+        b_f = lstm.get_weights()[2][UNITS : 2 * UNITS]  # built-in
+        b_f = lstm.cell.b_f if isinstance(lstm, ScratchLSTM) else b_f
+        norm = np.linalg.norm(ops.convert_to_numpy(b_f))
+        assert history[f"{name}/b_f_norm"] == [pytest.approx(norm)]
+
+
+def test_monitor_selects_metrics(series):
+    model = stack(LAYERS["ScratchLSTM"](name="lstm"))
+    for metrics, names in (
+        (["saturation"], SATURATION),
+        (("weight_norms",), [f"{name}_norm" for name in WEIGHTS]),
+    ):
+        history = fit(model, *series, callbacks=[GateMonitor(series[0], None, metrics)])
+        assert set(history) == {"loss", *(f"lstm/{name}" for name in names)}
+
+
+def test_monitor_logs_weights_of_custom_cells(series):
+    class PeepholeCell(ScratchLSTMCell):
+        def build(self, input_shape):
+            super().build(input_shape)
+            self.W_cf = self.add_weight(name="W_cf", shape=(self.units,))
+
+        def gates(self, x, h, c):
+            gates = super().gates(x, h, c)
+            return gates._replace(f=gates.f * ops.sigmoid(c * self.W_cf))
+
+    model = stack(ScratchLSTM(cell=PeepholeCell(UNITS), name="lstm"))
+    history = fit(model, *series, callbacks=[GateMonitor(series[0])])
+    norm = np.linalg.norm(ops.convert_to_numpy(model.layers[0].cell.W_cf))
+    assert history["lstm/W_cf_norm"] == [pytest.approx(norm)]
+
+
+def test_monitor_keeps_probe_of_dataset(series):
+    model = stack(LAYERS["ScratchLSTM"](name="lstm"))
+    x, y = series
+    probes = [x[:3], iter([(x[:3], y[:3]), (x[3:], y[3:])])]
+    model.optimizer.learning_rate = 0.0
+    first, second = (
+        fit(model, *series, epochs=2, callbacks=[GateMonitor(probe)])
+        for probe in probes
+    )
+    assert first == second
+
+
+def test_monitor_does_not_change_training(series):
+    losses, states = [], []
+    for monitors in ([PerplexityLogger(0)], [GateMonitor(series[0][:8])]):
+        keras.utils.set_random_seed(1)
+        layer = LAYERS["ScratchLSTM"](stateful=True, dropout=0.3, seed=1)
+        model = stack(layer, batch_size=8)
+        arguments = {"batch_size": 8, "epochs": 3, "shuffle": False}
+        losses.append(fit(model, *series, callbacks=monitors, **arguments)["loss"])
+        states.append([ops.convert_to_numpy(state) for state in layer.states])
+    np.testing.assert_array_equal(*losses)
+    np.testing.assert_array_equal(*states)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"metrics": "saturation"}, "`metrics` must be a list .*'weight_norms'"),
+        ({"metrics": ["norms"]}, r"Received: metrics=\['norms'\]"),
+        ({"probe": np.zeros((0, TIME, FEATURES))}, "`probe` must be"),
+        ({"probe": None}, "`probe` must be"),
+        ({"layer": "middle"}, "`layer` must be .* 'lower', 'upper'"),
+        ({"layer": LAYERS["LSTM"](name="other")}, "`layer` must be .* 'lower'"),
+        ({"layer": ["lower", "lower"]}, "`layer` must be LSTMs with different names"),
+    ],
+    ids=str,
+)
+def test_invalid_monitor(series, arguments, message):
+    lower = LAYERS["LSTM"](name="lower", return_sequences=True)
+    model = stack(lower, LAYERS["LSTM"](name="upper"))
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=message):
+        fit(model, *series, callbacks=[GateMonitor(**{"probe": series[0]} | arguments)])
+    for weight, old in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, old)
+
+
+def test_monitor_of_model_without_lstm(data):
+    with pytest.raises(ValueError, match="must be or contain a `ScratchLSTM`"):
+        fit(build(), *data, callbacks=[GateMonitor(data[0])])
+
+
+# --- both --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["0123", "3210", "2031"])
+def test_every_callback_sees_the_logs(series, order, tmp_path):
+    seen = []
+    record = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: seen.append(set(logs))
+    )
+    ours = [GateMonitor(series[0]), PerplexityLogger(verbose=0)]
+    others = [keras.callbacks.CSVLogger(tmp_path / "log.csv"), record]
+    model = stack(LAYERS["ScratchLSTM"](name="lstm"))
+    history = fit(
+        model, *series, epochs=2, callbacks=[(ours + others)[int(k)] for k in order]
+    )
+    assert {"lstm/f_left_saturated", "lstm/W_xi_norm", "tokens_per_sec"} <= set(history)
+    assert seen == [set(history)] * 2
+    with open(tmp_path / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    for name, values in history.items():
+        assert [float(row[name]) for row in rows] == pytest.approx(values)
+
+
+@pytest.mark.parametrize("verbose", [1, 2])
+def test_progress_bar_without_gate_statistics(series, capsys, verbose):
+    model = stack(LAYERS["ScratchLSTM"](name="lstm"))
+    callbacks = [GateMonitor(series[0]), PerplexityLogger(verbose=0)]
+    history = model.fit(*series, callbacks=callbacks, verbose=verbose, epochs=2).history
+    printed = capsys.readouterr().out
+    assert "loss: " in printed
+    assert "tokens_per_sec: " in printed
+    assert "lstm/" not in printed
+    assert len(history["lstm/W_xi_norm"]) == 2

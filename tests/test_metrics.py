@@ -12,8 +12,8 @@ def value(metric):
     return float(keras.ops.convert_to_numpy(metric.result()))
 
 
-def ragged_batches(rng):
-    """Batches of other sizes and lengths, with weights for tokens."""
+def batches_of_different_sizes(rng):
+    """Batches of different sizes and lengths, with token weights."""
     for batch, time in [(4, 7), (1, 7), (3, 2), (5, 1), (2, 30)]:
         y_true = rng.integers(0, VOCABULARY, (batch, time))
         logits = 3 * rng.normal(size=(batch, time, VOCABULARY)).astype("float32")
@@ -21,8 +21,8 @@ def ragged_batches(rng):
         yield y_true, logits, weights.astype("float32")
 
 
-def weighing(kind, y_true, weights):
-    """The `sample_weight` of a kind, and what it means for each token."""
+def sample_weight_of(kind, y_true, weights):
+    """Return a `sample_weight` of a kind, and the weight it gives each token."""
     if kind == "none":
         return None, np.ones(y_true.shape)
     if kind == "token":
@@ -33,18 +33,26 @@ def weighing(kind, y_true, weights):
     )
 
 
-@pytest.mark.parametrize("kind", ["none", "token", "sample", "column"])
-@pytest.mark.parametrize("ignore_class", [None, 4, -1])
-@pytest.mark.parametrize("from_logits", [True, False])
-def test_exact_over_ragged_batches(rng, kind, ignore_class, from_logits):
+@pytest.mark.parametrize(
+    ("kind", "ignore_class", "from_logits"),
+    [
+        ("none", None, True),
+        ("token", 4, True),
+        ("sample", -1, True),
+        ("none", -1, False),
+        ("token", None, False),
+        ("column", 4, False),
+    ],
+)
+def test_exact_over_batches_of_different_sizes(rng, kind, ignore_class, from_logits):
     metric = Perplexity(from_logits=from_logits, ignore_class=ignore_class)
     losses, counted = [], []
-    for y_true, logits, weights in ragged_batches(rng):
+    for y_true, logits, weights in batches_of_different_sizes(rng):
         if not from_logits:
-            logits = logits / 3  # Keras clips probabilities below 1e-7
+            logits = logits / 3  # probabilities below 1e-7 are clipped
         if ignore_class == -1:
             y_true = np.where(rng.random(y_true.shape) < 0.3, -1, y_true)
-        sample_weight, w = weighing(kind, y_true, weights)
+        sample_weight, w = sample_weight_of(kind, y_true, weights)
         y_pred = logits
         if not from_logits:
             y_pred = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -55,12 +63,11 @@ def test_exact_over_ragged_batches(rng, kind, ignore_class, from_logits):
     losses, counted = map(np.concatenate, (losses, counted))
     expected = np.exp((losses * counted).sum() / counted.sum())
     np.testing.assert_allclose(value(metric), expected, rtol=1e-5)
-    # A mean of the batches' perplexities is another number.
     metric.reset_state()
     assert value(metric) == 0
 
 
-def test_one_prediction_a_sample(rng):
+def test_one_prediction_per_sample(rng):
     y_true = rng.integers(0, VOCABULARY, 9)
     logits = rng.normal(size=(9, VOCABULARY)).astype("float32")
     expected = np.exp(cross_entropy(y_true, logits).mean())
@@ -70,14 +77,14 @@ def test_one_prediction_a_sample(rng):
         np.testing.assert_allclose(value(metric), expected, rtol=1e-5)
 
 
-def test_a_uniform_guess_has_the_perplexity_of_the_vocabulary(rng):
+def test_uniform_guess_has_perplexity_of_vocabulary_size(rng):
     metric = Perplexity()
     y_true = rng.integers(0, 28, (4, 5))
     metric.update_state(y_true, np.zeros((4, 5, 28), "float32"))
     np.testing.assert_allclose(value(metric), 28, rtol=1e-6)
 
 
-def test_what_does_not_count_may_hold_anything(rng):
+def test_predictions_with_zero_weight_may_be_nan(rng):
     y_true = rng.integers(0, VOCABULARY, (2, 3))
     logits = rng.normal(size=(2, 3, VOCABULARY)).astype("float32")
     expected = np.exp(cross_entropy(y_true, logits)[:, :2].mean())
@@ -87,18 +94,18 @@ def test_what_does_not_count_may_hold_anything(rng):
     np.testing.assert_allclose(value(metric), expected, rtol=1e-5)
 
 
-def test_long_epochs_stay_exact():
-    """float32 alone is stuck at 2**24 tokens; the totals here go beyond."""
+def test_long_epochs_are_exact():
+    """A plain float32 sum stops growing at 2**24 tokens."""
     metric = Perplexity()
     y_true = np.zeros((1, 1), "int32")
     large, small = 2.0**25, 1.0
-    for logits, weight, times in [([3.0, 0.0], large, 1), ([0.0, 1.0], small, 3000)]:
+    for logits, weight, times in [([3.0, 0.0], large, 1), ([0.0, 1.0], small, 1000)]:
         for _ in range(times):
             metric.update_state(y_true, np.array([[logits]], "float32"), [weight])
     nll = np.log1p(np.exp(-3.0)), np.log1p(np.exp(1.0))
     tokens = float(metric._tokens[0]) - float(metric._tokens[1])
-    assert tokens == pytest.approx(large + 3000, abs=2)  # 2: half a float32 step
-    expected = np.exp((large * nll[0] + 3000 * nll[1]) / (large + 3000))
+    assert tokens == pytest.approx(large + 1000, abs=2)  # half a unit in the last place
+    expected = np.exp((large * nll[0] + 1000 * nll[1]) / (large + 1000))
     np.testing.assert_allclose(value(metric), expected, rtol=3e-7)
 
 
@@ -130,7 +137,7 @@ def masked_model(**compile_arguments):
         ),
     ],
 )
-def test_in_evaluate_with_masks_and_a_ragged_last_batch(rng, weighted):
+def test_evaluate_with_masks_and_smaller_last_batch(rng, weighted):
     x = rng.integers(1, VOCABULARY, (37, 6))
     lengths = rng.integers(1, 7, (37, 1))
     x[np.arange(6) >= lengths] = 0
@@ -148,7 +155,7 @@ def test_in_evaluate_with_masks_and_a_ragged_last_batch(rng, weighted):
     np.testing.assert_allclose(logs["perplexity"], expected, rtol=1e-5)
 
 
-def test_in_fit_with_a_ragged_last_batch(rng):
+def test_fit_with_smaller_last_batch(rng):
     x = rng.integers(1, VOCABULARY, (37, 6))
     y = rng.integers(0, VOCABULARY, (37, 6))
     model = masked_model(metrics=[Perplexity()])
@@ -158,25 +165,119 @@ def test_in_fit_with_a_ragged_last_batch(rng):
     np.testing.assert_allclose(history["perplexity"], [expected], rtol=1e-5)
 
 
-def test_the_configuration_comes_back():
+def test_configuration_round_trip():
     metric = Perplexity("p", from_logits=False, ignore_class=3, dtype="float32")
     config = metric.get_config()
-    again = Perplexity.from_config(config)
-    assert again.get_config() == config
+    assert Perplexity.from_config(config).get_config() == config
     assert config["ignore_class"] == 3
-    assert keras.saving.get_registered_name(Perplexity) == (
-        "keras_scratch_lstm>Perplexity"
-    )
+    name = keras.saving.get_registered_name(Perplexity)
+    assert name == "keras_scratch_lstm>Perplexity"
+
+
+def test_early_stopping_minimizes_it(rng):
+    x = rng.integers(1, VOCABULARY, (8, 6))
+    stop = keras.callbacks.EarlyStopping(monitor="perplexity", patience=0)
+    model = masked_model(metrics=[Perplexity()])
+    model.fit(x, x, callbacks=[stop], verbose=0)
+    assert stop.monitor_op(0, 1)
+
+
+# Some would become valid tokens when cast to int32.
+@pytest.mark.parametrize(
+    "target",
+    [
+        -1,
+        VOCABULARY,
+        2**31,
+        2**32 + 1,
+        -(2**32) + 1,
+        np.uint32(2**31 + 1),
+        np.uint64(2**63 + 1),
+        0.5,
+        -0.5,
+        VOCABULARY - 0.5,
+        2.0**32 + 1,
+        np.inf,
+        np.nan,
+        np.float16(1.5),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("tensor", [False, True])
+def test_invalid_targets_are_nan(rng, target, tensor):
+    dtype = np.array(target).dtype
+    y_true = np.array([2, target], dtype)
+    if tensor:
+        missing = {"jax": "64", "torch": "uint64"}.get(keras.backend.backend(), "none")
+        if missing in dtype.name:
+            pytest.skip(f"no tensors of dtype {dtype} by default")
+        y_true = keras.ops.convert_to_tensor(y_true)
+    logits = rng.normal(size=(2, VOCABULARY)).astype("float32")
+    metric = Perplexity()
+    metric.update_state(y_true, logits, [1, 0])  # the second token is not counted
+    (expected,) = np.exp(cross_entropy(np.array([2]), logits[:1]))
+    assert value(metric) == pytest.approx(expected, rel=1e-5)
+    metric.update_state(y_true, logits)
+    assert np.isnan(value(metric))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int64", "uint64", "float32"])
+def test_valid_targets_of_every_dtype(rng, dtype):
+    vocabulary = 300
+    y_true = rng.integers(0, 100, (2, 3))
+    logits = rng.normal(size=(2, 3, vocabulary)).astype("float32")
+    expected = np.exp(cross_entropy(y_true, logits).mean())
+    for y in (y_true.astype(dtype), y_true.tolist()):
+        metric = Perplexity(ignore_class=-100)
+        metric.update_state(y, logits)
+        np.testing.assert_allclose(value(metric), expected, rtol=1e-5)
+
+
+def test_zero_probabilities_are_a_uniform_guess():
+    y_pred = np.array([[0, 0, 0, 0], [0.5, 0.25, 0.25, 0]], "float32")
+    metric = Perplexity(from_logits=False)
+    metric.update_state(np.array([2, 1]), y_pred)
+    np.testing.assert_allclose(value(metric), np.exp(np.log([4, 4]).mean()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_low_precision_counts_beyond_its_range(dtype):
+    metric = Perplexity(dtype=dtype)
+    y_true = np.zeros((1, 70_000), "int32")
+    metric.update_state(y_true, np.zeros((1, 70_000, 3), "float32"))
+    np.testing.assert_allclose(value(metric), 3, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ignore_class": "pad"}, "`ignore_class` must be an integer"),
+        ({"ignore_class": 1.5}, "Received: ignore_class=1.5"),
+        ({"ignore_class": True}, "Received: ignore_class=True"),
+        ({"ignore_class": 2**70}, "to 2147483647"),
+        ({"dtype": "float31"}, "float31"),
+    ],
+    ids=str,
+)
+def test_invalid_arguments(arguments, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        Perplexity(**arguments)
 
 
 @pytest.mark.parametrize(
     ("y_true", "y_pred", "sample_weight", "message"),
     [
-        ((4, 7), (4, 6, 5), None, r"`y_true` has the shape \(4, 7\); .* \(4, 6\)"),
-        ((4, 7, 5), (4, 7, 5), None, r"`y_true` has the shape \(4, 7, 5\)"),
-        ((4,), (4, 7, 5), None, r"`y_true` has the shape \(4,\)"),
-        ((4, 7), (4, 7, 5), (3,), r"`sample_weight` has the shape \(3, 1\)"),
-        ((4, 7), (4, 7, 5), (4, 6), r"`sample_weight` has the shape \(4, 6\)"),
+        (
+            (4, 7),
+            (4, 6, 5),
+            None,
+            r"`y_true` must be integer tokens, of shape \(4, 6\)",
+        ),
+        ((4, 7, 5), (4, 7, 5), None, r"Received: y_true.shape=\(4, 7, 5\)"),
+        ((4,), (4, 7, 5), None, r"Received: y_true.shape=\(4,\)"),
+        ((4, 7), (4, 7, 5), (3,), r"`sample_weight` must be one .* \(4, 7\)"),
+        ((4, 7), (4, 7, 5), (4, 6), r"Received: sample_weight.shape=\(4, 6\)"),
+        ((4, 7), (4, 7, 5), (4, 7, 5), r"Received: sample_weight.shape=\(4, 7, 5\)"),
     ],
 )
 def test_wrong_shapes(y_true, y_pred, sample_weight, message):

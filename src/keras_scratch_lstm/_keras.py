@@ -5,14 +5,20 @@
 - `get_keras_mask`: a metric is not passed the mask of the predictions.
 """
 
+import inspect
+
+import keras
 from keras.src.backend import get_keras_mask, lstm
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 __all__ = [
     "DropoutRNNCell",
+    "compiled_losses",
     "get_keras_mask",
     "lstm",
+    "minimize",
     "own_variables",
+    "running_callback_list",
     "sublayers",
 ]
 
@@ -25,3 +31,24 @@ def sublayers(layer, recursive=False):
 def own_variables(layer):
     """Return the variables of a layer, without those of its sublayers and seeds."""
     return layer._trainable_variables + layer._non_trainable_variables
+
+
+def minimize(metric):
+    """Declare that lower is better, for `mode="auto"` of `EarlyStopping` and others."""
+    metric._direction = "down"
+
+
+def compiled_losses(model):
+    """Return the losses of a compiled model: tuples `(path, loss, weight, name)`."""
+    return getattr(model._compile_loss, "_flat_losses", None) or []
+
+
+def running_callback_list():
+    """Return the `CallbackList` that is calling, which callbacks cannot see."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, keras.callbacks.CallbackList):
+            return caller
+        frame = frame.f_back
+    return None

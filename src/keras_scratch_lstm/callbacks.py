@@ -1,51 +1,56 @@
-"""Callbacks: `PerplexityLogger` and `GateMonitor`."""
+"""Callbacks for `fit`: `PerplexityLogger` and `GateMonitor`."""
 
+import contextlib
 import math
 import re
 import time
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_scratch_lstm import _validation
+from keras_scratch_lstm import _keras, _validation
 from keras_scratch_lstm._types import Logs
 from keras_scratch_lstm.per_gate import named_weights
-from keras_scratch_lstm.tracing import trace_gates
-from keras_scratch_lstm.tracing.capture import check_inputs, find_lstms
+from keras_scratch_lstm.tracing import capture, trace_gates
+from keras_scratch_lstm.tracing.inputs import check_inputs, read_batches
+
+METRICS = ("saturation", "weight_norms")
+CROSS_ENTROPIES = (
+    keras.losses.sparse_categorical_crossentropy,
+    keras.losses.categorical_crossentropy,
+)
 
 
 class PerplexityLogger(keras.callbacks.Callback):
-    """Adds perplexity and tokens a second to the logs, from the loss alone.
+    """Add perplexity and training speed to the logs of each epoch.
 
-    For a model whose loss is the mean cross-entropy of a token. Each epoch's
-    logs, and so `History`, `CSVLogger` and `TensorBoard`, get
+    All other callbacks see them, wherever this one is in the list:
 
-    - `perplexity`, exp of the loss; `val_perplexity`, if there is a validation
-      loss. A `Perplexity` metric of the model is heard instead where it has
-      put these there already: it alone is exact where the number of tokens
-      differs between batches of the same size, or where the loss has
-      regularization penalties in it.
-    - `tokens_per_sec`, the tokens of the epoch over the time that its training
-      took, validation left out. A token is one prediction: batch times time.
-      It is missing where the model's output shape leaves the time open.
+    - `perplexity` and `val_perplexity`, the exponential of the loss, if this is a
+      mean (sparse) categorical cross-entropy; with several outputs,
+      `<output>_perplexity` for each output with such a loss. A `Perplexity` metric
+      of the model takes precedence. It is required if the model adds penalties to
+      the loss or samples are weighted, and is exact if the number of unmasked
+      tokens differs between batches.
+    - `tokens_per_sec`, the tokens per second of the epoch without its validation. A
+      token is one prediction: batch size times time steps, padding included. Of
+      several outputs, the one with the most predictions counts.
 
-    Place it before the callbacks that are to see its numbers. In the end it
-    prints the book's closing line, with the tokens and the time of all epochs,
-    from the start of the first to the end of the last:
+    When training ends, it prints a line like that of the book:
 
         perplexity 1.0, 57421.3 tokens/sec on /CPU:0
 
     Args:
-        verbose: 0 or 1, whether to print the closing line; `closing_line` has
-            it anyhow. Default: 1.
+        verbose: 0 or 1, whether to print this line. Default: 1.
 
     Attributes:
-        closing_line: String, the line above; empty before the first epoch ends.
-        tokens_per_sec: Float, the rate of all epochs so far, or `None`.
-        seconds: Float, the time of all epochs so far.
+        closing_line: String, this line; empty before the first epoch ends.
+        tokens_per_sec: Float, the tokens per second over all epochs, or `None`.
+        seconds: Float, the duration of all epochs.
 
     Example:
 
@@ -59,53 +64,59 @@ class PerplexityLogger(keras.callbacks.Callback):
     >>> history = model.fit(x, y, callbacks=[logger], verbose=0)
     >>> sorted(history.history)
     ['loss', 'perplexity', 'tokens_per_sec']
-
-    Reference:
-
-    - [Zhang, Lipton, Li and Smola, 2023](
-        https://d2l.ai/chapter_recurrent-neural-networks/rnn-scratch.html)
     """
+
+    _rank = 0
 
     def __init__(self, verbose: int = 1) -> None:
         super().__init__()
-        self.verbose = _validation.flag("verbose", verbose)
-        self.on_train_begin()
+        self.verbose = verbose
+        self._reset()
 
-    def on_train_begin(self, logs: Logs = None) -> None:
+    def _reset(self):
         self.closing_line = ""
         self.tokens_per_sec: float | None = None
         self.seconds = 0.0
         self._tokens = 0
         self._start: Any = None
         self._epoch_seconds: float | None = 0.0
-        self._warned = False
+        self._warned: set[str] = set()
+
+    def on_train_begin(self, logs: Logs = None) -> None:
+        _sort_callbacks()
+        self._reset()
+        self._counter = _count_predictions(self.model)
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
+        self._counter.assign(0)
+        self._epoch_seconds = None
         self._epoch_start = time.perf_counter()
         if self._start is None:
             self._start = self._epoch_start
-        self._epoch_seconds = None
 
     def on_test_begin(self, logs: Logs = None) -> None:
-        # Validation within an epoch, and it is about to reset the counts.
+        # Validation within `fit` counts its own predictions from here on.
         self._end_training_of_epoch()
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         self._end_training_of_epoch()
         self.seconds = time.perf_counter() - self._start
         logs = {} if logs is None else logs
-        for prefix in ("", "val_"):
-            if f"{prefix}loss" in logs and f"{prefix}perplexity" not in logs:
-                self._warn_of_penalties()
-                logs[f"{prefix}perplexity"] = _exp(logs[f"{prefix}loss"])
-        speed = ""
-        if self._epoch_tokens is not None:
+        self._add_perplexities(logs)
+        names = [name for name in logs if re.match(r"(?!val_).*perplexity$", name)]
+        names = names or [name for name in logs if name == "loss"]
+        parts = [f"{name} {logs[name]:.1f}" for name in names]
+        if self._epoch_tokens:
             logs["tokens_per_sec"] = self._epoch_tokens / self._epoch_seconds
             self._tokens += self._epoch_tokens
             self.tokens_per_sec = self._tokens / self.seconds
-            speed = f", {self.tokens_per_sec:.1f} tokens/sec"
-        perplexity = logs.get("perplexity", math.nan)
-        self.closing_line = f"perplexity {perplexity:.1f}{speed}{self._on_device()}"
+            parts.append(f"{self.tokens_per_sec:.1f} tokens/sec")
+        else:
+            self._warn(
+                "`tokens_per_sec` is not logged, since the model's `train_step` does "
+                "not call `compute_metrics`. Call it to have the tokens counted."
+            )
+        self.closing_line = ", ".join(parts) + _device_of(self.model)
 
     def on_train_end(self, logs: Logs = None) -> None:
         if self.verbose and self.closing_line:
@@ -114,72 +125,132 @@ class PerplexityLogger(keras.callbacks.Callback):
     def _end_training_of_epoch(self):
         if self._epoch_seconds is None:
             self._epoch_seconds = time.perf_counter() - self._epoch_start
-            self._epoch_tokens = self._count_tokens()
+            self._epoch_tokens = int(ops.convert_to_numpy(self._counter))
 
-    def _count_tokens(self):
-        """Samples, as the model's own mean loss counts them, times time steps."""
-        shape = getattr(self.model, "output_shape", None)
-        losses = [metric for metric in self.model.metrics if metric.name == "loss"]
-        if not losses or not isinstance(shape, tuple) or None in shape[1:-1]:
-            return None
-        # On several replicas of TensorFlow, the count is the sum over them.
-        samples = keras.ops.convert_to_numpy(losses[0].count)
-        return int(samples) * math.prod(shape[1:-1])
+    def _add_perplexities(self, logs):
+        for name, (loss, weight) in _cross_entropies(self.model).items():
+            for prefix in ("", "val_"):
+                if prefix + name in logs or prefix + loss not in logs:
+                    continue
+                if weight:
+                    logs[prefix + name] = _exp(logs[prefix + loss] / weight)
+                else:
+                    self._warn(
+                        f"`{name}` is not logged, since the loss includes more than "
+                        "the cross-entropy, such as regularization penalties. Compile "
+                        "the model with `metrics=[Perplexity()]` to log it."
+                    )
 
-    def _warn_of_penalties(self):
-        if self.model.losses and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "The loss has regularization penalties in it, and so has the "
-                "perplexity taken from it: compile the model with "
-                "`metrics=[Perplexity()]` to have the perplexity alone.",
-                stacklevel=2,
-            )
-
-    def _on_device(self):
-        """`" on /CPU:0"`, from where the model's first weight lies."""
-        weights = self.model.weights
-        device = str(getattr(weights[0].value, "device", "")) if weights else ""
-        found = re.search(r"(cpu|gpu|cuda|tpu|mps)[:_]?(\d*)$", device.lower())
-        if not found:
-            return ""
-        kind, index = found.groups()
-        return f" on /{kind.replace('cuda', 'gpu').upper()}:{index or 0}"
+    def _warn(self, message):
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=2)
 
 
-def _exp(loss):
+def _cross_entropies(model):
+    """Map the perplexity of an output to its loss in the logs, and the weight there.
+
+    The weight is 0 if the loss includes more than the cross-entropy.
+    """
+    losses = _keras.compiled_losses(model)
+    names = [loss.name for loss in losses]
+    found = {
+        f"{name}_perplexity": (f"{name}_loss", 1)  # without penalties and weights
+        for name, (_, loss, _, _) in zip(names, losses, strict=True)
+        if _is_cross_entropy(loss) and names.count(name) == 1
+    }
+    if len(losses) != 1 or not found:
+        return found
+    (name,) = found
+    if len(getattr(model, "outputs", None) or ()) <= 1:
+        name = "perplexity"
+    weight = 1 if losses[0].loss_weights is None else losses[0].loss_weights
+    if model.losses or type(model).compute_loss is not keras.Model.compute_loss:
+        weight = 0
+    return {name: ("loss", weight)}
+
+
+def _is_cross_entropy(loss):
+    """Return whether a loss is the mean cross-entropy of a token."""
+    return (
+        getattr(loss, "fn", None) in CROSS_ENTROPIES
+        and type(loss).call is keras.losses.SparseCategoricalCrossentropy.call
+        and loss.reduction not in ("sum", "none", None)
+        and not getattr(loss, "label_smoothing", 0)
+    )
+
+
+def _exp(value):
     try:
-        return math.exp(loss)
+        return math.exp(value)
     except OverflowError:
         return math.inf
 
 
+def _count_predictions(model):
+    """Have `compute_metrics`, which sees each batch, count the predictions.
+
+    Returns:
+        The variable with the count. It belongs to a metric of the model, since JAX
+        would not update it otherwise.
+    """
+    metric = next(iter(model.metrics), keras.metrics.Mean())
+    if hasattr(metric, "predictions"):
+        return metric.predictions
+    strategy = getattr(model, "distribute_strategy", None)
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        metric.predictions = metric.add_variable((), "zeros", name="predictions")
+    compute_metrics = type(model).compute_metrics.__get__(model)
+
+    def count(x, y, y_pred, sample_weight=None):
+        sizes = [
+            ops.cast(math.prod(ops.shape(output)[:-1]), "float32")
+            for output in keras.tree.flatten(y_pred)
+        ]
+        metric.predictions.assign_add(ops.max(ops.stack(sizes)))
+        return compute_metrics(x, y, y_pred, sample_weight)
+
+    model.compute_metrics = count
+    model.make_train_function(force=True)
+    return metric.predictions
+
+
+def _device_of(model):
+    """Return `" on /CPU:0"`, the device of the model's first weight."""
+    device = str(getattr(model.weights[0].value, "device", "")) if model.weights else ""
+    found = re.search(r"(cpu|gpu|cuda|tpu|mps)[:_]?(\d*)$", device.lower())
+    if not found:
+        return ""
+    kind, index = found.groups()
+    return f" on /{kind.replace('cuda', 'gpu').upper()}:{index or 0}"
+
+
 class GateMonitor(keras.callbacks.Callback):
-    """Adds figures of an LSTM's gates to the logs of `fit`, by name.
+    """Add statistics of the gates of a model's LSTMs to the logs of each epoch.
 
-    At the end of each epoch it runs the model on a probe of its own, which stays
-    the same, and puts into the epoch's logs, and so into `History`, `CSVLogger`
-    and `TensorBoard`, for an LSTM named `lstm`
+    At the end of each epoch, the gates are traced on fixed inputs. All other
+    callbacks, wherever this one is in the list, and `History` see for an LSTM named
+    `lstm`:
 
-    - `lstm/i_left_saturated` and `lstm/i_right_saturated`, and the same of `f`
-      and `o`: the shares of steps and units at which the gate is below 0.1, and
-      above 0.9;
-    - `lstm/W_xi_norm`, and the same of the other weights: their Euclidean
-      norms, also for a built-in layer, whose gates' weights lie in one array.
+    - `"saturation"`: `lstm/i_left_saturated` and `lstm/i_right_saturated`, and
+      likewise for `f` and `o`: the fractions of time steps and units at which the
+      gate is below 0.1 and above 0.9.
+    - `"weight_norms"`: `lstm/W_xi_norm` and likewise for the other weights: their
+      Euclidean norms, per gate for built-in layers too.
 
-    In a `Bidirectional` layer, both directions are monitored, each under its own
-    name.
-
-    Place it before the callbacks that are to see its numbers.
+    The progress bar omits them. The two layers of a `Bidirectional` layer are logged
+    under their own names.
 
     Args:
-        probe: Inputs of the model, as `trace_gates` takes them; some ten samples
-            will do. For a stateful model, as many as its batch size.
-        layer: The layer's name, or the layer, where the model has several LSTMs.
-            Default: `None`.
+        probe: Inputs of the model, as in `trace_gates`; of a dataset, its first
+            batch. About ten samples suffice.
+        layer: Which LSTMs to monitor: a name, a layer, or a list of these. Default:
+            `None`, all LSTMs of the model.
+        metrics: Sequence of the statistics to log. Default: both.
 
     Raises:
-        ValueError: When training begins, where the model has no such LSTM.
+        ValueError: If an argument is invalid; when training begins, if the model does
+            not have the LSTMs, or several have the same name.
 
     Example:
 
@@ -189,42 +260,88 @@ class GateMonitor(keras.callbacks.Callback):
     ...     keras.Input((5, 3)), keras.layers.LSTM(4, name="lstm")])
     >>> model.compile(loss="mse")
     >>> x, y = np.zeros((8, 5, 3)), np.zeros((8, 4))
-    >>> history = model.fit(x, y, callbacks=[GateMonitor(x[:2])], verbose=0)
+    >>> monitor = GateMonitor(x[:2], metrics=["saturation"])
+    >>> history = model.fit(x, y, callbacks=[monitor], verbose=0)
     >>> len(history.history["lstm/f_left_saturated"])
     1
-    >>> [name for name in history.history if name.startswith("lstm/W_hf")]
-    ['lstm/W_hf_norm']
 
-    Reference:
+    References:
 
     - [Karpathy, Johnson and Li, 2015](https://arxiv.org/abs/1506.02078)
     """
 
-    def __init__(self, probe: Any, layer: Any = None) -> None:
+    _rank = 1
+
+    def __init__(
+        self, probe: Any, layer: Any = None, metrics: Sequence[str] = METRICS
+    ) -> None:
         super().__init__()
-        check_inputs(probe, "probe")
-        if not isinstance(layer, str | keras.layers.Layer | None):
-            raise _validation.invalid(
-                "layer", layer, "the name of a layer, or the layer"
-            )
-        self.probe = probe
+        if isinstance(metrics, str) or not set(metrics) <= set(METRICS):
+            raise _validation.invalid("metrics", metrics, f"a list of {METRICS}")
         self.layer = layer
+        self.metrics = metrics
+        # A dataset may be shuffled, and an iterator has each batch once.
+        self._probe = [check_inputs(batch, "probe")[0] for batch in read_batches(probe)]
+        self._values: dict[str, float] = {}
 
     def on_train_begin(self, logs: Logs = None) -> None:
-        # Or an error, before any work is done.
-        find_lstms(self.model, self.layer)
+        hide = keras.callbacks.LambdaCallback(on_epoch_end=self._remove)
+        hide._rank = 3
+        _sort_callbacks(hide)
+        names = [lstm.name for layer in self._layers() for lstm in self._find(layer)]
+        if len(set(names)) < len(names):
+            raise _validation.invalid("layer", names, "LSTMs with different names")
         if self.model.built:
-            trace_gates(self.model, self.probe, self.layer)
+            self._compute()  # Raises an error for an invalid probe before training.
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
-        logs = {} if logs is None else logs
-        _, lstms = find_lstms(self.model, self.layer)
-        trace = trace_gates(self.model, self.probe, self.layer)
-        traces = [one for one in (trace, trace.backward) if one]
-        for lstm, trace_of_it in zip(lstms, traces, strict=True):
-            for gate, (left, right) in trace_of_it.saturation().items():
-                logs[f"{lstm.name}/{gate}_left_saturated"] = float(left.mean())
-                logs[f"{lstm.name}/{gate}_right_saturated"] = float(right.mean())
-            for name, weight in named_weights(lstm.cell):
-                norm = np.linalg.norm(ops.convert_to_numpy(weight))
-                logs[f"{lstm.name}/{name}_norm"] = float(norm)
+        self._values = self._compute()
+        if logs is not None:
+            logs.update(self._values)
+
+    def _remove(self, epoch, logs):
+        for name in self._values:
+            logs.pop(name, None)
+
+    def _layers(self):
+        if self.layer is None:
+            return capture.find_all(self.model) or [None]
+        return self.layer if isinstance(self.layer, list | tuple) else [self.layer]
+
+    def _find(self, layer):
+        return capture.find_lstms(self.model, layer)[1]
+
+    def _compute(self):
+        values = {}
+        for layer in self._layers():
+            for lstm, saturation in zip(
+                self._find(layer), self._saturations(layer), strict=False
+            ):
+                for gate, sides in saturation.items():
+                    for side, fractions in sides._asdict().items():
+                        name = f"{lstm.name}/{gate}_{side}_saturated"
+                        values[name] = float(fractions.mean())
+            for lstm in self._find(layer) if "weight_norms" in self.metrics else ():
+                for name, weight in named_weights(lstm.cell):
+                    norm = np.linalg.norm(ops.convert_to_numpy(weight))
+                    values[f"{lstm.name}/{name}_norm"] = float(norm)
+        return values
+
+    def _saturations(self, layer):
+        if "saturation" not in self.metrics:
+            return []
+        dataset = ((batch,) for batch in self._probe)
+        trace = trace_gates(self.model, dataset, layer, batches=None)
+        return [one.saturation() for one in (trace, trace.backward) if one]
+
+
+def _sort_callbacks(*more):
+    """Run callbacks that add to the logs first, and the progress bar last."""
+
+    def rank(callback):
+        is_progress_bar = isinstance(callback, keras.callbacks.ProgbarLogger)
+        return getattr(callback, "_rank", 4 if is_progress_bar else 2)
+
+    running = _keras.running_callback_list()
+    if running is not None:
+        running.callbacks = sorted([*running.callbacks, *more], key=rank)
