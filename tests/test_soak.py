@@ -1,4 +1,4 @@
-"""The memory of one process over thousands of calls: `pytest -m slow -s`."""
+"""Memory of one process over thousands of calls. Run with `pytest -m slow -s`."""
 
 import gc
 import os
@@ -20,7 +20,7 @@ from keras_scratch_lstm import (
 pytestmark = pytest.mark.slow
 CALLS, WARM_UP = 2000, 300
 MB = 2**20
-# What a process may grow by without a leak: 5 kB a call.
+# What a process may grow by without a leak: 5 kB per call.
 SLACK = 10 * MB
 
 
@@ -31,7 +31,7 @@ def resident():
 
 
 def growth(work):
-    """The bytes that a process grows by in `CALLS` calls after the first ones."""
+    """Return by how many bytes `CALLS` calls grow the process, after a warm-up."""
     for _ in range(WARM_UP):
         work()
     before = resident()
@@ -45,7 +45,7 @@ X = np.ones((4, 5), "int32")
 
 def make_model(layer):
     lstm = layer(8, return_sequences=True)
-    tokens = keras.Input((5,), dtype="int32")
+    tokens = keras.Input((None,), dtype="int32")
     model = keras.Sequential([tokens, layers.Embedding(7, 3), lstm, layers.Dense(7)])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("sgd", loss, metrics=[Perplexity()])
@@ -57,7 +57,7 @@ def report(what, grown):
     print(", ".join(f"{name} {bytes / MB:+.1f} MB" for name, bytes in grown.items()))
 
 
-def test_fits():
+def test_memory_of_fit():
     grown = {}
     for layer in (layers.LSTM, ScratchLSTM):
         model = make_model(layer)
@@ -68,11 +68,11 @@ def test_fits():
 
         grown[layer.__name__] = growth(fit)
     report(f"{CALLS} fits", grown)
-    # Keras itself grows; ours does not grow more.
+    # Keras itself grows.
     assert grown["ScratchLSTM"] < max(grown["LSTM"], 0) + SLACK
 
 
-def test_traces():
+def test_memory_of_trace_gates():
     grown = {}
     for layer in (layers.LSTM, ScratchLSTM):
         model = make_model(layer)
@@ -81,7 +81,7 @@ def test_traces():
     assert max(grown.values()) < SLACK
 
 
-def test_monitored_fits():
+def test_memory_of_gate_monitor():
     model = make_model(ScratchLSTM)
     plain = growth(lambda: model.fit(X, X, verbose=0))
     monitor = GateMonitor(X)
