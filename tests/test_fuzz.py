@@ -199,16 +199,6 @@ def test_a_trace(given):
 # --- functions ---------------------------------------------------------------
 
 
-@fuzz(CASES // SLOW)
-@given(
-    y_true=ANYTHING | st.just(np.ones((2, 3), "int32")),
-    y_pred=ANYTHING | st.just(np.zeros((2, 3, 4), "float32")),
-    sample_weight=st.none() | ANYTHING,
-)
-def test_an_update(**given):
-    outcome(lambda: Perplexity().update_state(**given), *names_of(given))
-
-
 @pytest.fixture(scope="module")
 def lstm():
     layer = ScratchLSTM(4, name="one")
