@@ -1,20 +1,62 @@
 import os
 import re
+import stat
+import sys
+import threading
 
 import numpy as np
 import pytest
 
 from keras_scratch_lstm import GateTrace
-from keras_scratch_lstm.tracing import trace as trace_file
+from keras_scratch_lstm.tracing import files
 from keras_scratch_lstm.tracing.trace import ARRAYS
 
-# --- GateTrace ---------------------------------------------------------------
+pytestmark = pytest.mark.one_backend
 
 
-def test_saturation_by_hand(trace):
+def change(trace, **changes):
+    return GateTrace(**vars(trace) | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"f": None}, "`f` must be a float32 or float64 array. Received: f=None"),
+        ({"f": [[[0.5]]]}, "`f` must be a float32 or float64 array"),
+        ({"f": np.zeros((2, 3, 4), int)}, "`f` must be .*dtype int64"),
+        ({"f": np.zeros((2, 3, 4), "float16")}, "`f` must be .*dtype float16"),
+        ({"f": np.zeros((2, 2, 4))}, r"`f` must be of shape \(batch, time, units\)"),
+        (dict.fromkeys(ARRAYS, np.zeros((3, 4))), r"`i` must be of .* shape \(3, 4\)"),
+        ({"mask": np.ones((2, 3))}, r"`mask` must be a boolean array of shape \(2, 3"),
+        ({"mask": np.ones((2, 2), bool)}, r"`mask` must be a boolean array of shape"),
+        ({"layer": b"lstm"}, "`layer` must be a string"),
+        ({"backward": 3}, "`backward` must be a `GateTrace` without `backward`"),
+    ],
+)
+def test_invalid_attributes(changes, match, trace):
+    with pytest.raises(ValueError, match=match):
+        change(trace, **changes)
+
+
+def test_backward_trace_has_no_backward(trace):
+    with pytest.raises(ValueError, match="without `backward`"):
+        change(trace, backward=change(trace, backward=trace))
+
+
+def test_repr(trace):
+    assert repr(trace) == "GateTrace(layer='lstm', batch=2, time=3, units=4)"
+    masked = change(trace, mask=np.ones((2, 3), bool), layer="", backward=trace)
+    expected = "GateTrace(layer='', batch=2, time=3, units=4, masked, backward=…)"
+    assert repr(masked) == expected
+
+
+# --- summaries ---------------------------------------------------------------
+
+
+def test_saturation(trace):
     trace.f[:] = 0.5
     trace.f[0, :, 0] = [0.05, 0.95, 0.99]
-    trace.f[1, :, 0] = [0.1, 0.9, 0.0]  # at the bound is not beyond it
+    trace.f[1, :, 0] = [0.1, 0.9, 0.0]  # the thresholds themselves do not count
     left, right = trace.saturation()["f"]
     np.testing.assert_allclose(left, [2 / 6, 0, 0, 0])
     np.testing.assert_allclose(right, [2 / 6, 0, 0, 0])
@@ -22,70 +64,108 @@ def test_saturation_by_hand(trace):
     assert trace.saturation()["o"].left.shape == (4,)
 
 
-def test_saturation_counts_no_masked_step(trace):
+def test_saturation_ignores_masked_time_steps(trace):
     trace.i[:] = 0.95
     trace.i[1, 2] = np.nan
     mask = np.array([[True] * 3, [True, True, False]])
-    masked = GateTrace(**{name: getattr(trace, name) for name in ARRAYS}, mask=mask)
+    masked = change(trace, mask=mask)
     np.testing.assert_array_equal(masked.saturation()["i"].right, 1)
     mask[:] = False
     assert np.isnan(masked.saturation()["i"].right).all()
 
 
-def test_a_row_for_each_number(trace):
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("array", ["c", "f"])
+def test_correlate_matches_numpy(masked, array, rng):
+    shape = 3, 50, 4
+    arrays = {name: rng.normal(size=shape).astype("float32") for name in ARRAYS}
+    mask = rng.random(shape[:2]) < 0.7 if masked else None
+    unmasked = np.ones(shape[:2], bool) if mask is None else mask
+    arrays[array][~unmasked] = np.nan
+    arrays[array][..., 3] = np.float32(0.1)  # constant
+    features = {
+        "boolean": rng.random(shape[:2]) < 0.3,
+        "per time step": np.arange(50),
+        "constant": np.full(50, 0.1),
+        "list": [float(t % 7) for t in range(50)],
+    }
+    trace = GateTrace(**arrays, mask=mask)
+    args = () if array == "c" else (array,)
+    correlations = trace.correlate(features, *args)
+    assert list(correlations) == list(features)
+    for name, feature in features.items():
+        feature = np.broadcast_to(feature, shape[:2])[unmasked].astype("float64")
+        found = correlations[name]
+        assert found.shape == (4,)
+        assert found.dtype == "float64"
+        for unit in range(4):
+            if unit == 3 or name == "constant":
+                assert np.isnan(found[unit])
+                continue
+            values = arrays[array][..., unit][unmasked]
+            expected = np.corrcoef(feature, values.astype("float64"))[0, 1]
+            np.testing.assert_allclose(found[unit], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("features", "array", "match"),
+    [
+        (
+            {"a": np.zeros(4)},
+            "c",
+            r"`features\['a'\]` must be .* shape \(3,\) or \(2, 3",
+        ),
+        ({"a": ["x", "y", "z"]}, "c", "must be booleans or numbers .*dtype <U1"),
+        ({}, "g", "`array` must be one of 'i', 'f', 'o', 'c_tilde', 'c', 'h'"),
+    ],
+)
+def test_invalid_features(features, array, match, trace):
+    with pytest.raises(ValueError, match=match):
+        trace.correlate(features, array)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (["abc", ["x", "", "<unk>"]], ["a", "b", "c", "x", "", "<unk>"]),
+        ("aba", ["a", "b", "a"] * 2),  # one sample's, for all samples
+    ],
+)
+def test_dataframe_has_a_row_per_value(tokens, expected, trace):
     pd = pytest.importorskip("pandas", reason="pandas is not installed")
-    frame = trace.to_dataframe(tokens=["abc", ["x", "", "<unk>"]])
+    frame = trace.to_dataframe(tokens=tokens)
     assert list(frame) == ["sample", "step", "token", "unit", "gate", "value"]
     assert len(frame) == 2 * 3 * 4 * 6
     for name in ARRAYS:
         one = frame[frame.gate == name].set_index(["sample", "step", "unit"]).value
         values = getattr(trace, name)
         assert all(one[index] == values[index] for index in np.ndindex(values.shape))
-    tokens = frame.drop_duplicates(["sample", "step"]).token.tolist()
-    assert tokens == ["a", "b", "c", "x", "", "<unk>"]
-    bare = trace.to_dataframe()
-    assert bare.token.isna().all()
+    assert frame.drop_duplicates(["sample", "step"]).token.tolist() == expected
+    without_tokens = trace.to_dataframe()
+    assert without_tokens.token.isna().all()
     pd.testing.assert_frame_equal(
-        bare.drop(columns="token"), frame.drop(columns="token")
+        without_tokens.drop(columns="token"), frame.drop(columns="token")
     )
+    with pytest.raises(ValueError, match="`tokens` must have 3 tokens"):
+        trace.to_dataframe("ab")
 
 
-@pytest.mark.parametrize(
-    ("tokens", "message"),
-    [
-        (["abc"], "`tokens` has 1 samples; expected 2, each with its 3 tokens"),
-        (["abc", "ab"], "`tokens` has 2 tokens; expected 3, one for each step"),
-        (["abc", 3], "`tokens` is 3; expected a string or a list of 3 strings"),
-    ],
-    ids=str,
-)
-def test_wrong_tokens(tokens, message, trace):
-    pytest.importorskip("pandas", reason="pandas is not installed")
-    with pytest.raises(ValueError, match=message):
-        trace.to_dataframe(tokens)
-
-
-def test_without_pandas_it_is_said(trace, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pandas", None)
+def test_missing_pandas(trace, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match="`to_dataframe` needs pandas: run `pip inst"):
         trace.to_dataframe()
 
 
-def test_repr_is_short(trace):
-    assert repr(trace) == "GateTrace(layer='lstm', batch=2, time=3, units=4)"
-    arrays = {name: getattr(trace, name) for name in ARRAYS}
-    more = GateTrace(**arrays, mask=np.ones((2, 3), bool), backward=trace)
-    expected = "GateTrace(layer='', batch=2, time=3, units=4, masked, backward=…)"
-    assert repr(more) == expected
+# --- files -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_saved_trace_is_the_same_when_loaded(dtype, trace, tmp_path):
+def test_save_and_load(dtype, trace, tmp_path):
     arrays = {name: getattr(trace, name).astype(dtype) for name in ARRAYS}
     mask = np.array([[True, False, True]] * 2)
     saved = GateTrace(**arrays, mask=mask, layer="fôrward", backward=trace)
     path = tmp_path / "trace.npz"
-    path.write_bytes(b"what was there before")
+    path.write_bytes(b"previous content")
     saved.save(path)
     assert [file.name for file in tmp_path.iterdir()] == ["trace.npz"]
     loaded = GateTrace.load(path)
@@ -97,50 +177,191 @@ def test_a_saved_trace_is_the_same_when_loaded(dtype, trace, tmp_path):
     assert loaded.backward.backward is None
 
 
-def test_a_file_is_for_those_whom_any_new_file_is_for(trace, tmp_path, monkeypatch):
-    path, plain = tmp_path / "trace.npz", tmp_path / "plain"
-    before = os.umask(0o027)
-    try:
-        with monkeypatch.context() as patch:
-            # It is that of all threads, so it is left alone even for a moment.
-            patch.setattr(os, "umask", None)
-            trace.save(path)
-        plain.touch()
-    finally:
-        os.umask(before)
-    assert path.stat().st_mode == plain.stat().st_mode
-
-
-def test_a_file_is_written_whole_or_not_at_all(trace, tmp_path, monkeypatch):
-    path = tmp_path / "trace.npz"
+def save(trace, path):
     trace.save(path)
-    before = path.read_bytes()
 
-    def fails(file, **arrays):
-        file.write(b"half")
-        raise OSError("disk full")
 
-    monkeypatch.setattr(trace_file.np, "savez", fails)
-    with pytest.raises(OSError, match="disk full"):
-        trace.save(path)
-    assert path.read_bytes() == before
+def to_html(trace, path):
+    trace.to_html(path, "abc")
+
+
+def is_written(write, path):
+    if write is save:
+        return GateTrace.load(path).layer == "lstm"
+    return path.read_text("utf-8").lower().startswith("<!doctype html>")
+
+
+both = pytest.mark.parametrize("write", [save, to_html])
+
+
+@both
+@pytest.mark.parametrize("mode", [None, 0o640, 0o604])
+@pytest.mark.parametrize("links", [0, 1, 2])
+def test_files_keep_links_and_mode(write, mode, links, trace, tmp_path):
+    target = path = tmp_path / "folder" / "file"
+    target.parent.mkdir()
+    for number in range(links):
+        link = tmp_path / f"link{number}"
+        link.symlink_to(os.path.relpath(path, tmp_path) if number else path)
+        path = link
+    umask = os.umask(0o027)
+    try:
+        if mode is not None:
+            target.write_bytes(b"previous content")
+            target.chmod(mode)
+        write(trace, path)
+    finally:
+        os.umask(umask)
+    assert is_written(write, target)
+    assert stat.S_IMODE(target.stat().st_mode) == (0o640 if mode is None else mode)
+    assert all((tmp_path / f"link{k}").is_symlink() for k in range(links))
+    assert list(target.parent.iterdir()) == [target]
+
+
+@both
+@pytest.mark.parametrize("length", [1, 246, 255])
+@pytest.mark.parametrize("exists", [False, True])
+def test_long_file_names(write, length, exists, trace, tmp_path):
+    path = tmp_path / ("x" * length)
+    if exists:
+        path.touch()
+    write(trace, path)
+    assert is_written(write, path)
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_missing_file_is_missing(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        GateTrace.load(tmp_path / "none.npz")
+@both
+def test_hard_links_share_the_new_content(write, trace, tmp_path):
+    path, other = tmp_path / "file", tmp_path / "other"
+    path.touch()
+    os.link(path, other)
+    write(trace, path)
+    assert path.samefile(other)
+    assert is_written(write, other)
+
+
+@both
+@pytest.mark.parametrize("symlink", [False, True])
+def test_device_is_written_to_and_not_replaced(write, symlink, trace, tmp_path):
+    path = tmp_path / "device" if symlink else "/dev/null"
+    if symlink:
+        path.symlink_to("/dev/null")
+    before = os.stat("/dev/null")
+    write(trace, path)
+    after = os.stat("/dev/null")
+    assert stat.S_ISCHR(after.st_mode)
+    assert (after.st_rdev, after.st_mode) == (before.st_rdev, before.st_mode)
+    if symlink:
+        assert os.readlink(path) == "/dev/null"
+
+
+@both
+def test_named_pipe_passes_the_content_on(write, trace, tmp_path):
+    pipe, copy = tmp_path / "pipe", tmp_path / "copy"
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: copy.write_bytes(pipe.read_bytes()))
+    reader.start()
+    write(trace, pipe)
+    reader.join(60)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert is_written(write, copy)
+
+
+@both
+def test_open_file_behind_a_descriptor_is_not_replaced(write, trace, tmp_path):
+    path = tmp_path / "file"
+    with open(path, "wb") as file:
+        write(trace, f"/dev/fd/{file.fileno()}")
+        assert os.fstat(file.fileno()).st_ino == path.stat().st_ino
+    assert is_written(write, path)
+
+
+@both
+@pytest.mark.parametrize(
+    ("path", "error", "match"),
+    [
+        ("folder", IsADirectoryError, "folder"),
+        ("missing/file", FileNotFoundError, "missing"),
+        ("x" * 256, OSError, "too long"),
+        ("loop", OSError, "symbolic links"),
+        (3, ValueError, "`path` must be"),
+        (None, ValueError, "`path` must be"),
+        (b"trace.npz", ValueError, "`path` must be"),
+        ("a\0b", ValueError, "`path` must be"),
+    ],
+)
+def test_invalid_path_changes_nothing(
+    write, path, error, match, trace, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(error, match=match):
+        write(trace, path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "loop"]
+
+
+@both
+def test_read_only_file_is_not_replaced(write, trace, tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"previous content")
+    path.chmod(0o440)
+
+    def open_as_user(file, mode, *args):
+        if "+" in mode and not os.stat(file).st_mode & stat.S_IWUSR:
+            raise PermissionError("read-only")  # what root is not told
+        return open(file, mode, *args)
+
+    monkeypatch.setattr(files, "open", open_as_user, raising=False)
+    with pytest.raises(PermissionError):
+        write(trace, path)
+    assert path.read_bytes() == b"previous content"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_failed_write_changes_nothing(exists, trace, tmp_path):
+    path = tmp_path / "file"
+    if exists:
+        path.write_bytes(b"previous content")
+
+    def write(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        files.write_file(path, write)
+    assert list(tmp_path.iterdir()) == [path] * exists
+    assert not exists or path.read_bytes() == b"previous content"
+
+
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [
+        ("missing", FileNotFoundError),
+        ("", IsADirectoryError),
+        ("/dev/zero", ValueError),
+        ("pipe", ValueError),
+        (0, ValueError),
+        ([], ValueError),
+    ],
+)
+def test_load_of_an_invalid_path(path, error, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    with pytest.raises(error):
+        GateTrace.load(path)
 
 
 def broken_files(trace, folder, rng):
     path = folder / "whole.npz"
     trace.save(path)
-    whole = path.read_bytes()
-    arrays = {"format": np.array(trace_file._FORMAT), **trace._to_arrays("")}
+    content = path.read_bytes()
+    arrays = {"format": np.array(files._FORMAT), **trace._to_arrays("")}
     yield "empty", b""
-    yield "text", b"no trace at all"
-    for length in rng.integers(1, len(whole), 5):
-        yield f"cut at {length}", whole[:length]
+    yield "text", b"no trace"
+    for length in rng.integers(1, len(content), 5):
+        yield f"cut at {length}", content[:length]
 
     def changed(**changes):
         np.savez(path, **{k: v for k, v in (arrays | changes).items() if v is not None})
@@ -150,13 +371,17 @@ def broken_files(trace, folder, rng):
     yield "no format", changed(format=None)
     yield "no gate", changed(f=None)
     yield "no layer", changed(layer=None)
+    yield "number as layer", changed(layer=np.array(3))
+    yield "list as layer", changed(layer=np.array(["a", "b"]))
     yield "other shape", changed(f=trace.f[:, :2])
     yield "two axes", changed(**dict.fromkeys(ARRAYS, trace.f[0]))
     yield "integers", changed(f=trace.f.astype(int))
     yield "strings", changed(f=trace.f.astype(str))
-    yield "odd mask", changed(mask=np.ones((2, 2), bool))
+    yield "wrong mask", changed(mask=np.ones((2, 2), bool))
     yield "half of a backward trace", changed(backward_i=trace.i)
     yield "pickle", changed(f=np.array([print], dtype=object))
+    np.savez_compressed(path, **arrays | {"f": np.zeros((2, 3, 10**6), "float32")})
+    yield "decompression bomb", path.read_bytes()
     np.save(path.with_suffix(".npy"), trace.f)
     yield "one array", path.with_suffix(".npy").read_bytes()
 
@@ -168,37 +393,25 @@ def load_or_error(path):
         return None, str(error)
 
 
-def test_damaged_and_foreign_files_are_refused(trace, tmp_path, rng):
+def test_load_of_damaged_and_foreign_files(trace, tmp_path, rng):
     path = tmp_path / "broken.npz"
     for what, content in list(broken_files(trace, tmp_path, rng)):
         path.write_bytes(content)
         loaded, error = load_or_error(path)
         assert loaded is None, what
-        assert re.fullmatch(rf"`path` is '{path}', which is damaged or .*\.", error), (
-            what
-        )
+        assert re.match("`path` must be an undamaged file of `Gate", error), what
 
 
-def test_flipped_bytes_are_noticed(trace, tmp_path, rng):
+def test_load_of_a_file_with_flipped_bits(trace, tmp_path, rng):
     path = tmp_path / "trace.npz"
     trace.save(path)
-    whole = path.read_bytes()
-    for position in rng.integers(0, len(whole), 200):
-        damaged = bytearray(whole)
+    content = path.read_bytes()
+    for position in rng.integers(0, len(content), 200):
+        damaged = bytearray(content)
         damaged[position] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
         loaded, error = load_or_error(path)
         if loaded is None:
-            assert error.startswith("`path` is ")
-        else:  # a byte that means nothing, such as one of a date
+            assert error.startswith("`path` must be")
+        else:  # a byte without effect, such as one of a date
             np.testing.assert_array_equal(loaded.c, trace.c)
-
-
-def test_a_packed_bomb_is_not_unpacked(trace, tmp_path):
-    path = tmp_path / "bomb.npz"
-    arrays = trace._to_arrays("") | {"f": np.zeros((2, 3, 10**6), "float32")}
-    np.savez_compressed(path, format=np.array(trace_file._FORMAT), **arrays)
-    assert path.stat().st_size < 10**6
-    loaded, error = load_or_error(path)
-    assert loaded is None
-    assert "damaged or no gate trace" in error

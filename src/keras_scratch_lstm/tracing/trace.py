@@ -1,30 +1,28 @@
 """`GateTrace`: the gates and states of an LSTM at every time step."""
 
-import contextlib
-import os
-import secrets
-import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from keras_scratch_lstm import _types, _validation
-from keras_scratch_lstm.tracing.tokens import token_features, tokens_of_sample
+from keras_scratch_lstm.tracing import files, html
+from keras_scratch_lstm.tracing.tokens import (
+    token_features,
+    tokens_of_sample,
+    tokens_per_sample,
+)
 
 if TYPE_CHECKING:
     import pandas
 
 ARRAYS = ("i", "f", "o", "c_tilde", "c", "h")
 SATURATED = 0.1, 0.9  # below, above
-_FORMAT = "keras_scratch_lstm.GateTrace 1"
-_DTYPES = np.dtype("float32"), np.dtype("float64")
 
 
 class Saturation(NamedTuple):
-    """Shares of steps, each `(units,)`: below 0.1, and above 0.9."""
+    """Fractions of time steps, each `(units,)`, at which a gate is saturated."""
 
     left: np.ndarray
     right: np.ndarray
@@ -32,26 +30,25 @@ class Saturation(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GateTrace:
-    """What went on in an LSTM: its gates and states at every step.
+    """The gates and states of an LSTM layer at every time step.
 
-    `trace_gates` makes it. The letters are those of the equations in
-    `ScratchLSTMCell`; step `t` is that of the input, whatever the direction in
-    which the layer reads. At a masked step, which the layer skips, all six
-    arrays are NaN.
+    `trace_gates` returns it. The names are those of the equations in
+    `ScratchLSTMCell`. Time steps are in the order of the inputs, also for a layer
+    that reads them backwards. At masked time steps, all six arrays are NaN.
 
     Attributes:
-        i: Array of shape `(batch, time, units)`, the input gate. Float32, or
-            float64 for a layer that computes in it, as are all six.
-        f: The forget gate, of the same shape.
-        o: The output gate, of the same shape.
-        c_tilde: The candidate memory, of the same shape.
-        c: The memory after the step, of the same shape.
-        h: The hidden state after the step, of the same shape: the output.
-        mask: Boolean array of shape `(batch, time)`, false where a step is
-            masked, or `None` where there was no mask.
-        layer: String, the layer's name.
-        backward: In a trace of `Bidirectional`, the other direction's
-            `GateTrace`, else `None`.
+        i: Array of shape `(batch, time, units)`, the input gate. Its dtype is
+            float32, or float64 for a layer that computes in float64.
+        f: Array of the same shape and dtype, the forget gate.
+        o: Array of the same shape and dtype, the output gate.
+        c_tilde: Array of the same shape and dtype, the candidate cell state.
+        c: Array of the same shape and dtype, the cell state.
+        h: Array of the same shape and dtype, the hidden state.
+        mask: Boolean array of shape `(batch, time)`, `False` where a time step is
+            masked, or `None` if there is no mask.
+        layer: String, the name of the layer.
+        backward: The `GateTrace` of the backward layer if a `Bidirectional` layer
+            was traced, else `None`.
 
     Example:
 
@@ -70,8 +67,8 @@ class GateTrace:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     trace.save(f"{folder}/trace.npz")
-    ...     again = GateTrace.load(f"{folder}/trace.npz")
-    >>> np.array_equal(again.f, trace.f)
+    ...     loaded = GateTrace.load(f"{folder}/trace.npz")
+    >>> np.array_equal(loaded.f, trace.f)
     True
     """
 
@@ -86,78 +83,110 @@ class GateTrace:
     backward: "GateTrace | None" = None
 
     def __post_init__(self) -> None:
+        shape = getattr(self.i, "shape", ())
         for name in ARRAYS:
             array = getattr(self, name)
-            if not isinstance(array, np.ndarray) or array.dtype not in _DTYPES:
-                raise _validation.invalid(name, array, "an array of float32 or float64")
-            if array.ndim != 3 or array.shape != self.i.shape:
-                raise ValueError(
-                    f"`{name}` has the shape {array.shape}; expected (batch, time, "
-                    "units), the same for all six."
-                )
-        mask, of_mask = self.mask, self.i.shape[:2]
-        is_mask = isinstance(mask, np.ndarray) and mask.dtype == bool
-        if mask is not None and not (is_mask and mask.shape == of_mask):
-            raise _validation.invalid(
-                "mask", mask, f"a Boolean array of shape {of_mask}, or None"
-            )
+            is_float = getattr(array, "dtype", None) in ("float32", "float64")
+            if not isinstance(array, np.ndarray) or not is_float:
+                raise _validation.invalid(name, array, "a float32 or float64 array")
+            if array.ndim != 3 or array.shape != shape:
+                rule = "of shape (batch, time, units), as all six arrays"
+                raise _validation.invalid(name, array, rule)
+        if self.mask is not None and not (
+            isinstance(self.mask, np.ndarray)
+            and self.mask.dtype == bool
+            and self.mask.shape == shape[:2]
+        ):
+            rule = f"a boolean array of shape {shape[:2]}, or None"
+            raise _validation.invalid("mask", self.mask, rule)
         if not isinstance(self.layer, str):
             raise _validation.invalid("layer", self.layer, "a string")
-        backward = self.backward
-        is_trace = isinstance(backward, GateTrace) and backward.backward is None
-        if backward is not None and not is_trace:
-            raise _validation.invalid(
-                "backward", backward, "a `GateTrace` without `backward`, or None"
-            )
+        is_trace = isinstance(self.backward, GateTrace) and not self.backward.backward
+        if self.backward is not None and not is_trace:
+            rule = "a `GateTrace` without `backward`, or None"
+            raise _validation.invalid("backward", self.backward, rule)
 
     def saturation(self) -> dict[str, Saturation]:
-        """How often each gate of each unit is nearly shut, or nearly open.
+        """Compute how often each gate of each unit is nearly closed or nearly open.
 
-        The left- and right-saturated fractions of Karpathy, Johnson and Li:
-        the shares of steps at which a gate is below 0.1, and above 0.9. Masked
-        steps do not count.
+        These are the left- and right-saturated fractions of Karpathy, Johnson and
+        Li: the fractions of unmasked time steps at which a gate is below 0.1, and
+        above 0.9.
 
         Returns:
-            Dict with the keys `"i"`, `"f"` and `"o"`, and for each a
+            Dict with the keys `"i"`, `"f"` and `"o"`. Each value is a
             `Saturation(left, right)` of two arrays of shape `(units,)`.
 
-        Reference:
+        References:
 
         - [Karpathy, Johnson and Li, 2015](https://arxiv.org/abs/1506.02078)
         """
         low, high = SATURATED
-        if self.mask is None:
-            steps = self.i.shape[0] * self.i.shape[1]
-        else:
-            steps = np.count_nonzero(self.mask)
+        steps = np.count_nonzero(self._unmasked())
 
-        def share(condition):
-            # With nothing but masked steps, there is no share to tell.
+        def fraction(condition):
             count = np.count_nonzero(condition, axis=(0, 1))
             return count / steps if steps else np.full(count.shape, np.nan)
 
         return {
-            gate: Saturation(share(values < low), share(values > high))
+            gate: Saturation(fraction(values < low), fraction(values > high))
             for gate, values in (("i", self.i), ("f", self.f), ("o", self.o))
         }
 
-    def to_dataframe(
-        self, tokens: Sequence[_types.Tokens] | None = None
-    ) -> "pandas.DataFrame":
-        """One row for each number, as a pandas `DataFrame`.
+    def correlate(
+        self, features: Mapping[str, Any], array: str = "c"
+    ) -> dict[str, np.ndarray]:
+        """Correlate features of the time steps with the values of every unit.
 
         Args:
-            tokens: For each sample, its tokens: a string, or a list of `time`
-                strings. Default: `None`.
+            features: Dict of feature name -> array of shape `(time,)` or
+                `(batch, time)`, of booleans or numbers.
+            array: String, the gate or state to correlate with. Default: `"c"`.
 
         Returns:
-            `DataFrame` with the columns `sample`, `step`, `token`, `unit`,
-            `gate` (one of `i`, `f`, `o`, `c_tilde`, `c` and `h`) and `value`.
-            Without `tokens`, the column `token` is empty.
+            Dict of feature name -> float64 array of shape `(units,)`: the Pearson
+            correlation over all unmasked time steps, NaN where the feature or the
+            unit is constant.
+        """
+        if array not in ARRAYS:
+            raise _validation.invalid("array", array, f"one of {str(ARRAYS)[1:-1]}")
+        unmasked = self._unmasked()
+        shape = unmasked.shape
+
+        def center(x):
+            x = x[unmasked].astype("float64")
+            x = x - x[:1]  # of a constant, exactly zero
+            return x - x.sum(axis=0) / max(len(x), 1)
+
+        correlations = {}
+        with np.errstate(invalid="ignore"):  # infinite values
+            x = center(getattr(self, array))
+            for name, feature in features.items():
+                feature = np.asarray(feature)
+                has_shape = feature.shape in (shape, shape[1:])
+                if feature.dtype.kind not in "biuf" or not has_shape:
+                    rule = f"booleans or numbers of shape {shape[1:]} or {shape}"
+                    raise _validation.invalid(f"features[{name!r}]", feature, rule)
+                y = center(np.broadcast_to(feature, shape))
+                norms = np.sqrt((x**2).sum(axis=0) * (y**2).sum())
+                correlations[name] = y @ x / np.where(norms > 0, norms, np.nan)
+        return correlations
+
+    def to_dataframe(self, tokens: _types.Tokens | None = None) -> "pandas.DataFrame":
+        """Convert the trace to a pandas `DataFrame` with one row per value.
+
+        Args:
+            tokens: One sample's tokens (a string or a list of `time` strings), or a
+                list of all samples' tokens. Default: `None`.
+
+        Returns:
+            `DataFrame` with the columns `sample`, `step`, `token`, `unit`, `gate`
+            (one of `i`, `f`, `o`, `c_tilde`, `c` and `h`) and `value`. Without
+            `tokens`, the column `token` is empty.
 
         Raises:
-            ImportError: pandas is not installed.
-            ValueError: `tokens` does not fit.
+            ImportError: If pandas is not installed.
+            ValueError: If `tokens` is invalid.
         """
         try:
             import pandas as pd
@@ -166,82 +195,30 @@ class GateTrace:
                 "`to_dataframe` needs pandas: run `pip install pandas`."
             ) from None
         batch, time, units = self.i.shape
-        if tokens is not None:
-            try:
-                tokens = list(tokens)
-            except TypeError:
-                raise _validation.invalid(
-                    "tokens", tokens, f"the tokens of {batch} samples"
-                ) from None
-            if len(tokens) != batch:
-                raise ValueError(
-                    f"`tokens` has {len(tokens)} samples; expected {batch}, each with "
-                    f"its {time} tokens."
-                )
-            tokens = [token for own in tokens for token in check_tokens(own, time)]
-        sample, step, unit, gate = np.indices(
-            (batch, time, units, len(ARRAYS)), dtype="int32", sparse=True
-        )
         shape = batch, time, units, len(ARRAYS)
+        sample, step, unit, gate = np.indices(shape, dtype="int32", sparse=True)
 
         def column(index):
             return np.broadcast_to(index, shape).ravel()
 
-        position = column(sample * time + step)
-        categories = list(dict.fromkeys(tokens or []))
-        code_of = {token: code for code, token in enumerate(categories)}
-        codes = np.array([code_of[token] for token in tokens or []], "int32")
+        categories: Any = []
+        codes = np.full((batch, time, 1, 1), -1)
+        if tokens is not None:
+            per_sample = np.array(tokens_per_sample(tokens, batch, time))
+            categories, codes = np.unique(per_sample, return_inverse=True)
+            codes = codes.reshape(-1, time, 1, 1)
         return pd.DataFrame(
             {
                 "sample": column(sample),
                 "step": column(step),
                 "token": pd.Categorical.from_codes(
-                    np.full(position.shape, -1) if tokens is None else codes[position],
-                    categories=pd.Index(categories, dtype="str"),
+                    column(codes), categories=pd.Index(categories, dtype="str")
                 ),
                 "unit": column(unit),
                 "gate": pd.Categorical.from_codes(column(gate), categories=ARRAYS),
                 "value": np.stack([getattr(self, name) for name in ARRAYS], -1).ravel(),
             }
         )
-
-    def correlate(
-        self, features: Mapping[str, np.ndarray], array: str = "c"
-    ) -> dict[str, np.ndarray]:
-        """Correlate features of the time steps with the values of each unit.
-
-        Args:
-            features: Dict of feature name -> array of shape `(time,)` or
-                `(batch, time)`, of booleans or numbers.
-            array: String, the gate or state to correlate. Defaults to `"c"`.
-
-        Returns:
-            Dict of feature name -> float64 array of shape `(units,)`: the Pearson
-            correlation over the unmasked time steps, NaN where a feature or a unit is
-            constant.
-        """
-        if array not in ARRAYS:
-            raise _validation.invalid("array", array, f"one of {str(ARRAYS)[1:-1]}")
-        shape = self.i.shape[:2]
-        mask = np.ones(shape, bool) if self.mask is None else self.mask
-
-        def center(x):
-            # Relative to the first value, constants are exactly zero.
-            x = (x - x[:1]).astype("float64")
-            return x - x.sum(axis=0) / max(len(x), 1)
-
-        correlations = {}
-        with np.errstate(invalid="ignore"):  # infinite values
-            x = center(getattr(self, array)[mask])
-            for name, feature in features.items():
-                feature = np.asarray(feature, "float64")
-                if feature.shape not in (shape, shape[1:]):
-                    rule = f"arrays of shape {shape[1:]} or {shape}"
-                    raise _validation.invalid("features", feature, rule)
-                y = center(np.broadcast_to(feature, shape)[mask])
-                norms = np.sqrt((x**2).sum(axis=0) * (y**2).sum())
-                correlations[name] = y @ x / np.where(norms > 0, norms, np.nan)
-        return correlations
 
     def to_html(
         self,
@@ -260,65 +237,56 @@ class GateTrace:
         Args:
             path: String or path-like, the file to write.
             tokens: One sample's tokens (a string or a list of `time` strings), or a
-                list of all samples' tokens. Defaults to `None`, which shows the
+                list of all samples' tokens. Default: `None`, which shows the
                 numbers of the time steps.
-            sample: Integer, the sample to report on. Defaults to `0`.
+            sample: Integer, the sample to report on. Default: `0`.
 
         Raises:
+            OSError: If the file cannot be written.
             ValueError: If `tokens` or `sample` is invalid.
         """
-        from keras_scratch_lstm.tracing import html
-
         batch, time, _ = self.i.shape
-        sample = check_sample(self, sample)
+        sample = _validation.index("sample", sample, batch)
         if tokens is not None:
             tokens = tokens_of_sample(tokens, batch, time, sample)
-        arrays = {name: getattr(self, name)[sample] for name in ARRAYS}
-        mask = None if self.mask is None else self.mask[sample : sample + 1]
-        one = GateTrace(**{k: v[None] for k, v in arrays.items()}, mask=mask)
+        one = slice(sample, sample + 1)
+        arrays = {name: getattr(self, name)[one] for name in ARRAYS}
+        trace = GateTrace(**arrays, mask=None if self.mask is None else self.mask[one])
         features = token_features(tokens or [])
-        correlations = {name: one.correlate(features, name) for name in ARRAYS}
-        page = html.render(self.layer, arrays, tokens, correlations).encode()
-        _write_whole(path, lambda file: file.write(page))
+        page = html.render(
+            self.layer,
+            {name: values[0] for name, values in arrays.items()},
+            tokens,
+            {name: trace.correlate(features, name) for name in ARRAYS},
+        ).encode()
+        files.write_file(path, lambda file: file.write(page))
 
     def save(self, path: _types.Path) -> None:
-        """Writes the trace to an `.npz` file, whole or not at all.
+        """Save the trace to an `.npz` file, atomically if it is a regular file.
 
         Args:
-            path: Where to write it; `np.load` reads it, too.
+            path: String or path-like, the file to write. `np.load` reads it, too.
 
         Raises:
-            OSError: The file can't be written.
+            OSError: If the file cannot be written.
         """
-        content = {"format": np.array(_FORMAT), **self._to_arrays("")}
-        _write_whole(path, lambda file: np.savez(file, **content))
+        files.save_arrays(path, self._to_arrays(""))
 
     @classmethod
     def load(cls, path: _types.Path) -> "GateTrace":
-        """Reads a trace that `save` has written; nothing in it is ever run.
+        """Load a saved trace. No code in the file is executed.
 
         Args:
-            path: Where it is.
+            path: String or path-like, the file to read.
 
         Returns:
-            A `GateTrace` with the same arrays.
+            A `GateTrace`.
 
         Raises:
-            OSError: The file can't be read.
-            ValueError: It is damaged, or no gate trace.
+            OSError: If the file cannot be read.
+            ValueError: If the file is damaged or was not written by `save`.
         """
-        path = _validation.path("path", path)
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            # To open a pipe is to wait for whoever writes to it.
-            raise _validation.invalid("path", str(path), "a file")
-        with open(path, "rb") as file:
-            try:
-                return cls._from_arrays(_read_arrays(file), "")
-            except _SIGNS_OF_DAMAGE as error:
-                raise ValueError(
-                    f"`path` is {str(path)!r}, which is damaged or no gate trace "
-                    f"({type(error).__name__}); expected a file of `GateTrace.save`."
-                ) from None
+        return files.load_arrays(path, lambda arrays: cls._from_arrays(arrays, ""))
 
     def __repr__(self) -> str:
         batch, time, units = self.i.shape
@@ -327,6 +295,9 @@ class GateTrace:
             f"units={units}{', masked' if self.mask is not None else ''}"
             f"{', backward=…' if self.backward is not None else ''})"
         )
+
+    def _unmasked(self):
+        return np.ones(self.i.shape[:2], bool) if self.mask is None else self.mask
 
     def _to_arrays(self, prefix):
         arrays = {prefix + name: getattr(self, name) for name in ARRAYS}
@@ -344,78 +315,5 @@ class GateTrace:
         backward = None
         if not prefix and "backward_i" in content:
             backward = cls._from_arrays(content, "backward_")
-        layer = content[prefix + "layer"]
-        if getattr(layer, "shape", None) != () or layer.dtype.kind != "U":
-            raise ValueError("layer")
-        layer = str(layer)
+        layer = content[prefix + "layer"].item()
         return cls(**arrays, mask=mask, layer=layer, backward=backward)
-
-
-def check_tokens(tokens, time):
-    """The tokens of one sample as a list of strings, one a step."""
-    try:
-        tokens = [str(token) for token in tokens]
-    except TypeError:
-        raise ValueError(
-            f"`tokens` is {tokens!r}; expected a string or a list of {time} strings."
-        ) from None
-    if len(tokens) != time:
-        raise ValueError(
-            f"`tokens` has {len(tokens)} tokens; expected {time}, one for each step."
-        )
-    return tokens
-
-
-def check_sample(trace, sample):
-    """The index of one of the trace's samples."""
-    samples = len(trace.i)
-    return _validation.index("sample", sample, samples)
-
-
-# --- files -------------------------------------------------------------------
-
-# What NumPy and `zipfile` raise over files that are none of theirs.
-_SIGNS_OF_DAMAGE = (
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    NotImplementedError,
-    OSError,
-    OverflowError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-
-
-def _read_arrays(file):
-    """The arrays of a saved trace by name. Nothing is unpickled or unpacked."""
-    if not zipfile.is_zipfile(file):
-        raise ValueError("one array, or none")
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    arrays = np.load(file, allow_pickle=False)
-    members = arrays.zip.infolist()
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise ValueError("compressed, which `save` does not do")
-    if sum(member.file_size for member in members) > size:
-        raise ValueError("longer than the file")
-    if str(arrays["format"]) != _FORMAT:
-        raise ValueError("format")
-    return {name: arrays[name] for name in arrays.files}
-
-
-def _write_whole(path, write):
-    """Writes a file whole or not at all."""
-    path = _validation.path("path", path)
-    part = path.parent / f"{path.name}.{secrets.token_hex(4)}"
-    with contextlib.ExitStack() as undo:
-        with open(part, "xb") as file:
-            undo.callback(os.unlink, part)
-            write(file)
-        os.replace(part, path)
-        undo.pop_all()

@@ -1,0 +1,53 @@
+"""Tracing, masks, conversion and saving, also on backends for inference only."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from trace_reference import LAYERS, TIME, assert_close, embed, numpy_trace, sequential
+
+from keras_scratch_lstm import ScratchLSTM, to_builtin, to_scratch, trace_gates
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM"])
+@pytest.mark.parametrize("mask_zero", [False, True])
+def test_trace_conversion_and_saving(kind, mask_zero, tokens, tmp_path):
+    tokens[1:, 4:] = 0
+    model = sequential(LAYERS[kind](name="lstm"), mask_zero=mask_zero, time=TIME)
+    mask = tokens != 0 if mask_zero else None
+    expected = numpy_trace(model.get_layer("lstm"), embed(tokens, model), mask=mask)
+    outputs = model.predict(tokens, verbose=0)
+    last = np.where(mask, np.arange(TIME), 0).max(1) if mask_zero else TIME - 1
+    h = expected["h"][np.arange(len(tokens)), last]
+    kernel, bias = model.layers[-1].get_weights()
+    np.testing.assert_allclose(outputs, h @ kernel + bias, rtol=1e-4, atol=1e-5)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    convert = to_scratch if kind == "LSTM" else to_builtin
+    converted = convert(model)
+    is_scratch = isinstance(converted.get_layer("lstm"), ScratchLSTM)
+    assert is_scratch == (kind == "LSTM")
+    for other in (model, loaded, converted):
+        assert_close(trace_gates(other, tokens), expected)
+        found = other.predict(tokens, verbose=0)
+        np.testing.assert_allclose(found, outputs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("backend", ["numpy", "openvino"])
+def test_backends_for_inference_only(backend):
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    tests = Path(__file__).with_name("test_replay.py")
+    command = [sys.executable, "-m", "pytest", "-q", __file__, tests]
+    selected = "conversion_and_saving or both_methods or both_directions or masks_of"
+    command += ["-p", "no:cacheprovider", "-k", selected]
+    environment = os.environ | {"KERAS_BACKEND": backend}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "16 passed" in done.stdout
