@@ -17,7 +17,6 @@ __all__ = [
     "get_keras_mask",
     "lstm",
     "minimize",
-    "own_variables",
     "running_callback_list",
     "sublayers",
 ]
@@ -26,11 +25,6 @@ __all__ = [
 def sublayers(layer, recursive=False):
     """Return the layers within a layer, which `model.layers` has for models only."""
     return layer._flatten_layers(include_self=False, recursive=recursive)
-
-
-def own_variables(layer):
-    """Return the variables of a layer, without those of its sublayers and seeds."""
-    return layer._trainable_variables + layer._non_trainable_variables
 
 
 def minimize(metric):
