@@ -1,3 +1,4 @@
+import re
 import string
 
 import numpy as np
@@ -60,36 +61,27 @@ def test_invalid_tokens_raise_error(tokens, batch, match):
 
 
 def test_character_features():
-    features = token_features(STORY)
+    prefixes = [STORY[: t + 1] for t in range(len(STORY))]
+    letters = np.char.lower(list(STORY))
+    vowel = np.isin(letters, list("aeiouy"))
     expected = {
-        "space": [c in " \n" for c in STORY],
+        "space": [c.isspace() for c in STORY],
         "newline": [c == "\n" for c in STORY],
-        "vowel": [c in "aeiouyAEIOUY" for c in STORY],
-        "consonant": [c.isalpha() and c not in "aeiouyAEIOUY" for c in STORY],
+        "vowel": vowel,
+        "consonant": np.isin(letters, list(string.ascii_lowercase)) & ~vowel,
         "uppercase": [c in string.ascii_uppercase for c in STORY],
         "digit": [c in string.digits for c in STORY],
         "punctuation": [c in string.punctuation for c in STORY],
-        "start of word": [
-            STORY[t] not in " \n" and (t == 0 or STORY[t - 1] in " \n")
-            for t in range(len(STORY))
-        ],
-        "position in word": [
-            t - max(STORY.rfind(" ", 0, t + 1), STORY.rfind("\n", 0, t + 1))
-            for t in range(len(STORY))
-        ],
-        "position in line": [
-            t - STORY.rfind("\n", 0, t) - 1 for t in range(len(STORY))
-        ],
-        "inside quotes": [STORY.count('"', 0, t + 1) % 2 for t in range(len(STORY))],
+        "start of word": [re.search(r"(^|\s)\S$", p) is not None for p in prefixes],
+        "position in word": [len(re.search(r"\S*\Z", p)[0]) for p in prefixes],
+        "position in line": [len(p[:-1].rpartition("\n")[2]) for p in prefixes],
+        "inside quotes": [p.count('"') % 2 == 1 for p in prefixes],
         "inside brackets": [
-            sum(
-                STORY.count(c, 0, t + 1) * s
-                for c, s in [("(", 1), ("[", 1), (")", -1), ("]", -1)]
-            )
-            > 0
-            for t in range(len(STORY))
+            len(re.findall(r"[(\[]", p)) > len(re.findall(r"[)\]]", p))
+            for p in prefixes
         ],
     }
+    features = token_features(STORY)
     assert set(features) == set(expected)
     for name, values in expected.items():
         np.testing.assert_array_equal(features[name], values, err_msg=name)
