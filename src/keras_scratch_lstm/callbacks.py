@@ -73,7 +73,7 @@ class PerplexityLogger(keras.callbacks.Callback):
         self.verbose = verbose
         self._reset()
 
-    def _reset(self):
+    def _reset(self) -> None:
         self.closing_line = ""
         self.tokens_per_sec: float | None = None
         self.seconds = 0.0

@@ -81,7 +81,7 @@ def trace_gates(
             for lstm, arguments in calls.items():
                 if lstm in parts:
                     parts[lstm].append(replay.run(lstm, **arguments))
-    trace = None
+    trace: Any = None
     for lstm in reversed(lstms):
         trace = GateTrace(**_join(parts[lstm]), layer=lstm.name, backward=trace)
     return trace
