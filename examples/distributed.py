@@ -9,7 +9,7 @@ are summed. The numbers are those of one device with the same minibatches.
     python examples/distributed.py --processes 2 --rank 0 --coordinator 10.0.0.1:9876
 
 TensorFlow's `MirroredStrategy` has the devices of one machine, `keras.distribution`
-on JAX those of many. docs/scale-out.md has the launch lines for a cluster.
+on JAX those of many. docs/distributed-training.md has the launch lines for a cluster.
 """
 
 import contextlib

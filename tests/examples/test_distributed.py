@@ -18,7 +18,7 @@ from time_machine import build_model
 from keras_scratch_lstm import Perplexity, PerplexityLogger, ScratchLSTM
 
 EXAMPLE = Path(distributed.__file__)
-SCALE_OUT = EXAMPLE.parents[1] / "docs" / "scale-out.md"
+SCALE_OUT = EXAMPLE.parents[1] / "docs" / "distributed-training.md"
 BACKEND = keras.backend.backend()
 UNITS, ROWS, STEPS, EPOCHS, SEED = 8, 8, 6, 3, 5
 SMALL = ["--units", str(UNITS), "--batch-size", str(ROWS), "--num-steps", str(STEPS)]
