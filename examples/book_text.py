@@ -1,17 +1,15 @@
-"""The text, the vocabulary and the minibatches of the book "Dive into Deep Learning".
+"""The text, vocabulary and minibatches of the book "Dive into Deep Learning".
 
-The book trains on H. G. Wells's "The Time Machine" (1895), one character at a
-time: https://d2l.ai/chapter_recurrent-neural-networks/language-model.html
+The book trains a character-level model on H. G. Wells's "The Time Machine" (1895):
+https://d2l.ai/chapter_recurrent-neural-networks/language-model.html
 """
 
 import contextlib
-import copy
 import hashlib
 import http.client
 import os
 import random
 import re
-import tempfile
 import time
 import urllib.request
 from collections import Counter
@@ -20,19 +18,17 @@ from typing import NamedTuple
 
 import keras
 import numpy as np
+from common import ExampleError, replacing
 
 URL = "http://d2l-data.s3-accelerate.amazonaws.com/timemachine.txt"
 SHA256 = "8424dbd9532ac81f7e5f0b6add90e6952baea29158309d7d1bf3884f4e12c516"
 BUNDLED = Path(__file__).with_name("time_traveller.txt")
 DOWNLOAD_SECONDS = 30
-
-
-class TextError(Exception):
-    """A text that cannot be had or used; the message is one sentence."""
+PREFIXES = ("time traveller", "traveller")  # that a trained model continues
 
 
 class Text(NamedTuple):
-    """A text, where it came from, and whether it is the book's own."""
+    """A text, its source, and whether it is the book's text."""
 
     characters: str
     source: str
@@ -40,44 +36,37 @@ class Text(NamedTuple):
 
 
 def load_text(path=None):
-    """The book's text: from `path`, else from Keras's cache, else downloaded.
+    """Returns a text from a file, or the book's text from Keras's cache or the web.
 
-    Where it can be had from nowhere, it is the bundled story instead.
-
-    Raises:
-        TextError: A file is unreadable, or it is not the book's text.
+    If the book's text cannot be downloaded, returns the bundled short story.
     """
     if path is not None:
-        return _the_book(_read(path), str(path))
-    cached = _cache() / "timemachine.txt"
-    if cached.exists():
-        return _the_book(_read(cached), str(cached))
+        return _read(path)
+    home = os.environ.get("KERAS_HOME", Path.home() / ".keras")
+    cached = Path(home, "datasets", "timemachine.txt")  # as `keras.utils.get_file`
+    if cached.exists() and (text := _read(cached)).is_the_book:
+        return text
     try:
-        content = _download()
-    except (OSError, http.client.HTTPException):
-        return load_own_text(BUNDLED)
-    text = _the_book(content, URL)
-    _keep(content, cached)
+        text = _decode(content := _download(), URL)
+    except (OSError, http.client.HTTPException, ExampleError):
+        return _read(BUNDLED)
+    if not text.is_the_book:  # but the page of a proxy, for example
+        return _read(BUNDLED)
+    with contextlib.suppress(OSError, ExampleError):  # A read-only cache is no error.
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(cached) as unfinished:
+            unfinished.write_bytes(content)
     return text
 
 
-def load_own_text(path):
-    """Any other text, in UTF-8."""
-    try:
-        return Text(_read(path).decode("utf-8"), str(path), is_the_book=False)
-    except UnicodeDecodeError:
-        raise TextError(f"{path} is no text in UTF-8.") from None
-
-
 def tokenize(text):
-    """The book's tokens: letters, in lower case, and what lies between as a space."""
+    """Splits a text into the book's tokens: lowercase letters and single spaces."""
     lines = re.split("\r\n?|\n", text)
-    cleaned = (re.sub("[^A-Za-z]+", " ", line).strip().lower() for line in lines)
-    return list("".join(cleaned))
+    return list("".join(re.sub("[^A-Za-z]+", " ", x).strip().lower() for x in lines))
 
 
 class Vocabulary:
-    """The tokens of a text, `<unk>` first and then the most frequent first."""
+    """The tokens of a text: `<unk>` first, then by descending frequency."""
 
     def __init__(self, tokens):
         self.tokens = ["<unk>", *(token for token, _ in Counter(tokens).most_common())]
@@ -93,164 +82,97 @@ class Vocabulary:
         return "".join(self.tokens[index] for index in indices)
 
 
-def sequential_batches(corpus, batch_size, num_steps, rng):
-    """One epoch of the book's sequential partition.
+def sequential_starts(num_tokens, batch_size, num_steps, rng):
+    """Returns where the windows of an epoch start, by sequential partitioning.
 
-    From a random offset on, the corpus is cut into `batch_size` long rows, and
-    a minibatch is a window of `num_steps` columns: what a row of one minibatch
-    begins, the same row of the next goes on with.
-
-    Args:
-        corpus: Integer array of shape `(tokens,)`.
-        batch_size: Integer.
-        num_steps: Integer, the time steps of a minibatch.
-        rng: A `random.Random`, or the module `random`.
+    The text, from a random offset, is split into `batch_size` rows, and a batch is a
+    window of `num_steps` columns. So each row continues in the next batch.
 
     Returns:
-        `(x, y)`, integer arrays of shape `(batches, batch_size, num_steps)`;
-        `y` is one token ahead of `x`.
+        Integer array of shape `(batches, batch_size)`.
     """
     offset = rng.randint(0, num_steps)
-    columns = (len(corpus) - offset - 1) // batch_size
-    num_batches = columns // num_steps
-
-    def windows(start):
-        rows = corpus[start : start + batch_size * columns].reshape(batch_size, -1)
-        rows = rows[:, : num_batches * num_steps]
-        return rows.reshape(batch_size, num_batches, num_steps).swapaxes(0, 1)
-
-    return windows(offset), windows(offset + 1)
+    columns = (num_tokens - offset - 1) // batch_size
+    first_row = offset + num_steps * np.arange(columns // num_steps)
+    return first_row[:, None] + columns * np.arange(batch_size)
 
 
-def random_batches(corpus, batch_size, num_steps, rng):
-    """One epoch of the book's random sampling: windows in random order.
-
-    Arguments and results are those of `sequential_batches`.
-    """
+def random_starts(num_tokens, batch_size, num_steps, rng):
+    """Returns where the windows of an epoch start, in random order."""
     offset = rng.randint(0, num_steps - 1)
-    num_windows = (len(corpus) - offset - 1) // num_steps
-    starts = [offset + k * num_steps for k in range(num_windows)]
+    starts = np.arange(offset, num_tokens - num_steps, num_steps)
     rng.shuffle(starts)
-    num_batches = num_windows // batch_size
-    starts = np.array(starts[: num_batches * batch_size])
-    index = starts.reshape(num_batches, batch_size, 1) + np.arange(num_steps)
-    return corpus[index], corpus[index + 1]
+    num_batches = len(starts) // batch_size
+    return starts[: num_batches * batch_size].reshape(num_batches, batch_size)
 
 
 class Minibatches(keras.utils.PyDataset):
-    """Epoch after epoch of minibatches, without end.
+    """An endless stream of minibatches `(x, y)`, one epoch after another.
 
-    One stream for all epochs, cut by `steps_per_epoch`, spares `fit` a new
-    iterator for each, which with short epochs takes longer than training.
-    Batch number `k` depends on `seed` and `k` alone.
+    One stream, divided by `steps_per_epoch`, because a new iterator for each of these
+    short epochs takes longer than the training. The batches of an epoch depend only on
+    `seed` and its number, so that a run can resume at any epoch.
 
-    Where the offset decides whether there is one minibatch more, it is left
-    out, so that all epochs have as many.
-
-    Args:
-        corpus: Integer array of shape `(tokens,)`.
-        batch_size: Integer.
-        num_steps: Integer.
-        sampling: `"sequential"` or `"random"`.
-        seed: Integer, the seed of all offsets and orders.
-
-    Raises:
-        TextError: The corpus is too short for one minibatch.
+    Attributes:
+        first_epoch: Integer, the epoch that the stream starts with.
+        rows: Slice of each batch, for one of several processes.
     """
+
+    num_batches = None  # endless
 
     def __init__(self, corpus, batch_size, num_steps, sampling, seed):
         super().__init__()
-        self.corpus = corpus
-        self._size = batch_size, num_steps
-        self._seed = seed
-        tokens = batch_size * num_steps
-        if sampling == "sequential":
-            self._batches = sequential_batches
-            needed = tokens + num_steps + 1
-            columns = (len(corpus) - num_steps - 1) // batch_size
-            self.steps_per_epoch = columns // num_steps
-        else:
-            self._batches = random_batches
-            needed = tokens + num_steps
-            self.steps_per_epoch = (len(corpus) - num_steps) // num_steps // batch_size
+        self.corpus, self.first_epoch, self.rows = corpus, 0, slice(None)
+        self._size, self._seed = (batch_size, num_steps), seed
+        self._sequential = sampling == "sequential"
+        self._starts = None, None
+        # At the latest offset, so that all epochs have the same number of batches.
+        skipped, batch = num_steps + self._sequential, batch_size * num_steps
+        self.steps_per_epoch = (len(corpus) - skipped) // batch
         if self.steps_per_epoch < 1:
-            raise TextError(
-                f"the text has {len(corpus)} characters; a minibatch of {batch_size} x "
-                f"{num_steps} needs at least {needed}."
+            raise ExampleError(
+                f"The text must have at least {batch + skipped} characters for a batch "
+                f"of {batch_size} x {num_steps}. Received: {len(corpus)} characters"
             )
-        self.tokens_per_epoch = self.steps_per_epoch * tokens
-        self._first = 0
-        self._epoch = None
-
-    def from_epoch(self, number):
-        """The same stream from the start of an epoch on."""
-        rest = copy.copy(self)
-        rest._first, rest._epoch = number, None
-        return rest
-
-    @property
-    def num_batches(self):
-        return None  # without end
-
-    def epoch(self, number):
-        """The minibatches of one epoch, as `sequential_batches` gives them."""
-        rng = random.Random(f"{self._seed} {number}")
-        x, y = self._batches(self.corpus, *self._size, rng)
-        return x[: self.steps_per_epoch], y[: self.steps_per_epoch]
+        self.tokens_per_epoch = self.steps_per_epoch * batch
 
     def __getitem__(self, index):
         number, step = divmod(index, self.steps_per_epoch)
-        number += self._first
-        if self._epoch is None or self._epoch[0] != number:
-            self._epoch = number, self.epoch(number)
-        x, y = self._epoch[1]
-        return x[step], y[step]
+        starts = self._starts_of_epoch(self.first_epoch + number)[step, self.rows]
+        windows = self.corpus[starts[:, None] + np.arange(self._size[1] + 1)]
+        windows = windows.astype("int32")
+        return windows[:, :-1], windows[:, 1:]
+
+    def _starts_of_epoch(self, number):
+        if self._starts[0] != number:
+            rng = random.Random(f"{self._seed} {number}")
+            sample = sequential_starts if self._sequential else random_starts
+            self._starts = number, sample(len(self.corpus), *self._size, rng)
+        return self._starts[1]
 
 
 def _read(path):
     try:
-        return Path(path).read_bytes()
+        return _decode(Path(path).read_bytes(), str(path))
     except OSError as error:
-        raise TextError(f"{path} cannot be read: {error.strerror}.") from None
+        raise ExampleError(f"{path} cannot be read: {error.strerror}.") from None
 
 
-def _the_book(content, source):
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHA256:
-        raise TextError(
-            f"{source} is not the book's text: its SHA-256 is {found}, "
-            f"expected {SHA256}."
-        )
-    return Text(content.decode("utf-8"), source, is_the_book=True)
-
-
-def _cache():
-    """The folder that `keras.utils.get_file` keeps its files in."""
-    home = os.environ.get("KERAS_HOME", Path.home() / ".keras")
-    return Path(home) / "datasets"
+def _decode(content, source):
+    try:
+        characters = content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ExampleError(f"{source} must be encoded in UTF-8.") from None
+    return Text(characters, source, hashlib.sha256(content).hexdigest() == SHA256)
 
 
 def _download():
-    # `keras.utils.get_file` has no time limit, hence not here.
+    # Not by `keras.utils.get_file`, which has no time limit.
     deadline = time.monotonic() + DOWNLOAD_SECONDS
     content = bytearray()
     with urllib.request.urlopen(URL, timeout=DOWNLOAD_SECONDS / 3) as response:
         while chunk := response.read1(1 << 16):
             content += chunk
             if time.monotonic() > deadline:
-                raise TimeoutError(f"no whole file after {DOWNLOAD_SECONDS} s")
+                raise TimeoutError
     return bytes(content)
-
-
-def _keep(content, path):
-    """Writes the file whole or not at all; a cache that cannot be is no error."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent)
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(content)
-            os.replace(name, path)
-        except OSError:
-            os.unlink(name)
-            raise

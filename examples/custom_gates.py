@@ -1,22 +1,33 @@
-"""Cells of one's own: two famous variants of the LSTM, each an override of `gates`.
+"""Train two well-known variants of the LSTM, each a custom cell that overrides `gates`.
 
     python examples/custom_gates.py
 
-- In a peephole cell, the gates see the memory: Gers, Schraudolph and Schmidhuber,
-  2002, "Learning Precise Timing with LSTM Recurrent Networks".
-- In a coupled cell, what is forgotten is what is taken in, f = 1 - i: Greff et al.,
-  2017, "LSTM: A Search Space Odyssey", where it did as well with a gate less.
+- Peephole cell: the gates also see the cell state (Gers, Schraudolph and Schmidhuber,
+  2002, "Learning Precise Timing with LSTM Recurrent Networks").
+- Coupled cell: the forget gate is f = 1 - i (Greff et al., 2017, "LSTM: A Search Space
+  Odyssey", where it was as accurate, with one gate less).
 
-Both train beside the plain cell on a task of timing: two spikes, and the answer is
-how many steps lie between them.
+The task is timing: how many time steps are between two spikes?
 """
 
-import argparse
 import math
-import os
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import common
+
+
+def parse_arguments(argv=None):
+    parser = common.create_parser("custom_gates.py", __doc__)
+    add, positive_integer = parser.add_argument, common.positive_integer
+    add("--steps", type=positive_integer, default=40, help="length of a sequence")
+    add("--units", type=positive_integer, default=8, help="units of each cell")
+    add("--epochs", type=positive_integer, default=30, help="passes over 4,096 samples")
+    add("--seed", type=common.seed, default=0, help="for weights and data")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments()  # Answer --help before the imports below, which take seconds.
 
 import keras
 import numpy as np
@@ -27,15 +38,14 @@ from keras_scratch_lstm import Gates, ScratchLSTM, ScratchLSTMCell
 
 @keras.saving.register_keras_serializable("custom_gates")
 class PeepholeCell(ScratchLSTMCell):
-    """Gates that see the memory: i and f the last one, o the new one."""
+    """An LSTM cell whose i and f see the previous cell state, and o the new one."""
 
     def build(self, input_shape):
         super().build(input_shape)
-        for name in ("p_i", "p_f", "p_o"):  # a number a unit, as in the paper
-            weight = self.add_weight(
-                name=name, shape=(self.units,), initializer="zeros"
-            )
-            setattr(self, name, weight)
+        shape = (self.units,)  # one weight per unit, as in the paper
+        self.p_i = self.add_weight(name="p_i", shape=shape, initializer="zeros")
+        self.p_f = self.add_weight(name="p_f", shape=shape, initializer="zeros")
+        self.p_o = self.add_weight(name="p_o", shape=shape, initializer="zeros")
 
     def gates(self, x, h, c):
         i = ops.sigmoid(x @ self.W_xi + h @ self.W_hi + c * self.p_i + self.b_i)
@@ -48,12 +58,12 @@ class PeepholeCell(ScratchLSTMCell):
 
 @keras.saving.register_keras_serializable("custom_gates")
 class CoupledCell(ScratchLSTMCell):
-    """Forgets just as much as it takes in."""
+    """An LSTM cell that forgets as much as it adds."""
 
     def build(self, input_shape):
         super().build(input_shape)
         for weight in (self.W_xf, self.W_hf, self.b_f):
-            weight.trainable = False  # not in use
+            weight.trainable = False  # unused
 
     def gates(self, x, h, c):
         gates = super().gates(x, h, c)
@@ -64,8 +74,8 @@ CELLS = {"plain": ScratchLSTMCell, "peephole": PeepholeCell, "coupled": CoupledC
 
 
 def spikes(count, steps, rng):
-    """`count` sequences of two spikes, `(count, steps, 1)`, and their distances."""
-    first = rng.integers(0, steps // 4, count)
+    """Returns sequences of two spikes, `(count, steps, 1)`, and their distances."""
+    first = rng.integers(0, max(1, steps // 4), count)
     second = rng.integers(steps // 2, steps, count)
     x = np.zeros((count, steps, 1), "float32")
     x[np.arange(count), first] = x[np.arange(count), second] = 1
@@ -73,18 +83,7 @@ def spikes(count, steps, rng):
 
 
 def train(cell, steps=40, epochs=30, seed=0):
-    """Trains one cell on the task.
-
-    Args:
-        cell: A `ScratchLSTMCell`, or one of a subclass.
-        steps: Integer, how long a sequence is.
-        epochs: Integer, how often the 4,096 sequences are gone through.
-        seed: Integer, of the sequences, the weights and the batches.
-
-    Returns:
-        The model, and the share of 2,048 unseen sequences whose distance it gets
-        right to the step.
-    """
+    """Trains a cell; returns the model, and its accuracy on 2,048 new sequences."""
     keras.utils.set_random_seed(seed)
     rng = np.random.default_rng(seed)
     model = keras.Sequential(
@@ -94,30 +93,17 @@ def train(cell, steps=40, epochs=30, seed=0):
     x, distance = spikes(4096, steps, rng)
     model.fit(x, distance / steps, batch_size=64, epochs=epochs, verbose=0)
     x, distance = spikes(2048, steps, rng)
-    answer = model.predict(x, batch_size=256, verbose=0)[:, 0] * steps
-    return model, float(np.mean(np.rint(answer) == distance))
+    predicted = model.predict(x, batch_size=256, verbose=0)[:, 0] * steps
+    return model, float(np.mean(np.rint(predicted) == distance))
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=40, help="of a sequence")
-    parser.add_argument("--units", type=int, default=8, help="of each cell")
-    parser.add_argument("--epochs", type=int, default=30, help="of 4,096 sequences")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-
-    print("How many steps lie between two spikes?")
+def main(argv=None):
+    args = parse_arguments(argv)
     for name, make_cell in CELLS.items():
-        cell = make_cell(options.units)
-        _, right = train(cell, options.steps, options.epochs, options.seed)
-        trained = sum(math.prod(weight.shape) for weight in cell.trainable_weights)
-        print(
-            f"{name:>9}: {trained} weights, {right:.1%} right to the step", flush=True
-        )
-    print(
-        "A cell is its gates: `ScratchLSTM` runs and trains whatever `gates` returns.\n"
-        "The peepholes cost three weights a unit; the coupled gates save a quarter."
-    )
+        cell = make_cell(args.units)
+        _, accuracy = train(cell, args.steps, args.epochs, args.seed)
+        weights = sum(math.prod(weight.shape) for weight in cell.trainable_weights)
+        print(f"{name:>9}: {weights} weights, accuracy {accuracy:.1%}", flush=True)
 
 
 if __name__ == "__main__":

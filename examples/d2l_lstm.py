@@ -1,16 +1,19 @@
 """The book's LSTM from scratch, trained by the book's own loop (`d2l==0.17.0`)."""
 
-import math
+from types import SimpleNamespace
 
 import keras
 import tensorflow as tf
-from checkpoint import Saved, find_failure, random_state, restore
+from book_text import PREFIXES
 from d2l import tensorflow as d2l
 from tqdm import tqdm
 
+if keras.backend.backend() != "tensorflow":
+    raise ImportError("KERAS_BACKEND is not tensorflow")
+
 
 def lstm_parameters(vocabulary_size, units):
-    """The book's parameter list: twelve of the LSTM, two of the output layer."""
+    """Returns the book's parameters: twelve of the LSTM, two of the output layer."""
 
     def normal(*shape):
         return tf.Variable(tf.random.normal(shape, stddev=0.01))
@@ -26,7 +29,7 @@ def lstm_parameters(vocabulary_size, units):
 
 
 def lstm(inputs, state, parameters):
-    """The forward pass over `inputs`, of shape (time, batch, vocabulary)."""
+    """Computes the forward pass over inputs of shape `(time, batch, vocabulary)`."""
     W_xi, W_hi, b_i, W_xf, W_hf, b_f, W_xo, W_ho, b_o, W_xc, W_hc, b_c = parameters[:12]
     W_hq, b_q = parameters[12:]
     h, c = state
@@ -46,66 +49,26 @@ def zero_state(batch_size, units):
     return tf.zeros((batch_size, units)), tf.zeros((batch_size, units))
 
 
-def train_d2l(
-    name, args, batches, vocabulary, device, interrupt, files, saved, prefixes, length
-):
-    """Trains the book's model as `time_machine.train` does a cell."""
+def train(name, args, vocabulary, batches, interrupt):
+    """Trains the book's model, like `time_machine.train`, but without checkpoints."""
     keras.utils.set_random_seed(args.seed)
-    with tf.distribute.OneDeviceStrategy(device).scope():
-        net = d2l.RNNModelScratch(
-            len(vocabulary), args.units, zero_state, lstm, lstm_parameters
-        )
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        updater = keras.optimizers.SGD(args.learning_rate)
-        updater.build(net.trainable_variables)
-    # The states start at zero in each epoch, and nothing else is random.
-    variables = [*net.trainable_variables, *updater.variables]
-    epochs, failure, seconds = 0, None, 0.0
+    net = d2l.RNNModelScratch(
+        len(vocabulary), args.units, zero_state, lstm, lstm_parameters
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    updater = keras.optimizers.SGD(args.learning_rate)
+    random_order = args.sampling == "random"
+    batches.first_epoch, steps = 0, batches.steps_per_epoch
     history = {"perplexity": [], "tokens_per_sec": []}
-    if saved:
-        epochs, seconds, history = saved.epochs, saved.seconds, saved.history
-        restore(variables, saved)
-    timer = d2l.Timer()
-    for epoch in tqdm(
-        range(epochs, args.epochs),
-        initial=epochs,
-        total=args.epochs,
-        desc=name,
-        unit="epoch",
-    ):
-        x, y = batches.epoch(epoch)
-        try:
-            perplexity, speed = d2l.train_epoch_ch8(
-                net,
-                [(tf.constant(X), tf.constant(Y)) for X, Y in zip(x, y, strict=True)],
-                loss,
-                updater,
-                use_random_iter=args.sampling == "random",
-            )
-        except OverflowError:  # exp of the loss
-            perplexity, speed = math.inf, math.nan
-        arrays = [variable.numpy() for variable in variables]
-        failure = find_failure(epochs, "perplexity", perplexity, arrays)
-        if failure:
-            if epochs:
-                restore(variables, files.load())
-            break
-        epochs, seconds = epoch + 1, seconds + timer.stop()
-        timer.start()
-        history["perplexity"].append(float(perplexity))
-        history["tokens_per_sec"].append(float(speed))
-        files.save(Saved(epochs, arrays, random_state(), history, seconds))
+    for epoch in tqdm(range(args.epochs), desc=name, unit="epoch"):
+        pairs = [batches[epoch * steps + k] for k in range(steps)]
+        pairs = [(tf.constant(x), tf.constant(y)) for x, y in pairs]
+        results = d2l.train_epoch_ch8(net, pairs, loss, updater, random_order)
+        for values, value in zip(history.values(), results, strict=True):
+            values.append(float(value))
         if interrupt.requested:
             break
-    # Each token once, most frequent first, gives the same indices.
+    result = SimpleNamespace(epochs=epoch + 1, history=history, failure=None)
+    # Each token once, by frequency, gives the same indices.
     vocab = d2l.Vocab([vocabulary.tokens[1:]])
-    samples = {
-        prefix: d2l.predict_ch8(prefix, length, net, vocab) for prefix in prefixes
-    }
-    return {
-        "epochs": epochs,
-        "failure": failure,
-        "seconds": seconds,
-        "samples": samples,
-        "history": history,
-    }
+    return result, {p: d2l.predict_ch8(p, 50, net, vocab) for p in PREFIXES}

@@ -12,7 +12,7 @@ numpy = ops.convert_to_numpy
 
 
 def peephole(x, w):
-    """In NumPy, from the equations of the paper: `h` of all steps."""
+    """Hidden states at all time steps, from the equations of the paper."""
     h = c = np.zeros((len(x), len(w["b_i"])))
     outputs = []
     for x_t in x.swapaxes(0, 1):
@@ -25,8 +25,8 @@ def peephole(x, w):
     return np.stack(outputs, 1)
 
 
-def drawn(cell, rng, features=3):
-    """A layer over the cell, with weights of which no two are alike."""
+def random_layer(cell, rng, features=3):
+    """A layer with the cell and random weights."""
     layer = ScratchLSTM(cell=cell, return_sequences=True)
     layer.build((None, None, features))
     for weight in cell.weights:
@@ -34,16 +34,16 @@ def drawn(cell, rng, features=3):
     return layer
 
 
-def test_the_peephole_cell_in_numpy(rng):
-    layer = drawn(PeepholeCell(5), rng)
+def test_peephole_cell_matches_numpy(rng):
+    layer = random_layer(PeepholeCell(5), rng)
     x = rng.normal(size=(4, 6, 3)).astype("float32")
     expected = peephole(x.astype("float64"), weights_of(layer.cell))
     np.testing.assert_allclose(numpy(layer(x)), expected, rtol=0, atol=1e-6)
     assert layer.recurrence == "loop"
 
 
-def test_without_peepholes_it_is_the_plain_cell(rng):
-    layer = drawn(PeepholeCell(5), rng)
+def test_peephole_cell_with_zero_peepholes_is_plain_cell(rng):
+    layer = random_layer(PeepholeCell(5), rng)
     for weight in (layer.cell.p_i, layer.cell.p_f, layer.cell.p_o):
         weight.assign(np.zeros(5))
     x = rng.normal(size=(4, 1, 3)).astype("float32")
@@ -52,19 +52,19 @@ def test_without_peepholes_it_is_the_plain_cell(rng):
     np.testing.assert_allclose(numpy(layer(x))[:, 0], expected, rtol=0, atol=1e-6)
 
 
-def test_the_coupled_cell_forgets_what_it_takes_in(rng):
-    layer = drawn(CoupledCell(5), rng)
+def test_coupled_cell_forgets_as_much_as_it_adds(rng):
+    layer = random_layer(CoupledCell(5), rng)
     x = rng.normal(size=(4, 6, 3)).astype("float32")
     trace = trace_gates(layer, x)
     np.testing.assert_allclose(trace.f, 1 - trace.i, rtol=0, atol=1e-6)
     before = np.concatenate([np.zeros_like(trace.c[:, :1]), trace.c[:, :-1]], 1)
     expected = before + trace.i * (trace.c_tilde - before)
     np.testing.assert_allclose(trace.c, expected, rtol=0, atol=1e-6)
-    not_in_use = [weight.name for weight in layer.non_trainable_weights]
-    assert not_in_use == ["W_xf", "W_hf", "b_f"]
+    unused = [weight.name for weight in layer.non_trainable_weights]
+    assert unused == ["W_xf", "W_hf", "b_f"]
 
 
-def test_spikes(rng):
+def test_spikes_have_their_distance(rng):
     x, distance = spikes(500, 40, rng)
     assert x.shape == (500, 40, 1)
     assert len(set(distance)) > 20
@@ -75,17 +75,17 @@ def test_spikes(rng):
 
 
 @pytest.mark.parametrize("cell", [PeepholeCell, CoupledCell])
-def test_it_learns(cell):
+def test_cells_learn(cell):
     _, before = train(cell(8), steps=12, epochs=0)
     model, after = train(cell(8), steps=12, epochs=6)
-    assert after > 0.6 > 0.3 > before  # about 1 in 10 by chance
+    assert after > 0.6 > 0.3 > before  # chance is about 1 in 10
     for weight in model.layers[0].cell.trainable_weights:
-        assert np.ptp(numpy(weight)) > 0  # so also the peepholes, which start at 0
+        assert np.ptp(numpy(weight)) > 0  # the peepholes, too, which start at 0
 
 
 @pytest.mark.parametrize("cell", [PeepholeCell, CoupledCell])
-def test_saved_and_loaded(tmp_path, rng, cell):
-    model = keras.Sequential([keras.Input((6, 3)), drawn(cell(5), rng)])
+def test_cells_save_and_load(tmp_path, rng, cell):
+    model = keras.Sequential([keras.Input((6, 3)), random_layer(cell(5), rng)])
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
     x = rng.normal(size=(4, 6, 3)).astype("float32")
@@ -93,11 +93,11 @@ def test_saved_and_loaded(tmp_path, rng, cell):
 
 
 @pytest.mark.one_backend
-def test_it_says_what_it_shows(capsys):
+def test_printed_weights_and_accuracy(capsys):
     main(["--steps", "8", "--units", "4", "--epochs", "1"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6
-    # Of features 1 and units 4: 4 * (1 * 4 + 4 * 4 + 4), 12 more, a quarter less.
+    assert len(lines) == 3
+    # 4 * (1 * 4 + 4 * 4 + 4) weights, 3 * 4 more, and a quarter less.
     for name, weights in {"plain": 96, "peephole": 108, "coupled": 72}.items():
         assert any(line.startswith(f"{name:>9}: {weights} weights, ") for line in lines)
     assert set(custom_gates.CELLS) == {"plain", "peephole", "coupled"}

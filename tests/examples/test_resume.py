@@ -1,9 +1,7 @@
-"""Runs that are killed at random moments, starved of disk, or misled, and resumed."""
+"""Runs that are killed, interrupted, short of disk space, or resumed wrongly."""
 
 import contextlib
-import csv
 import errno
-import http.server
 import io
 import json
 import multiprocessing
@@ -13,37 +11,36 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
+import zipfile
 from pathlib import Path
 
-import book_text
-import checkpoint
+import common
+import h5py
 import keras
 import numpy as np
 import pytest
+import resume
 import time_machine
 
-ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
-KILLS = 12 if ON_TENSORFLOW else 5  # and those of the other tests
+EXAMPLE = Path(time_machine.__file__)
 SMALL = ["--units", "8", "--batch-size", "4", "--num-steps", "5", "--max-tokens", "300"]
-EXAMPLES = Path(time_machine.__file__).parent
+KILLS = 12 if keras.backend.backend() == "tensorflow" else 6
 PATIENCE = 300  # seconds, for a slow machine
 
 
 @pytest.fixture
-def arguments(tmp_path, rng, monkeypatch):
-    """Those of a small run, on a text of its own."""
-    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+def arguments(tmp_path, rng):
+    """A small run of one layer, on a text of its own."""
     text = tmp_path / "own.txt"
     text.write_text("".join(rng.choice(list("abc \n"), 600)))
-    return ["--own-text", str(text), *SMALL]
+    return ["--text", str(text), "--layer", "ScratchLSTM", *SMALL]
 
 
 @pytest.fixture
-def processes(monkeypatch):
-    """Makes processes that have the example imported, and nothing started."""
-    path = [str(EXAMPLES), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+def start_process(monkeypatch):
+    """Starts functions in processes that have imported the example and nothing else."""
+    path = [str(EXAMPLE.parent), os.environ.get("PYTHONPATH")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["time_machine"])
@@ -70,276 +67,388 @@ def finish(process):
     assert process.exitcode == 0
 
 
-def await_it(process, condition, *args):
-    """Waits until something is so, or the process has ended."""
+def kill(process):
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def wait_until(process, condition, *args):
+    """Waits until a condition holds, or the process has ended."""
     deadline = time.monotonic() + PATIENCE
     while not condition(*args) and process.is_alive():
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
 
-def epochs(out, name="scratch"):
-    """How many are finished, by the names of the checkpoints."""
-    paths = (out / "checkpoints").glob(f"{name}-*.npz")
-    return max((int(path.stem.split("-")[-1]) for path in paths), default=0)
+def finished_epochs(out, name="ScratchLSTM"):
+    return max(resume.checkpoints(out / "checkpoints", name), default=0)
 
 
-def saved(out, name):
-    """The content of the last checkpoint, without asking where it is from."""
-    last = out / "checkpoints" / f"{name}-{epochs(out, name)}.npz"
-    with np.load(last) as file:
-        arrays = {key: file[key] for key in file.files}
-    header = json.loads(str(arrays.pop("header")))
-    return {**header["saved"], "arrays": arrays}
+def saved_arrays(path):
+    """All arrays of a `.keras` file: weights, and variables of the optimizer."""
+    arrays = {}
+
+    def add(name, item):
+        if isinstance(item, h5py.Dataset):
+            arrays[name] = item[()]
+
+    with zipfile.ZipFile(path) as archive:
+        h5py.File(archive.open("model.weights.h5")).visititems(add)
+    return arrays
 
 
-def assert_same(out, straight, name):
-    """Bit for bit, but for the times."""
-    one, other = saved(out, name), saved(straight, name)
-    assert one["arrays"].keys() == other["arrays"].keys()
-    for key, array in one["arrays"].items():
-        assert array.dtype == other["arrays"][key].dtype
-        assert array.tobytes() == other["arrays"][key].tobytes(), key
-    assert one["epochs"] == other["epochs"] == len(one["history"]["perplexity"])
-    assert one["random"] == other["random"]
-    for key in ("loss", "perplexity"):
-        assert one["history"][key] == other["history"][key]
-    one, other = (keras.saving.load_model(p / f"{name}.keras") for p in (out, straight))
-    for weight, expected in zip(one.get_weights(), other.get_weights(), strict=True):
-        assert weight.tobytes() == expected.tobytes()
-    one, other = (report(folder, name) for folder in (out, straight))
-    assert one == other
-
-
-def report(out, name):
-    """What the report has of a run, without the times."""
-    runs = json.loads((out / "results.json").read_text())["runs"]
-    (results,) = (run for run in runs if run["cell"] == name)
-    for key in ("seconds", "tokens_per_sec", "closing_line"):
-        assert results.pop(key)
-    with open(out / "history.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["cell"] == name]
-    return results, [(row["epoch"], row["perplexity"]) for row in rows]
+def assert_bit_identical(out, expected_out, name="ScratchLSTM"):
+    """Compares weights, optimizer, logs and report, except for the times."""
+    runs = []
+    for folder in (out, expected_out):
+        paths = resume.checkpoints(folder / "checkpoints", name)
+        path = paths[max(paths)]
+        arrays = {key: value.tobytes() for key, value in saved_arrays(path).items()}
+        logs = json.loads((folder / "checkpoints" / f"{name}.json").read_text())
+        model = keras.saving.load_model(folder / f"{name}.keras")
+        weights = [weight.tobytes() for weight in model.get_weights()]
+        runs.append((path.name, arrays, logs["loss"], logs["perplexity"], weights))
+        results = json.loads((folder / "results.json").read_text())["runs"]
+        (result,) = (result for result in results if result["layer"] == name)
+        for key in ("seconds", "tokens_per_sec", "closing_line"):
+            assert result.pop(key)
+        runs[-1] += (result,)
+    assert len(runs[0][1]) > 12  # the weights of the layer, and more
+    assert runs[0] == runs[1]
 
 
 # --- killed ------------------------------------------------------------------
 
 
-def test_killed_again_and_again(tmp_path, arguments, processes, rng):
-    out, straight = tmp_path / "out", tmp_path / "straight"
-    arguments = [*arguments, "--cell", "scratch"]
+@pytest.mark.slow
+def test_run_killed_at_random_moments_is_bit_identical(
+    tmp_path, arguments, start_process, rng
+):
+    out, uninterrupted = tmp_path / "out", tmp_path / "uninterrupted"
     endless = [*arguments, "--epochs", "1000000", "--out", str(out), "--resume"]
+    before = 0
 
-    def is_past(number):
-        return epochs(out) > number
+    def is_past():
+        return finished_epochs(out) > before
 
     def is_writing():
         return any(out.glob("checkpoints/unfinished-*"))
 
-    before = 0
-    for kill in range(KILLS):
-        process = processes(run, endless)
-        moment = ["anywhere", "after an epoch", "while writing"][kill % 3]
+    for number in range(KILLS):
+        process = start_process(run, endless)
+        moment = ["anywhere", "after an epoch", "while writing"][number % 3]
         if moment != "anywhere":
-            await_it(process, is_past, before)
+            wait_until(process, is_past)
         if moment == "while writing":
-            await_it(process, is_writing)
+            wait_until(process, is_writing)
         else:
             time.sleep(rng.uniform(0, 3 if moment == "anywhere" else 0.3))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        print(f"kill {kill + 1}, {moment}: {epochs(out)} epochs")
-        assert epochs(out) >= before
-        before = epochs(out)
+        kill(process)
+        print(f"kill {number + 1}, {moment}: {finished_epochs(out)} epochs")
+        assert finished_epochs(out) >= before
+        before = finished_epochs(out)
     assert before >= 2 * KILLS // 3
     last = [*arguments, "--epochs", str(before + 2)]
-    finish(processes(run, [*last, "--out", str(out), "--resume"]))
-    finish(processes(run, [*last, "--out", str(straight)]))
-    assert_same(out, straight, "scratch")
+    finish(start_process(run, [*last, "--out", str(out), "--resume"]))
+    finish(start_process(run, [*last, "--out", str(uninterrupted)]))
+    assert_bit_identical(out, uninterrupted)
     assert not list(out.rglob("unfinished-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
-def test_killed_in_each_cell(tmp_path, arguments, processes):
-    out, straight = tmp_path / "out", tmp_path / "straight"
-    arguments = [*arguments, "--epochs", "80"]
+def test_run_killed_in_each_layer_is_bit_identical(tmp_path, arguments, start_process):
+    out, uninterrupted = tmp_path / "out", tmp_path / "uninterrupted"
+    arguments = [*arguments, "--layer", "all", "--epochs", "80"]
     resumed = [*arguments, "--out", str(out), "--resume"]
     for name in time_machine.LAYERS:
-        process = processes(run, resumed)
-        await_it(process, epochs, out, name)
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-    finished = out / "checkpoints" / "scratch-80.npz"
-    before = finished.stat()
-    finish(processes(run, resumed))
-    after = finished.stat()
-    # It was not trained again.
-    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    # The other one as its user starts it.
-    subprocess.run(
-        [sys.executable, EXAMPLES / "time_machine.py", *arguments, "--out", straight],
-        check=True,
-        capture_output=True,
-        timeout=2 * PATIENCE,
-    )
+        process = start_process(run, resumed)
+        wait_until(process, finished_epochs, out, name)
+        kill(process)
+    finish(start_process(run, resumed))
+    finish(start_process(run, [*arguments, "--out", str(uninterrupted)]))
     for name in time_machine.LAYERS:
-        assert_same(out, straight, name)
+        assert_bit_identical(out, uninterrupted, name)
 
 
-TOUCHES_FILES = {"open", "write", "close", "fsync", "replace", "unlink", "fileno"}
+class OneWeight:
+    """What `Checkpoint` needs of a model."""
+
+    def __init__(self, value):
+        self.value = np.full(1000, value)
+
+    def get_weights(self):
+        return [self.value]
+
+    def save(self, path):
+        with open(path, "wb") as file:
+            np.savez(file, self.value)
+
+    def load_weights(self, path):
+        with np.load(path) as file:
+            self.value = file["arr_0"]
 
 
-def save(folder, epochs, die_at=None):
-    """Saves a checkpoint, and dies at a call of it; gives the names of the calls."""
+def save_epoch(folder, epoch, die_at=None):
+    """Saves an epoch, and dies at a call of a C function; returns their names."""
+    checkpoint = resume.Checkpoint(folder, "run", OneWeight(0))
+    checkpoint.model.value = np.full(1000, epoch)
     calls = []
 
-    def spy(frame, event, function):
+    def count(frame, event, function):
         if event in ("c_call", "c_return"):
             if len(calls) == die_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             calls.append(function.__name__)
 
-    files = checkpoint.Checkpoints(folder, "run", {})
-    arrays = [np.full(1000, epochs)]
-    content = checkpoint.Saved(epochs, arrays, checkpoint.random_state(), {}, 0.0)
-    sys.setprofile(spy)
+    sys.setprofile(count)
     try:
-        files.save(content)
+        checkpoint.on_epoch_end(epoch - 1, {"loss": float(epoch)})
     finally:
         sys.setprofile(None)
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
-def test_killed_at_each_call_that_touches_a_file(tmp_path, processes, rng):
-    for epochs in (1, 2):
-        calls = save(tmp_path, epochs)
-    calls = save(tmp_path, 3)
-    first = calls.index("open")  # what is written before goes into memory
-    touching = [k for k in range(first, len(calls)) if calls[k] in TOUCHES_FILES]
-    assert {calls[k] for k in touching} >= {"open", "write", "fsync", "replace"}
-    others = rng.choice(len(calls), 5, replace=False)
+def test_checkpoint_survives_a_kill_at_each_file_operation(
+    tmp_path, start_process, rng
+):
+    for epoch in (1, 2):
+        save_epoch(tmp_path, epoch)
+    calls = save_epoch(tmp_path, 3)
+    names = {"open", "write", "close", "fsync", "replace", "unlink"}
+    moments = {k for k, name in enumerate(calls) if name in names}
+    assert {calls[k] for k in moments} >= {"open", "write", "fsync", "replace"}
     found = set()
-    for k in sorted({*touching, *others.tolist()}):
+    for k in sorted(moments | set(rng.choice(len(calls), 5, replace=False).tolist())):
         for path in tmp_path.iterdir():
             path.unlink()
-        for epochs in (1, 2):
-            save(tmp_path, epochs)
-        process = processes(save, tmp_path, 3, k)
+        for epoch in (1, 2):
+            save_epoch(tmp_path, epoch)
+        process = start_process(save_epoch, tmp_path, 3, k)
         process.join(PATIENCE)
         assert process.exitcode == -signal.SIGKILL
-        last = checkpoint.Checkpoints(tmp_path, "run", {}).load()
+        last = resume.Checkpoint(tmp_path, "run", OneWeight(0))
         assert last.epochs in (2, 3), calls[k]
-        np.testing.assert_array_equal(last.arrays[0], np.full(1000, last.epochs))
+        assert last.history == {"loss": [1.0, 2.0, 3.0][: last.epochs]}
+        np.testing.assert_array_equal(last.model.value, np.full(1000, last.epochs))
         found.add(last.epochs)
-        save(tmp_path, 3)  # what the dead one has left is in nobody's way
-        names = sorted(path.name for path in tmp_path.iterdir())
-        assert names == ["run-2.npz", "run-3.npz"]
     assert found == {2, 3}
 
 
-# --- refused -----------------------------------------------------------------
+def train_with_backup(folder, die=False):
+    """Trains by `keras.callbacks.BackupAndRestore`, and dies between its two files."""
+    from keras.src.callbacks import backup_and_restore
+
+    if die:
+        backup_and_restore.json = None  # so that `json.dumps` raises
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    x = np.ones((4, 1))
+    backup = keras.callbacks.BackupAndRestore(folder, double_checkpoint=True)
+    try:
+        model.fit(x, x, epochs=3, verbose=0, callbacks=[backup])
+    except AttributeError:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.one_backend
+def test_backup_and_restore_does_not_survive_each_kill(tmp_path, start_process):
+    """The reason for `Checkpoint`; if this fails, Keras's callback may do."""
+    process = start_process(train_with_backup, tmp_path, True)
+    process.join(PATIENCE)
+    assert process.exitcode == -signal.SIGKILL
+    assert (tmp_path / "latest.weights.h5").stat().st_size > 1000
+    with pytest.raises(json.JSONDecodeError):
+        train_with_backup(tmp_path)
+
+
+# --- interrupted -------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "signals", [["SIGINT"], ["SIGTERM"], ["SIGINT", "SIGINT"], ["SIGTERM", "SIGINT"]]
+)
+def test_interrupted_run_says_how_to_resume(tmp_path, arguments, signals):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, EXAMPLE, *arguments, "--epochs", "100000", "--out", out],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        progress = ""
+        while "tokens/s" not in progress:
+            progress += process.stderr.read(1)
+        for name in signals:
+            process.send_signal(getattr(signal, name))
+            time.sleep(0.01)
+        printed, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    epochs = finished_epochs(out)
+    assert epochs >= 1
+    assert (
+        f"Interrupted after {epochs} finished epochs (ScratchLSTM {epochs}). "
+        "To continue, run the same command with --resume." in errors
+    )
+    if len(signals) == 1:
+        assert re.search(r"^ScratchLSTM: perplexity ", printed, re.MULTILINE)
+        (result,) = json.loads((out / "results.json").read_text())["runs"]
+        assert result["epochs"] == epochs
+
+
+def test_second_interrupt_counts_the_saved_epochs(tmp_path, arguments, monkeypatch):
+    """In the fourth epoch come two signals, the second before its end."""
+    reset = time_machine.ResetStates.on_epoch_begin
+
+    def interrupt(callback, epoch, logs=None):
+        reset(callback, epoch, logs)
+        if epoch == 3:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(time_machine.ResetStates, "on_epoch_begin", interrupt)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    out = ["--out", str(tmp_path / "out"), "--layer", "all"]
+    message = time_machine.main([*arguments, "--epochs", "9", *out])
+    assert message == (
+        "Interrupted after 3 finished epochs "
+        "(ScratchLSTMCell 3, LSTMCell 0, ScratchLSTM 0). "
+        "To continue, run the same command with --resume."
+    )
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == (
+        handlers
+    )
+
+
+def test_second_run_with_one_output_folder_is_rejected(tmp_path, arguments):
+    out = tmp_path / "out"
+    arguments = [*arguments, "--epochs", "1", "--out", str(out)]
+    with common.lock(out):
+        before = set(out.iterdir())
+        for more in ([], ["--resume"]):
+            message = time_machine.main([*arguments, *more])
+            assert message == (
+                "time_machine.py: error: --out must be a folder that no other run is "
+                f"using. Received: {out}"
+            )
+        assert set(out.iterdir()) == before
+    assert time_machine.main(arguments) == 0
+
+
+# --- resumed -----------------------------------------------------------------
 
 
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_resumed_run_is_bit_identical(tmp_path, arguments):
+    out, uninterrupted = str(tmp_path / "out"), str(tmp_path / "uninterrupted")
+    for epochs in ("1", "3", "3"):
+        more = ["--epochs", epochs, "--out", out, "--resume"]
+        assert time_machine.main([*arguments, *more]) == 0
+    more = ["--epochs", "3", "--out", uninterrupted]
+    assert time_machine.main([*arguments, *more]) == 0
+    assert_bit_identical(tmp_path / "out", tmp_path / "uninterrupted")
+
+
 @pytest.mark.one_backend
-def test_what_is_refused_and_what_is_not(tmp_path, arguments, capsys):
+def test_wrong_and_damaged_checkpoints(tmp_path, arguments, capsys):
     out = tmp_path / "out"
-    arguments = [*arguments, "--cell", "layer", "--out", str(out)]
-    assert time_machine.main([*arguments, "--epochs", "3", "--resume"]) == 0
-    assert "Resumed: nothing is finished" in capsys.readouterr().out
+    folder, text = out / "checkpoints", Path(arguments[1])
+    arguments = [*arguments, "--out", str(out), "--epochs", "3"]
+    assert time_machine.main(arguments) == 0
     before = contents(out)
-    text = Path(arguments[1])
     changed = tmp_path / "changed.txt"
     changed.write_text(text.read_text().replace("a", "b", 1))
-    path = out / "checkpoints" / "layer-3.npz"
-    for more, message in [
-        (["--seed", "7"], f"{path} is of another run: seed was 2 and is 7."),
-        (["--units", "9"], f"{path} is of another run: units was 8 and is 9."),
-        (["--own-text", str(changed)], f"{path} is of another run: text was '300 char"),
-        (["--epochs", "2"], "--epochs is 2, but 3 of layer are finished."),
+    for more, change in [
+        (["--seed", "7"], "seed=7 (was 2)"),
+        (["--units", "9"], "units=9 (was 8)"),
+        (["--text", str(changed)], "text="),
     ]:
-        answer = time_machine.main([*arguments, "--epochs", "3", *more, "--resume"])
-        assert answer.startswith(f"time_machine.py: error: {message}")
-        assert "\n" not in answer
+        message = time_machine.main([*arguments, *more, "--resume"])
+        assert message.startswith(
+            "time_machine.py: error: --resume must have the settings of the "
+            f"interrupted run. Received: {change}"
+        )
         assert contents(out) == before
 
-    # A damaged checkpoint is passed over, and its epoch trained again.
+    # The last checkpoint is damaged: its epoch is trained again.
+    path = folder / "ScratchLSTM-3.keras"
+    expected = saved_arrays(path)
     path.write_bytes(path.read_bytes()[:-100])
-    assert time_machine.main([*arguments, "--epochs", "3", "--resume"]) == 0
-    printed = capsys.readouterr().out
-    assert f"{path} is damaged, or no checkpoint of this program: passed" in printed
-    assert "Resumed: {'layer': 2}" in printed
-    with np.load(path) as file, np.load(io.BytesIO(before[path])) as whole:
-        for key in set(file.files) - {"header"}:
-            np.testing.assert_array_equal(file[key], whole[key])
+    capsys.readouterr()
+    assert time_machine.main([*arguments, "--resume"]) == 0
+    assert f"{path} is damaged. Trying the previous" in capsys.readouterr().out
+    for key, array in saved_arrays(path).items():
+        np.testing.assert_array_equal(array, expected[key])
 
-    # Without --resume, it starts afresh, and the earlier checkpoints are kept.
-    earlier = contents(out / "checkpoints")
+    # Without --resume, earlier checkpoints are renamed.
+    earlier = contents(folder)
     assert time_machine.main([*arguments, "--epochs", "1"]) == 0
-    aside = out / "checkpoints-1"
-    assert f"checkpoints of an earlier one are in {aside}" in capsys.readouterr().out
-    assert {aside / path.name: earlier[path] for path in earlier} == contents(aside)
-    assert epochs(out, "layer") == 1
+    renamed = out / "checkpoints-1"
+    assert f"Earlier checkpoints are in {renamed}." in capsys.readouterr().out
+    assert {renamed / path.name: earlier[path] for path in earlier} == contents(renamed)
+    assert finished_epochs(out) == 1
+
+    (folder / "ScratchLSTM-1.keras").write_bytes(b"damaged")
+    message = time_machine.main([*arguments, "--resume"])
+    assert f"{folder} must have an intact checkpoint of ScratchLSTM" in message
 
 
-@pytest.mark.skipif(not ON_TENSORFLOW, reason="d2l's loop needs tensorflow")
-def test_the_books_own_code(tmp_path, arguments):
-    pytest.importorskip("d2l.tensorflow", reason="the extra `d2l` is not installed")
-    out, straight = tmp_path / "out", tmp_path / "straight"
-    arguments = [*arguments, "--cell", "layer", "--compare-d2l"]
-    for number in ("1", "3"):
-        more = ["--epochs", number, "--out", str(out), "--resume"]
-        assert time_machine.main([*arguments, *more]) == 0
-    more = ["--epochs", "3", "--out", str(straight)]
-    assert time_machine.main([*arguments, *more]) == 0
-    one, other = saved(out, "d2l"), saved(straight, "d2l")
-    for key, array in one["arrays"].items():
-        assert array.tobytes() == other["arrays"][key].tobytes()
-    assert one["history"]["perplexity"] == other["history"]["perplexity"]
-    assert report(out, "d2l") == report(straight, "d2l")
-
-
-# --- a loss that is not finite ----------------------------------------------
-
-
-def test_a_loss_that_is_not_finite(tmp_path, arguments, monkeypatch, capsys):
-    """Of two cells, one fails in its third epoch; the other goes on."""
+def test_non_finite_epoch_is_not_saved(tmp_path, arguments, monkeypatch):
+    """Of two layers, one fails in its third epoch; the other is trained."""
     out = tmp_path / "out"
-    layers = {name: time_machine.LAYERS[name] for name in ("scratch", "layer")}
+    names = ("ScratchLSTMCell", "ScratchLSTM")
+    layers = {name: time_machine.LAYERS[name] for name in names}
     monkeypatch.setattr(time_machine, "LAYERS", layers)
-    reset, kept = time_machine.ResetStates.on_epoch_begin, []
+    reset, weights = time_machine.ResetStates.on_epoch_begin, []
 
     def spoil(callback, epoch, logs=None):
         reset(callback, epoch, logs)
-        model = callback.model
-        if epoch == 2 and not kept:
-            kept.extend(model.get_weights())
-            model.get_layer("logits").bias.assign(np.full_like(kept[-1], np.nan))
+        if epoch == 2 and not weights:
+            weights.extend(callback.model.get_weights())
+            bias = callback.model.get_layer("logits").bias
+            bias.assign(np.full_like(weights[-1], np.nan))
 
     monkeypatch.setattr(time_machine.ResetStates, "on_epoch_begin", spoil)
-    answer = time_machine.main([*arguments, "--epochs", "4", "--out", str(out)])
-    failure = "the loss of epoch 3 is nan; the weights after epoch 2 are kept"
-    assert answer == f"scratch: {failure}."
+    more = ["--layer", "all", "--epochs", "4", "--out", str(out)]
+    message = time_machine.main([*arguments, *more])
+    failure = "epoch 3 gave a loss or weight that is not finite"
+    assert message == f"ScratchLSTMCell: {failure}."
     runs = json.loads((out / "results.json").read_text())["runs"]
     assert [run["epochs"] for run in runs] == [2, 4]
     assert [run["failure"] for run in runs] == [failure, None]
-    weights = keras.saving.load_model(out / "scratch.keras").get_weights()
-    for weight, expected in zip(weights, kept, strict=True):
+    saved = keras.saving.load_model(out / "ScratchLSTMCell.keras").get_weights()
+    for weight, expected in zip(saved, weights, strict=True):
         np.testing.assert_array_equal(weight, expected)
 
 
-# --- no room -----------------------------------------------------------------
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_non_finite_weight_is_not_saved(tmp_path, value):
+    save_epoch(tmp_path, 1)
+    checkpoint = resume.Checkpoint(tmp_path, "run", OneWeight(0))
+    checkpoint.model.value = np.append(np.zeros(999), value)
+    checkpoint.on_epoch_end(1, {"loss": 1.0})
+    assert checkpoint.model.stop_training
+    checkpoint.on_train_end()
+    np.testing.assert_array_equal(checkpoint.model.value, np.full(1000, 1))
+    assert list(resume.checkpoints(tmp_path, "run")) == [1]
+
+
+# --- disks -------------------------------------------------------------------
 
 
 @pytest.fixture
 def mount(tmp_path):
-    """Mounts a file system in memory, with options of its own."""
+    """Mounts a file system in memory."""
     folder = tmp_path / "mounted"
     folder.mkdir()
 
@@ -356,155 +465,59 @@ def mount(tmp_path):
 
 
 @pytest.mark.one_backend
-def test_a_full_disk(arguments, mount):
+def test_full_disk(arguments, mount):
     disk = mount("size=4m")
     out = disk / "out"
-    arguments = [*arguments, "--cell", "layer", "--out", str(out), "--resume"]
+    arguments = [*arguments, "--out", str(out), "--resume"]
     assert time_machine.main([*arguments, "--epochs", "2"]) == 0
     before = contents(out)
     filler = disk / "filler"
     with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
-    for more in (["--epochs", "3"], ["--epochs", "2"]):  # a checkpoint, the model
-        answer = time_machine.main([*arguments, *more])
+    for epochs in ("3", "2"):  # a checkpoint, the model
+        message = time_machine.main([*arguments, "--epochs", epochs])
         assert re.fullmatch(
-            r"time_machine.py: error: \S+ cannot be written: .*No space.*\.", answer
+            r"time_machine.py: error: \S+ cannot be written: .*No space.*\.", message
         )
         assert contents(out) == before
     filler.unlink()
     assert time_machine.main([*arguments, "--epochs", "3"]) == 0
-    assert epochs(out, "layer") == 3
+    assert finished_epochs(out) == 3
 
 
 @pytest.mark.one_backend
-def test_a_limit_on_the_size_of_files(tmp_path, arguments):
+def test_limit_on_file_size(tmp_path, arguments):
     out = tmp_path / "out"
-    arguments = [*arguments, "--cell", "layer", "--out", str(out), "--resume"]
+    arguments = [*arguments, "--out", str(out), "--resume"]
     assert time_machine.main([*arguments, "--epochs", "2"]) == 0
     before = contents(out)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    aside = io.StringIO()  # where pytest captures it, the limit holds, too
+    buffer = io.StringIO()  # The limit also holds for pytest's capture.
     try:
-        with contextlib.redirect_stdout(aside), contextlib.redirect_stderr(aside):
-            answer = time_machine.main([*arguments, "--epochs", "3"])
+        with contextlib.redirect_stdout(buffer), contextlib.redirect_stderr(buffer):
+            message = time_machine.main([*arguments, "--epochs", "3"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    path = out / "checkpoints" / "layer-3.npz"
+    path = out / "checkpoints" / "ScratchLSTM-3.keras"
     reason = os.strerror(errno.EFBIG)
-    assert answer == f"time_machine.py: error: {path} cannot be written: {reason}."
-    assert contents(out) == before
+    assert message == f"time_machine.py: error: {path} cannot be written: {reason}."
+    after = contents(out)
+    assert after.pop(out / "checkpoints" / "ScratchLSTM.json")  # one epoch ahead
+    assert after.items() <= before.items()
 
 
 @pytest.mark.one_backend
-def test_a_folder_that_can_only_be_read(arguments, mount):
+def test_output_folder_that_is_not_writable(tmp_path, arguments, mount):
+    file = tmp_path / "file"
+    file.write_text("mine")
     disk = mount("size=1m")
-    (disk / "mine").write_text("mine")
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    answer = time_machine.main([*arguments, "--out", str(disk)])
-    assert answer == (
-        f"time_machine.py: error: --out {disk} cannot be written: "
-        "Read-only file system."
-    )
-    assert [path.name for path in disk.iterdir()] == ["mine"]
-
-
-# --- the text ----------------------------------------------------------------
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """Answers with bytes as they are, as the book's address, and hangs up."""
-    servers = []
-
-    def start(answer, seconds=0.0):
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def handle(self):
-                self.rfile.readline()
-                self.wfile.write(answer)
-                self.wfile.flush()
-                time.sleep(seconds)
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        address = f"http://127.0.0.1:{server.server_port}/timemachine.txt"
-        monkeypatch.setattr(book_text, "URL", address)
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """Where Keras would keep the book."""
-    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
-    path = tmp_path / "keras" / "datasets" / "timemachine.txt"
-    path.parent.mkdir(parents=True)
-    return path
-
-
-@pytest.mark.one_backend
-@pytest.mark.parametrize(
-    "answer",
-    [
-        b"HTTP/1.0 200 OK\r\n\r\n<html>Please log in</html>",
-        b"HTTP/1.0 200 OK\r\nContent-Length: 179520\r\n\r\nThe Time Machine",
-    ],
-    ids=["wrong", "cut short"],
-)
-def test_a_wrong_download_ends_the_run(tmp_path, cache, serve, answer):
-    serve(answer)
-    out = tmp_path / "out"
-    message = time_machine.main([*SMALL, "--out", str(out)])
-    assert re.match(
-        r"time_machine.py: error: http://127\S+ is not the book's text: its SHA-256 is "
-        r"\w+, expected \w+\.$",
-        message,
-    )
-    assert not out.exists()
-    assert not list(cache.parent.iterdir())
-
-
-@pytest.mark.one_backend
-def test_a_cache_file_that_is_cut_short_ends_the_run(tmp_path, cache):
-    cache.write_bytes(b"The Time Machine, by H. G. We")
-    out = tmp_path / "out"
-    message = time_machine.main([*SMALL, "--out", str(out)])
-    assert message.startswith(
-        f"time_machine.py: error: {cache} is not the book's text: its SHA-256 is "
-    )
-    assert "\n" not in message
-    assert not out.exists()
-    assert cache.read_bytes() == b"The Time Machine, by H. G. We"
-
-
-@pytest.mark.one_backend
-@pytest.mark.parametrize(
-    ("answer", "seconds"),
-    [
-        (b"", 1),
-        (b"", 0),
-        (b"no HTTP at all\r\n", 0),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n64\r\nThe Ti", 0),
-        (b"HTTP/1.0 404 Not Found\r\n\r\n", 0),
-    ],
-    ids=["silent", "hung up", "no HTTP", "cut in a chunk", "not found"],
-)
-def test_no_download_is_no_harm(cache, serve, monkeypatch, answer, seconds):
-    monkeypatch.setattr(book_text, "DOWNLOAD_SECONDS", 1.0)
-    serve(answer, seconds)
-    text = book_text.load_text()
-    assert text.source == str(book_text.BUNDLED)
-    assert not list(cache.parent.iterdir())
-
-
-@pytest.mark.one_backend
-def test_a_cache_without_room_is_left_as_it_is(cache, monkeypatch, mount):
-    disk = mount("size=16k")
-    monkeypatch.setattr(book_text, "_cache", lambda: disk)
-    book_text._keep(bytes(100_000), disk / "timemachine.txt")
-    assert not list(disk.iterdir())
+    for out in (file, file / "below", disk):
+        message = time_machine.main([*arguments, "--out", str(out)])
+        assert message.startswith(
+            "time_machine.py: error: --out must be a folder that is writable. "
+            f"Received: {out} ("
+        )
+    assert file.read_text() == "mine"

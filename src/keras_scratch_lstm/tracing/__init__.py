@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_scratch_lstm import _types
 from keras_scratch_lstm.tracing import capture, replay
 from keras_scratch_lstm.tracing.inputs import read_batches
 from keras_scratch_lstm.tracing.trace import GateTrace, Saturation
@@ -12,7 +13,7 @@ __all__ = ["GateTrace", "Saturation", "trace_gates"]
 
 
 def trace_gates(
-    model_or_layer: Any,
+    model_or_layer: "Any | _types.Path",
     inputs: Any,
     layer: Any = None,
     batch_size: int = 32,
