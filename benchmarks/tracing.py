@@ -1,12 +1,10 @@
-"""What a gate trace costs, against the forward pass of the same model.
+"""Compare the time of a gate trace with that of the model's forward pass.
 
     KERAS_BACKEND=jax python benchmarks/tracing.py
 
-For each kind of layer, in a model of one-hot characters, the layer and logits:
-the seconds of `trace_gates`, of `model.predict_on_batch`, which is compiled, and
-of `model(x)`, which is not. The three take turns, so that what else the machine
-does falls on all alike; the medians and the ratios are printed as a table in
-Markdown.
+The model has one-hot characters, one recurrent layer and logits. For every kind of
+layer, this measures `trace_gates`, `model.predict_on_batch` (compiled) and `model(x)`
+(eager) in turn, and prints a Markdown table of medians and ratios.
 """
 
 import argparse
@@ -24,7 +22,7 @@ VOCABULARY = 28
 
 
 class CoupledCell(ScratchLSTMCell):
-    """Gates of its own: it forgets as much as it takes in."""
+    """A custom cell with coupled input and forget gates."""
 
     def gates(self, x, h, c):
         gates = super().gates(x, h, c)
@@ -40,7 +38,7 @@ LAYERS = {
     "`RNN(ScratchLSTMCell)`": lambda units: keras.layers.RNN(
         ScratchLSTMCell(units), return_sequences=True
     ),
-    "`ScratchLSTM`, own gates": lambda units: ScratchLSTM(
+    "`ScratchLSTM`, custom gates": lambda units: ScratchLSTM(
         cell=CoupledCell(units), return_sequences=True
     ),
     "`Bidirectional(LSTM)`": lambda units: keras.layers.Bidirectional(
@@ -63,17 +61,17 @@ def build(layer):
 
 
 def wait_for(outputs):
-    keras.ops.convert_to_numpy(outputs)  # a backend may still be at work
+    keras.ops.convert_to_numpy(outputs)  # waits for asynchronous execution
 
 
 def measure(calls, rounds):
-    """The median seconds of each call, taking turns."""
+    """Return the median seconds of each function; they are called in turn."""
     seconds = {name: [] for name in calls}
     for number in range(rounds + 2):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
-            if number >= 2:  # the first ones compile
+            if number >= 2:  # the first two compile
                 seconds[name].append(time.perf_counter() - start)
     return {name: np.median(values) for name, values in seconds.items()}
 

@@ -1,5 +1,9 @@
-"""Every block of Python in the READMEs and in docs/ runs, in the order of its page."""
+"""Every Python block of the documentation runs and prints the output shown below it."""
 
+import contextlib
+import doctest
+import io
+import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,83 +12,151 @@ import keras
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "README.zh-CN.md",
-    *sorted((ROOT / "docs").rglob("*.md")),
-]
-NEEDS = {
-    "matplotlib": r"plotting",
-    "pandas": r"to_dataframe",
-    "d2l": r"from d2l",
+READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
+PAGES = [*READMES, *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = [ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")]
+LANGUAGES = {"python", "shell", "text", "bibtex"}
+# What a block needs, by what it contains.
+PACKAGES = {
+    "plotting": "matplotlib",
+    "to_dataframe": "pandas",
+    "from d2l": "d2l",
+    "onnxruntime": "onnxruntime",
 }
-ONLY_ON = {"tensorflow": r"from d2l", "jax": r"LayoutMap"}
+BACKENDS = {
+    "import tensorflow": "tensorflow",
+    "LayoutMap": "jax",
+    'format="onnx"': "torch",
+}
 BOOK = ROOT.parent / "shared" / "data" / "timemachine.txt"
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+OUTPUT = re.compile(r"\s*```text\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def blocks(page):
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.M)
+    """The Python blocks of a page."""
+    return [
+        code
+        for language, code in FENCE.findall(page.read_text())
+        if language == "python"
+    ]
+
+
+def blocks_with_outputs(page):
+    """Pairs of a Python block and the output below it, or None."""
+    text = page.read_text()
+    for fence in FENCE.finditer(text):
+        if fence[1] == "python":
+            output = OUTPUT.match(text, fence.end())
+            yield fence[2], output and output[1]
+
+
+def can_run(code):
+    return all(
+        find_spec(name) for sign, name in PACKAGES.items() if sign in code
+    ) and all(
+        keras.backend.backend() == name
+        for sign, name in BACKENDS.items()
+        if sign in code
+    )
 
 
 @pytest.mark.one_backend
-def test_there_are_blocks():
-    assert {page.name for page in PAGES if blocks(page)} >= {
-        "README.md",
-        "README.zh-CN.md",
-        "conversion.md",
-        "equations.md",
-        "from-addons.md",
-        "from-builtin.md",
-        "from-d2l.md",
-        "index.md",
-        "looking-inside.md",
-        "one-gate.md",
-        "own-gates.md",
-        "scale-out.md",
-    }
+def test_pages_with_blocks():
+    without = {"api", "architecture", "backward-pass", "benchmarks", "fault-tolerance"}
+    without |= {"testing", "time-machine"}
+    assert {page.stem for page in PAGES if not blocks(page)} == without
 
 
 @pytest.mark.one_backend
-def test_no_block_is_missed():
-    """Other languages have no name or stand indented, which nothing runs."""
-    for page in PAGES:
-        opened = re.findall(r"^ *```+ *([^\n`]*)$", page.read_text(), re.M)[::2]
-        assert opened == ["python"] * len(blocks(page)), page.name
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_fences_name_a_known_language(page):
+    """A block in another spelling of `python` would not run."""
+    opened = re.findall(r"^ *(?:```+|~~~+) *([^\n`]*)$", page.read_text(), re.M)[::2]
+    assert opened == [language for language, _ in FENCE.findall(page.read_text())]
+    assert set(opened) <= LANGUAGES
 
 
-# The book's loop draws with what IPython no longer has, from `d2l==0.17.0`.
+# `d2l==0.17.0` draws with a deprecated function of IPython.
 @pytest.mark.filterwarnings("ignore:`set_matplotlib_formats`:DeprecationWarning")
+# Keras exports to ONNX on torch with the older exporter.
+@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based")
+@pytest.mark.filterwarnings("ignore:.*might cause the trace to be incorrect")
+@pytest.mark.filterwarnings("ignore:torch.* results are registered as constants")
+@pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size")
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.stem)
-def test_the_blocks_of(page, tmp_path, monkeypatch):
-    code = "\n".join(blocks(page))
-    for package, sign in NEEDS.items():
-        if re.search(sign, code) and not find_spec(package):
-            pytest.skip(f"{package} is not installed")
-    for backend, sign in ONLY_ON.items():
-        if re.search(sign, code) and keras.backend.backend() != backend:
-            pytest.skip(f"runs on the {backend} backend")
-    if "from d2l" in code:
+def test_blocks_run(page, tmp_path, monkeypatch):
+    if any("from d2l" in code and can_run(code) for code in blocks(page)):
         from d2l import tensorflow as d2l
 
-        # Instead of from the net.
+        # A local file in place of the download.
         text = BOOK if BOOK.exists() else ROOT / "examples" / "time_traveller.txt"
         monkeypatch.setattr(d2l, "download", lambda name: str(text))
     monkeypatch.chdir(tmp_path)
-    names = {"__name__": "__main__"}
-    for block in blocks(page):
-        exec(compile(block, page.name, "exec"), names)
+    names, count = {"__name__": "__main__"}, 0
+    for code, expected in blocks_with_outputs(page):
+        if not can_run(code):
+            continue
+        count += 1
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, page.name, "exec"), names)
+        if expected is not None:
+            assert doctest.OutputChecker().check_output(
+                expected, printed.getvalue(), doctest.ELLIPSIS
+            ), f"expected:\n{expected}\nprinted:\n{printed.getvalue()}"
+    if not count:
+        pytest.skip("needs another backend or package")
 
 
 @pytest.mark.one_backend
-@pytest.mark.parametrize("page", PAGES[:2], ids=lambda p: p.stem)
-def test_the_links_of(page):
-    """They are absolute, so that they work on PyPI, and lead to what is there."""
+@pytest.mark.parametrize("page", READMES, ids=lambda page: page.name)
+def test_readme_links_are_absolute_and_exist(page):
+    """PyPI resolves no relative links."""
     links = re.findall(r"\]\(([^)]+)\)", page.read_text())
-    ours = [
-        re.fullmatch(r".+/keras-scratch-lstm(?:/blob)?/main/([^#]+).*", x)
-        for x in links
-    ]
     assert all(link.startswith("https://") for link in links)
-    assert len([match for match in ours if match]) > 10
-    for match in filter(None, ours):
-        assert (ROOT / match[1]).exists(), match[0]
+    site = "https://keras-scratch-lstm.github.io/keras-scratch-lstm/"
+    ours = [re.search(r"/keras-scratch-lstm(?:/blob)?/main/([^#]+)", x) for x in links]
+    paths = [match[1] for match in ours if match]
+    paths += [
+        f"docs/{link.removeprefix(site).strip('/') or 'index'}.md"
+        for link in (link.partition("#")[0] for link in links)
+        if link.startswith(site)
+    ]
+    assert len(paths) > 10
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("page", PAGES[2:] + OTHERS, ids=lambda page: page.name)
+def test_relative_links_exist(page):
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.one_backend
+def test_readme_is_short():
+    assert len(READMES[0].read_text().splitlines()) <= 120
+    words = sum(len(page.read_text().split()) for page in PAGES if page not in READMES)
+    assert words <= 8000
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    "page", [*READMES, ROOT / "docs" / "benchmarks.md"], ids=lambda page: page.name
+)
+def test_benchmark_summary_covers_the_results(page):
+    """Each ratio in `benchmarks/results/main*.json` lies in the range of the table."""
+    (table,) = re.findall(
+        r"<!-- measured: summary -->\n(.*?)<!-- /measured -->", page.read_text(), re.S
+    )
+    rows = [re.findall(r"(\d\.\d\d)–(\d\.\d\d)", row) for row in table.splitlines()[2:]]
+    files = sorted((ROOT / "benchmarks" / "results").glob("main*.json"))
+    assert len(files) >= 2
+    for file in files:
+        results = json.loads(file.read_text())
+        for ranges, backend in zip(rows, ("tensorflow", "jax", "torch"), strict=True):
+            ratios = list(results[backend]["ratios"].values())[:3]
+            for (low, high), ratio in zip(ranges, ratios, strict=True):
+                assert float(low) - 0.005 <= ratio <= float(high) + 0.005

@@ -1,4 +1,4 @@
-"""What several threads get from one model at once is what one would get."""
+"""Results of concurrent threads match those of one thread."""
 
 import threading
 
@@ -10,27 +10,27 @@ from keras import layers, ops
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, recurrence, trace_gates
 from keras_scratch_lstm.tracing.trace import ARRAYS
 
-THREADS, TIMES = 8, 4
+THREADS, REPEATS = 8, 4
 BACKEND = keras.backend.backend()
 
 LAYERS = {
-    "layer": lambda: ScratchLSTM(4, return_sequences=True, name="lstm"),
-    "loop": lambda: ScratchLSTM(4, activation="softsign", name="lstm"),
-    "cell": lambda: layers.RNN(ScratchLSTMCell(4), name="lstm"),
-    "both directions": lambda: layers.Bidirectional(ScratchLSTM(4), name="lstm"),
-    "built-in": lambda: layers.LSTM(4, name="lstm"),
+    "ScratchLSTM": lambda: ScratchLSTM(4, return_sequences=True, name="lstm"),
+    "reference loop": lambda: ScratchLSTM(4, activation="softsign", name="lstm"),
+    "RNN(ScratchLSTMCell)": lambda: layers.RNN(ScratchLSTMCell(4), name="lstm"),
+    "Bidirectional": lambda: layers.Bidirectional(ScratchLSTM(4), name="lstm"),
+    "LSTM": lambda: layers.LSTM(4, name="lstm"),
 }
 
 
-def at_once(work, inputs):
-    """The results of a function for each input, each in a thread, `TIMES` over."""
+def run_concurrently(function, inputs):
+    """Return the results of `REPEATS` calls for each input, each in its own thread."""
     results, errors = [None] * len(inputs), []
     start = threading.Barrier(len(inputs))
 
     def run(index):
         try:
             start.wait(60)
-            results[index] = [work(inputs[index]) for _ in range(TIMES)]
+            results[index] = [function(inputs[index]) for _ in range(REPEATS)]
         except Exception as error:
             errors.append(error)
 
@@ -60,38 +60,36 @@ def assert_same(results, expected):
             np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
 
 
-def test_calls(model, inputs):
+def test_concurrent_calls(model, inputs):
     def call(tokens):
         return ops.convert_to_numpy(model(tokens))
 
-    assert_same(at_once(call, inputs), [call(tokens) for tokens in inputs])
+    assert_same(run_concurrently(call, inputs), [call(tokens) for tokens in inputs])
 
 
 @pytest.mark.skipif(
-    BACKEND == "jax", reason="Keras takes a model's variables away while it predicts"
+    BACKEND == "jax", reason="Keras replaces a model's variables while it predicts"
 )
-def test_predictions(model, inputs):
+def test_concurrent_predictions(model, inputs):
     def predict(tokens):
         return model.predict(tokens, verbose=0)
 
     expected = [predict(tokens) for tokens in inputs]
-    assert_same(at_once(predict, inputs), expected)
+    assert_same(run_concurrently(predict, inputs), expected)
 
 
-def test_traces(model, inputs):
+def test_concurrent_traces(model, inputs):
     def trace(tokens):
         found = trace_gates(model, tokens)
         both = [found] if found.backward is None else [found, found.backward]
         return np.stack([getattr(one, name) for one in both for name in ARRAYS])
 
-    # At first all at once, when nothing is compiled yet.
-    results = at_once(trace, inputs)
+    # The concurrent calls come first, when nothing is compiled.
+    results = run_concurrently(trace, inputs)
     assert_same(results, [trace(tokens) for tokens in inputs])
 
 
-def test_traces_among_calls(model, inputs):
-    """The layer stops those calls alone that are to be traced."""
-
+def test_calls_during_traces(model, inputs):
     def either(job):
         traced, tokens = job
         if traced:
@@ -99,16 +97,16 @@ def test_traces_among_calls(model, inputs):
         return ops.convert_to_numpy(model(tokens))
 
     jobs = [(index % 2 == 0, tokens) for index, tokens in enumerate(inputs)]
-    assert_same(at_once(either, jobs), [either(job) for job in jobs])
+    assert_same(run_concurrently(either, jobs), [either(job) for job in jobs])
 
 
-def test_only_holds_in_its_own_thread():
-    def ways(way):
-        if way is None:
+def test_force_is_limited_to_its_thread():
+    def implementations(name):
+        if name is None:
             return sorted(recurrence.implementations())
-        with recurrence.force(way):
+        with recurrence.force(name):
             return sorted(recurrence.implementations())
 
-    everything = sorted(recurrence.implementations())
-    results = at_once(ways, [None, "loop"] * (THREADS // 2))
-    assert results == [[everything] * TIMES, [[]] * TIMES] * (THREADS // 2)
+    available = sorted(recurrence.implementations())
+    results = run_concurrently(implementations, [None, "loop"] * (THREADS // 2))
+    assert results == [[available] * REPEATS, [[]] * REPEATS] * (THREADS // 2)

@@ -1,27 +1,40 @@
-"""Lets the pages in docs/ point at the rest of the repository, as they do on GitHub.
+"""MkDocs hooks: links to the repository, the HTML report, and equations in MathML.
 
-A picture outside docs/ is taken along; any other file becomes a link to GitHub. And
-where GitHub shows a picture of the page of gates, the site has the page itself.
+Pages link to files outside `docs/` with relative paths, as on GitHub. On the site,
+images are copied and other files become links to GitHub. The screenshot of the HTML
+report is replaced by the report itself. Equations use STIX Two Math (SIL Open Font
+License), which the site serves, because phones have no font for MathML.
 """
 
+import html
 import re
+from importlib.resources import files as package_files
 from pathlib import Path
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
 SOURCE = "https://github.com/keras-scratch-lstm/keras-scratch-lstm/blob/main/"
 OUTSIDE = re.compile(r"\]\(\.\./([^)#]+)")
-PICTURE_OF_THE_PAGE = re.compile(r"!\[([^\]]+)\]\(images/page\.png\)")
-THE_PAGE = r'<iframe class="gates" src="../images/gates.html" title="\1"></iframe>'
+SCREENSHOT = re.compile(r"!\[([^\]]+)\]\(images/page\.png\)")
+REPORT = r'<iframe class="gates" src="../images/gates.html" title="\1"></iframe>'
+MATH = re.compile(
+    r'<(div|span) class="arithmatex">\\(?:\[(.+?)\\\]|\((.+?)\\\))</\1>', re.S
+)
+
+
+FONT = "STIXTwoMath-Regular.ttf"
 
 
 def on_files(files, config):
+    font = package_files("ziamath").joinpath("fonts", FONT)
+    files.append(File.generated(config, f"site/{FONT}", abs_src_path=str(font)))
     for page in files.documentation_pages():
         for path in OUTSIDE.findall(page.content_string):
             if not (ROOT / path).exists():
-                raise FileNotFoundError(f"{page.src_uri} points at {path}.")
-            if _is_picture(path) and not files.get_file_from_path(path):
+                raise FileNotFoundError(f"{page.src_uri} links to {path}.")
+            if _is_image(path) and not files.get_file_from_path(path):
                 files.append(File.generated(config, path, abs_src_path=ROOT / path))
     return files
 
@@ -29,10 +42,22 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, **kwargs):
     def link(match):
         path = match[1]
-        return f"]({path if _is_picture(path) else SOURCE + path}"
+        return f"]({path if _is_image(path) else SOURCE + path}"
 
-    return PICTURE_OF_THE_PAGE.sub(THE_PAGE, OUTSIDE.sub(link, markdown))
+    return SCREENSHOT.sub(REPORT, OUTSIDE.sub(link, markdown))
 
 
-def _is_picture(path):
+def on_page_content(content, **kwargs):
+    return MATH.sub(_mathml, content)
+
+
+def _mathml(match):
+    tag, block, inline = match.groups()
+    math = convert(
+        html.unescape(block or inline), display="block" if block else "inline"
+    )
+    return f'<{tag} class="math">{math}</{tag}>'
+
+
+def _is_image(path):
     return path.endswith((".png", ".svg"))

@@ -1,4 +1,4 @@
-"""Has mkdocstrings set Keras's docstrings: all their sections, and results as text."""
+"""Griffe extension: render every section of Keras's docstring format."""
 
 import re
 import textwrap
@@ -6,16 +6,16 @@ import textwrap
 import griffe
 
 SECTION = re.compile(
-    r"^(Call arguments|Returns|Example|Reference):\n(.*?)(?=^\w[\w ]*:\n|\Z)",
+    r"^(Call arguments|Returns|Example|References?):\n(.*?)(?=^\w[\w ]*:\n|\Z)",
     re.M | re.S,
 )
-LINK_OVER_TWO_LINES = re.compile(r"\]\(\s+(\S+)\)")
+WRAPPED_LINK = re.compile(r"\]\(\s+(\S+)\)")
 
 
 class KerasDocstrings(griffe.Extension):
     def on_instance(self, *, obj, **kwargs):
         if obj.docstring:
-            text = LINK_OVER_TWO_LINES.sub(r"](\1)", obj.docstring.value)
+            text = WRAPPED_LINK.sub(r"](\1)", obj.docstring.value)
             obj.docstring.value = SECTION.sub(_as_google, text)
 
 

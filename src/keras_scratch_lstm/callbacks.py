@@ -281,7 +281,8 @@ class GateMonitor(keras.callbacks.Callback):
         self.layer = layer
         self.metrics = metrics
         # A dataset may be shuffled, and an iterator has each batch once.
-        self._probe = [check_inputs(batch, "probe")[0] for batch in read_batches(probe)]
+        batches = read_batches(probe, argument="probe")
+        self._probe = [check_inputs(batch, "probe")[0] for batch in batches]
         self._values: dict[str, float] = {}
 
     def on_train_begin(self, logs: Logs = None) -> None:

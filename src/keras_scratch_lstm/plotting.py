@@ -72,10 +72,10 @@ def plot_gates(
         units: Integer or list of integers, the units to plot.
         tokens: One sample's tokens (a string or a list of `time` strings), or a list
             of all samples' tokens. They label the time axis if there are at most
-            100. Defaults to `None`, which shows the numbers of the time steps.
-        sample: Integer, the sample to plot. Defaults to `0`.
-        steps: `slice`, the time steps to plot. Defaults to `None`, all.
-        path: String or path-like, the file to save. Defaults to `None`.
+            100. Default: `None`, which shows the numbers of the time steps.
+        sample: Integer, the sample to plot. Default: `0`.
+        steps: `slice`, the time steps to plot. Default: `None`, all.
+        path: String or path-like, the file to save. Default: `None`.
 
     Returns:
         A `matplotlib.figure.Figure`.
@@ -121,11 +121,11 @@ def plot_heatmap(
     Args:
         trace: A `GateTrace`.
         array: String, one of `"i"`, `"f"`, `"o"`, `"c_tilde"`, `"c"` and `"h"`.
-            Defaults to `"f"`.
+            Default: `"f"`.
         tokens: See `plot_gates`.
         sample: See `plot_gates`.
         steps: See `plot_gates`.
-        ax: `matplotlib.axes.Axes` to plot into. Defaults to `None`, a new figure.
+        ax: `matplotlib.axes.Axes` to plot into. Default: `None`, a new figure.
         path: See `plot_gates`.
 
     Returns:
@@ -160,7 +160,7 @@ def plot_saturation(trace: GateTrace, path: Path | None = None) -> Figure:
 
     Args:
         trace: A `GateTrace`.
-        path: String or path-like, the file to save. Defaults to `None`.
+        path: String or path-like, the file to save. Default: `None`.
 
     Returns:
         A `matplotlib.figure.Figure`.
@@ -201,7 +201,7 @@ def plot_text(
         trace: A `GateTrace`.
         unit: Integer, the unit to plot.
         tokens: See `plot_gates`.
-        array: See `plot_heatmap`. Defaults to `"c"`.
+        array: See `plot_heatmap`. Default: `"c"`.
         sample: See `plot_gates`.
         steps: See `plot_gates`.
         ax: See `plot_heatmap`.

@@ -13,7 +13,7 @@ import pytest
 import time_machine
 
 EXAMPLE = Path(distributed.__file__)
-SCALE_OUT = EXAMPLE.parents[1] / "docs" / "scale-out.md"
+SCALE_OUT = EXAMPLE.parents[1] / "docs" / "distributed-training.md"
 BACKEND = keras.backend.backend()
 SMALL = ["--units", "8", "--batch-size", "8", "--num-steps", "6", "--epochs", "3"]
 PATIENCE = 500  # seconds, for a slow machine

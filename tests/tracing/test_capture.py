@@ -11,6 +11,7 @@ from trace_reference import (
     TIME,
     UNITS,
     assert_close,
+    check_error,
     embed,
     make,
     numpy_trace,
@@ -111,105 +112,6 @@ def test_path_of_a_keras_file(tokens, tmp_path):
     expected = numpy_trace(model.layers[1], embed(tokens, model))
     for path in (tmp_path / "model.keras", str(tmp_path / "model.keras")):
         assert_close(trace_gates(path, tokens), expected)
-
-
-# --- inputs ------------------------------------------------------------------
-
-
-def test_tensors_and_nested_lists(tokens):
-    model = sequential(LAYERS["LSTM"]())
-    expected = numpy_trace(model.layers[1], embed(tokens, model))
-    for inputs in (tokens, ops.convert_to_tensor(tokens), tokens.tolist()):
-        assert_close(trace_gates(model, inputs), expected)
-    assert_close(trace_gates(model, [list(map(float, t)) for t in tokens]), expected)
-
-
-def test_nested_lists_among_several_inputs(x, states):
-    inputs = [keras.Input((TIME, FEATURES)), keras.Input((FEATURES,))]
-    layer = keras.layers.LSTM(UNITS)
-    model = keras.Model(inputs, layer(inputs[0] + inputs[1][:, None]))
-    shift = states[0][:, :FEATURES]
-    expected = numpy_trace(layer, x + shift[:, None])
-    assert_close(trace_gates(model, [x, shift.tolist()]), expected)
-    assert_close(trace_gates(model, (x.tolist(), shift)), expected)
-
-
-def batches_of(tokens, kind):
-    """Batches of two samples, as a dataset."""
-    y = np.zeros(len(tokens))
-    if kind == "tf.data":
-        tf = pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
-        return tf.data.Dataset.from_tensor_slices((tokens, y)).batch(2)
-    if kind == "without targets":
-        return (tokens[start : start + 2] for start in range(0, len(tokens), 2))
-    if kind == "DataLoader":
-        data = pytest.importorskip("torch", reason="torch is not installed").utils.data
-        return data.DataLoader(list(zip(tokens, y, strict=True)), batch_size=2)
-
-    class Batches(keras.utils.PyDataset):
-        def __len__(self):
-            return -(-len(tokens) // 2)
-
-        def __getitem__(self, index):
-            steps = slice(2 * index, 2 * index + 2)
-            return tokens[steps], y[steps], y[steps]
-
-    return Batches()
-
-
-@pytest.mark.parametrize("batches", [1, 2, None])
-@pytest.mark.parametrize(
-    "kind", ["tf.data", "PyDataset", "without targets", "DataLoader"]
-)
-def test_batches_of_a_dataset(kind, batches, tokens):
-    model = sequential(LAYERS["LSTM"]())
-    trace = trace_gates(model, batches_of(tokens, kind), batches=batches)
-    traced = tokens[: {1: 2, 2: 4, None: BATCH}[batches]]
-    assert_close(trace, numpy_trace(model.layers[1], embed(traced, model)))
-    assert trace.mask is None
-
-
-@pytest.mark.parametrize("mask_zero", [False, True])
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_batches_of_different_lengths_are_padded(mask_zero, bidirectional, tokens):
-    layer = LAYERS["LSTM"]()
-    layer = keras.layers.Bidirectional(layer) if bidirectional else layer
-    model = sequential(layer, mask_zero=mask_zero)
-    trace = trace_gates(model, iter([tokens[:3], tokens[3:, :4]]), batches=None)
-    mask = np.ones((BATCH, TIME), bool)
-    mask[3:, 4:] = False
-    layers = [layer.forward_layer, layer.backward_layer] if bidirectional else [layer]
-    traces = [trace, trace.backward] if bidirectional else [trace]
-    for one, direction in zip(traces, layers, strict=True):
-        np.testing.assert_array_equal(one.mask, mask)
-        x = embed(tokens, model)
-        assert_close(one, numpy_trace(direction, x, mask=mask))
-
-
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has RaggedTensor")
-@pytest.mark.parametrize("mask_zero", [False, True])
-@pytest.mark.parametrize("form", ["alone", "in a dict", "in a dataset"])
-def test_ragged_tensor_matches_each_sample_alone(mask_zero, form, tokens):
-    import tensorflow as tf
-
-    lengths = [3, TIME, 1, 3, 5]
-    samples = [row[:n] for row, n in zip(tokens, lengths, strict=True)]
-    model = sequential(LAYERS["LSTM"](), mask_zero=mask_zero)
-    ragged = tf.ragged.constant([sample.tolist() for sample in samples])
-    functional = keras.Model({"tokens": model.inputs[0]}, model.outputs[0])
-    inputs = {
-        "alone": ragged,
-        "in a dict": {"tokens": ragged},
-        "in a dataset": [(ragged, np.zeros(BATCH))].__iter__(),
-    }[form]
-    trace = trace_gates(functional if form == "in a dict" else model, inputs)
-    for k, sample in enumerate(samples):
-        alone = numpy_trace(model.layers[1], embed(sample[None], model))
-        for name, values in alone.items():
-            found = getattr(trace, name)[k, : len(sample)]
-            np.testing.assert_allclose(found, values[0], rtol=1e-4, atol=1e-5)
-            assert np.isnan(getattr(trace, name)[k, len(sample) :]).all()
-    np.testing.assert_array_equal(trace.mask.sum(1), lengths)
 
 
 # --- states and fixed shapes -------------------------------------------------
@@ -321,13 +223,6 @@ def stack():
     return sequential(lower, upper)
 
 
-def check_error(match, *args, **kwargs):
-    with pytest.raises(ValueError, match=match) as error:
-        trace_gates(*args, **kwargs)
-    assert len(str(error.value)) <= 300
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize(
     ("layer", "received"),
     [
@@ -413,32 +308,6 @@ def test_layer_in_compiled_code(x):
     layer = Compiled()
     layer(x)
     check_error("outside of compiled or vectorized code.*'inner'", layer, x)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "match"),
-    [
-        (np.zeros((0, TIME)), r"at least one sample.*array of shape \(0, 7\)"),
-        (np.zeros((2, 0)), r"at least one time step.*array of shape \(2, 0, 3\)"),
-        (3.0, "Received: inputs=3.0"),
-        (None, "Received: inputs=None"),
-        ("tokens", "Received: inputs='tokens'"),
-        ({}, "Received: inputs={}"),
-        (np.array([[1, None]]), r"array of shape \(1, 2\) and dtype object"),
-        (object(), "Received: inputs=<object"),
-        (iter([]), "or a dataset of batches. Received"),
-        ([[1, 2, 3], [1]], "rows of different lengths. Pad it with `keras.utils.pad_s"),
-        ([[1] * 50000, [1]], "Pad it with `keras.utils.pad_sequences`"),
-        ([np.ones((2, 3)), np.ones((3, 3))], r"same number .* \(2, 3\), \(3, 3\)"),
-        ([np.ones((k, 3)) for k in range(2, 999)], r"\(2, 3\), \(3, 3\)"),
-    ],
-)
-def test_invalid_inputs(inputs, match):
-    check_error(match, sequential(LAYERS["LSTM"]()), inputs)
-
-
-def test_complex_inputs(x):
-    check_error("must be real numbers.*complex64", make("LSTM"), x.astype("complex64"))
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, "3", True])

@@ -2,10 +2,11 @@
 
 import keras
 import numpy as np
+import pytest
 from keras import ops
 from reference import sigmoid, weights_of
 
-from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
+from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, trace_gates
 from keras_scratch_lstm.tracing.trace import ARRAYS
 
 BATCH, TIME, FEATURES, UNITS = 5, 7, 3, 4
@@ -110,3 +111,10 @@ def assert_close(trace, expected, rtol=1e-4, atol=1e-5):
         np.testing.assert_allclose(
             getattr(trace, name), expected[name], rtol=rtol, atol=atol, err_msg=name
         )
+
+
+def check_error(match, *args, **kwargs):
+    with pytest.raises(ValueError, match=match) as error:
+        trace_gates(*args, **kwargs)
+    assert len(str(error.value)) <= 300
+    assert "\n" not in str(error.value)

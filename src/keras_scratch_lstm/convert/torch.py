@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_scratch_lstm._validation import invalid
+from keras_scratch_lstm._validation import are_numbers, invalid
 from keras_scratch_lstm.layer import ScratchLSTM
 from keras_scratch_lstm.per_gate import FUSED_ORDER, GATES, fuse, named_weights
 
@@ -81,12 +81,16 @@ def _read(lstm_or_state_dict):
         rule = "a `torch.nn.LSTM` or its state dict"
         raise invalid("lstm_or_state_dict", weights, rule)
 
-    def read(value):
+    def read(key, value):
         if hasattr(value, "detach"):  # NumPy has no bfloat16, for one
             value = value.detach().cpu().double()
-        return np.asarray(value).astype("float64")
+        value = np.asarray(value)
+        if value.ndim not in (1, 2) or not are_numbers(value):
+            name = f"lstm_or_state_dict[{key!r}]"
+            raise invalid(name, value, "a matrix or vector of real numbers")
+        return value.astype("float64")
 
-    return {key: read(value) for key, value in weights.items()}
+    return {key: read(key, value) for key, value in weights.items()}
 
 
 def _make_layer(cells, options):

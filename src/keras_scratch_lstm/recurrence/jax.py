@@ -3,8 +3,8 @@
 In training, the gates run in two fused matmuls, of i with f and of o with c, which is
 faster than one or four. They overwrite their inputs, and the gradients their factors,
 which saves a third of the memory. A single sample takes one matmul, since copying the
-weights would cost as much as a time step. `docs/backward.md` has the derivation in the
-same symbols.
+weights would cost as much as a time step. `docs/backward-pass.md` has the derivation in
+the same symbols.
 """
 
 import functools

@@ -3,7 +3,7 @@
 There is one matmul per gate, since TensorFlow runs small matmuls in parallel faster
 than it splits a fused one. An iteration has several time steps, since it costs as much
 as a few ops; but one in inference, since tf2onnx supports one write per iteration.
-`docs/backward.md` has the derivation in the same symbols.
+`docs/backward-pass.md` has the derivation in the same symbols.
 """
 
 import tensorflow as tf

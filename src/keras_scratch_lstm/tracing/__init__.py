@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 
-from keras_scratch_lstm import _types
 from keras_scratch_lstm.tracing import capture, replay
 from keras_scratch_lstm.tracing.inputs import read_batches
 from keras_scratch_lstm.tracing.trace import GateTrace, Saturation
@@ -13,7 +12,7 @@ __all__ = ["GateTrace", "Saturation", "trace_gates"]
 
 
 def trace_gates(
-    model_or_layer: "Any | _types.Path",
+    model_or_layer: Any,
     inputs: Any,
     layer: Any = None,
     batch_size: int = 32,

@@ -128,13 +128,10 @@ def _make_function(layer):
 
 def _has_fast_path(cell):
     """Whether the layer may run in an implementation that does not return the gates."""
-    is_plain = (
-        type(cell).gates is ScratchLSTMCell.gates
-        and type(cell).call is ScratchLSTMCell.call
-        # In half precision, rounding of c at each time step is not reproducible.
-        and cell.compute_dtype in ("float32", "float64")
-    )
-    return is_plain and not {"torch", "cudnn"}.isdisjoint(recurrence.implementations())
+    # In half precision, the rounding of c at each time step is not reproducible.
+    is_reproducible = cell.compute_dtype in ("float32", "float64")
+    hides_gates = not {"torch", "cudnn"}.isdisjoint(recurrence.implementations())
+    return cell.is_standard and is_reproducible and hides_gates
 
 
 def _from_hidden_states(cell):

@@ -1,0 +1,98 @@
+"""Imports point one way, and modules and functions stay small."""
+
+import ast
+import graphlib
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted((ROOT / "src").rglob("*.py"))
+MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 50
+
+pytestmark = pytest.mark.one_backend
+
+
+@pytest.fixture(scope="module")
+def diagram():
+    path = ROOT / "docs" / "draw_architecture.py"
+    spec = importlib.util.spec_from_file_location("draw_architecture", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_imports_have_no_cycle(diagram):
+    imports = diagram.module_imports()
+    assert imports["layer"] >= {"cell", "recurrence"}
+    # Importing a submodule runs its package first, which is no cycle of the code.
+    for module, targets in imports.items():
+        imports[module] = {t for t in targets if not module.startswith(f"{t}.")}
+    list(graphlib.TopologicalSorter(imports).static_order())  # raises CycleError
+
+
+def test_imports_point_to_lower_layers(diagram):
+    level = {name: k for k, names in enumerate(diagram.LAYERS) for name in names}
+    imports = diagram.module_imports()
+    assert {diagram.group(module) for module in imports} == set(level)
+    upward = [
+        f"{module} imports {target}"
+        for module, targets in imports.items()
+        for target in targets
+        if diagram.group(target) != diagram.group(module)
+        and level[diagram.group(target)] >= level[diagram.group(module)]
+        and diagram.group(module) not in diagram.LAYERS[0]
+    ]
+    assert upward == []
+
+
+def test_bottom_layer_imports_nothing_above(diagram):
+    base = set(diagram.LAYERS[0])
+    imports = diagram.module_imports()
+    assert {target for name in base for target in imports[name]} <= base
+
+
+def test_diagram_is_up_to_date(diagram, tmp_path):
+    diagram.main(tmp_path / "architecture.svg")
+    drawn = (tmp_path / "architecture.svg").read_text()
+    assert drawn == diagram.PATH.read_text(), "run python docs/draw_architecture.py"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_module_is_short(path):
+    assert len(path.read_text().splitlines()) <= MAX_MODULE_LINES
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_functions_are_short(path):
+    source = path.read_text()
+    long = {
+        node.name: lines
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (lines := code_lines(node, source.splitlines())) > MAX_FUNCTION_LINES
+    }
+    assert long == {}
+
+
+def code_lines(function, lines):
+    """Count lines from `def` on, without docstring, comments and blank lines."""
+    first, last = function.lineno, function.end_lineno
+    skipped = set()
+    if ast.get_docstring(function) is not None:
+        docstring = function.body[0]
+        skipped = set(range(docstring.lineno, docstring.end_lineno + 1))
+    return sum(
+        number not in skipped
+        and not line.strip().startswith("#")
+        and bool(line.strip())
+        for number, line in enumerate(lines[first - 1 : last], first)
+    )
+
+
+def test_code_lines_skips_docstring_comments_and_blank_lines():
+    source = 'def f(\n    x,\n):\n    """Doc.\n\n    More.\n    """\n\n'
+    source += "    # Why.\n    return x\n"
+    (function,) = ast.parse(source).body
+    assert code_lines(function, source.splitlines()) == 4

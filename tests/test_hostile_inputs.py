@@ -1,0 +1,661 @@
+"""Hostile and random inputs: a result, or an error that names an argument.
+
+Files from untrusted sources run no code, and allocate no more than they hold. A
+fixed set of random cases runs by default; `HYPOTHESIS_PROFILE=long` draws 10,000 new
+ones per test.
+"""
+
+import base64
+import contextlib
+import copy
+import inspect
+import io
+import json
+import marshal
+import os
+import pickle
+import re
+import struct
+import sys
+import zipfile
+from pathlib import Path
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from keras import layers, ops
+
+from keras_scratch_lstm import (
+    GateMonitor,
+    GateTrace,
+    Perplexity,
+    ScratchLSTM,
+    ScratchLSTMCell,
+    from_torch,
+    to_builtin,
+    to_scratch,
+    to_torch,
+    trace_gates,
+)
+from keras_scratch_lstm.tracing.trace import ARRAYS
+
+pytestmark = pytest.mark.one_backend
+LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
+KERAS = tuple(int(part) for part in keras.__version__.split(".")[:2])
+MB = 2**20
+
+
+def fuzz(cases):
+    return settings(
+        max_examples=10_000 if LONG else cases,
+        deadline=None,
+        derandomize=not LONG,
+        database=None,
+        print_blob=True,
+        phases=set(Phase) - {Phase.explain},
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+# --- random arguments --------------------------------------------------------
+
+NUMBERS = (
+    st.integers(-3, 9)
+    | st.sampled_from([2**31, 2**63, -(2**70), 0.5, -0.0, 1e300])
+    | st.floats()
+)
+ARRAY = hnp.arrays(
+    st.sampled_from(["float32", "float64", "int32", "bool", "complex64", "U2", "O"]),
+    hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4),
+)
+OBJECTS = [1j, int, object, print, len, ..., slice(1), range(3), set()]
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | NUMBERS
+    | st.text(max_size=4)
+    | st.binary(max_size=4)
+    | st.sampled_from(OBJECTS)
+)
+KEYS = ["i", "f", "o", "c", "class_name", "config", "module", "x"]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(KEYS) | st.text(max_size=4), inner, max_size=3
+        )
+    ),
+    max_leaves=6,
+)
+ANYTHING = SCALARS | ARRAY | JSON
+FLAG = st.booleans()
+INITIALIZER = st.sampled_from(["zeros", "orthogonal", keras.initializers.HeNormal()])
+ACTIVATION = st.sampled_from(["tanh", "sigmoid", None, keras.activations.relu])
+
+
+def per_gate(*values):
+    one = st.sampled_from(values)
+    return one | st.dictionaries(st.sampled_from("ifoc"), one)
+
+
+VALID = {
+    "initializer": INITIALIZER | st.dictionaries(st.sampled_from("ifoc"), INITIALIZER),
+    "regularizer": per_gate(None, "l2", keras.regularizers.L1(0.1)),
+    "constraint": per_gate(None, "non_neg", keras.constraints.MaxNorm(2)),
+    "activation": ACTIVATION,
+    "dropout": st.floats(0, 1),
+    "units": st.integers(1, 5),
+    "seed": st.none() | st.integers(0, 99),
+    "cudnn": st.sampled_from(["auto", False]),
+    "cell": st.none(),
+    "dtype": st.sampled_from([None, "float32", "mixed_bfloat16"]),
+    "name": st.none() | st.just("one"),
+}
+
+
+@st.composite
+def arguments(draw, function):
+    """Draw some of the arguments of a layer, most of them valid."""
+    names = {*inspect.signature(function).parameters, "name", "dtype", "trainable"}
+    names = sorted(names - {"kwargs", "self"})
+    chosen = draw(st.sets(st.sampled_from(names), max_size=4)) | {"units"}
+    valid = {name: VALID.get(name.rpartition("_")[2], FLAG) for name in chosen}
+    return {
+        name: draw(ANYTHING if draw(st.integers(0, 2)) == 0 else valid[name])
+        for name in sorted(chosen)
+    }
+
+
+def some(**strategies):
+    return st.fixed_dictionaries({}, optional=strategies)
+
+
+def outcome(call, *names):
+    """Return the result, or None after an error that names one of the arguments."""
+    try:
+        return call()
+    except (TypeError, ValueError) as error:
+        raised = error
+    assert not isinstance(raised, UnicodeError), raised
+    assert not names or any(name in str(raised) for name in names), raised
+    return None
+
+
+F = np.full((2, 3, 4), 0.5, "float32")
+TRACE = GateTrace(**dict.fromkeys(ARRAYS, F))
+X = np.ones((2, 5, 3), "float32")
+LSTM = ScratchLSTM(4, name="one")
+LSTM(X)
+TORCH = {"weight_ih_l0": (16, 3), "weight_hh_l0": (16, 4)}
+# Each function with its arguments. Those that Keras checks need no name in the error.
+CALLS = {
+    ScratchLSTMCell: (arguments(ScratchLSTMCell), 50),
+    ScratchLSTM: (arguments(ScratchLSTM), 50),
+    Perplexity: (some(ignore_class=ANYTHING, from_logits=ANYTHING), 50),
+    GateMonitor: (st.fixed_dictionaries({"probe": ANYTHING}), 100),
+    GateTrace: (
+        st.fixed_dictionaries(
+            {name: st.just(F) | ANYTHING for name in ARRAYS},
+            optional=dict.fromkeys(["mask", "layer", "backward"], ANYTHING),
+        ),
+        100,
+    ),
+    trace_gates: (
+        st.fixed_dictionaries(
+            {
+                "model_or_layer": st.just(LSTM) | SCALARS,
+                "inputs": st.just(X) | ANYTHING,
+            },
+            optional={"layer": ANYTHING, "batch_size": ANYTHING},
+        ),
+        50,
+    ),
+    to_scratch: (st.fixed_dictionaries({"layer_or_model": ANYTHING}), 50),
+    to_builtin: (st.fixed_dictionaries({"layer_or_model": ANYTHING}), 50),
+    to_torch: (st.fixed_dictionaries({"layer": ANYTHING}), 50),
+    from_torch: (
+        st.fixed_dictionaries(
+            {
+                "lstm_or_state_dict": ANYTHING
+                | st.fixed_dictionaries(
+                    {
+                        key: st.just(np.ones(size)) | ANYTHING
+                        for key, size in TORCH.items()
+                    },
+                    optional=dict.fromkeys(["bias_ih_l0", "bias_hh_l0"], ANYTHING),
+                )
+            }
+        ),
+        50,
+    ),
+}
+UNNAMED = ScratchLSTMCell, ScratchLSTM, Perplexity
+
+
+@pytest.mark.parametrize("function", CALLS, ids=lambda function: function.__name__)
+def test_random_arguments(function):
+    strategy, cases = CALLS[function]
+
+    @fuzz(cases)
+    @given(strategy)
+    def check(given):
+        names = () if function in UNNAMED else [f"`{name}" for name in given]
+        if function is trace_gates:
+            # Keras's own
+            names += ["Input 0", "Inputs to a layer", "positional", "File format"]
+        if function is from_torch:
+            names += ["`weight_", "`bias_"]
+        outcome(lambda: function(**given), *names)
+
+    check()
+
+
+@fuzz(50)
+@given(
+    path=st.none() | NUMBERS | st.just("report.html") | st.binary(max_size=4),
+    tokens=st.just("abc") | st.lists(st.text(max_size=3), max_size=4) | ANYTHING,
+    sample=st.integers(-1, 2) | ANYTHING,
+)
+def test_random_arguments_of_reports_and_tables(tmp_path_factory, path, tokens, sample):
+    folder = tmp_path_factory.getbasetemp()
+    path = folder / path if isinstance(path, str) else path
+    names = "`path`", "`tokens`", "`sample`"
+    outcome(lambda: TRACE.to_html(path, tokens, sample), *names)
+    outcome(lambda: TRACE.save(path), "`path`")
+    pytest.importorskip("pandas")
+    outcome(lambda: TRACE.to_dataframe(tokens), "`tokens`")
+    outcome(lambda: TRACE.to_dataframe([tokens, "abc"]), "`tokens`")
+
+
+@fuzz(15)
+@given(
+    which=st.sampled_from(["gates", "heatmap", "saturation", "text"]),
+    given=some(
+        units=st.integers(0, 3) | ANYTHING,
+        unit=st.integers(0, 3) | ANYTHING,
+        name=st.sampled_from(ARRAYS) | ANYTHING,
+        tokens=st.just("abc") | ANYTHING,
+        sample=st.integers(0, 1) | ANYTHING,
+        steps=ANYTHING,
+        ax=ANYTHING,
+        path=st.none() | NUMBERS | st.binary(max_size=3),
+    ),
+)
+def test_random_arguments_of_plots(which, given):
+    pytest.importorskip("matplotlib")
+    from keras_scratch_lstm import plotting
+
+    function = getattr(plotting, f"plot_{which}")
+    names = inspect.signature(function).parameters
+    given = {name: value for name, value in given.items() if name in names}
+    outcome(lambda: function(TRACE, **given), *names)
+
+
+# --- random configurations and conversions -----------------------------------
+
+OPTIONS = {
+    "units": 3,
+    "kernel_regularizer": {"f": "l2"},
+    "recurrent_constraint": "max_norm",
+    "bias_initializer": {"i": "ones"},
+    "dropout": 0.5,
+    "seed": 3,
+}
+CONFIGS = {
+    "cell": (ScratchLSTMCell, ScratchLSTMCell(**OPTIONS)),
+    "layer": (ScratchLSTM, ScratchLSTM(**OPTIONS, activity_regularizer="l1")),
+    "custom cell": (ScratchLSTM, ScratchLSTM(cell=ScratchLSTMCell(**OPTIONS))),
+}
+
+
+def paths(value, before=()):
+    """Yield where a configuration can be changed."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield (*before, key)
+        yield from paths(inner, (*before, key))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@fuzz(50)
+@given(data=st.data())
+def test_random_change_of_configuration(kind, data):
+    cls, layer = CONFIGS[kind]
+    config = copy.deepcopy(keras.tree.map_structure(lambda x: x, layer.get_config()))
+    for _ in range(data.draw(st.integers(1, 2))):
+        path = data.draw(st.sampled_from(list(paths(config))))
+        within = config
+        for key in path[:-1]:
+            within = within[key]
+        value = data.draw(JSON)
+        if data.draw(st.booleans()):
+            within[path[-1]] = value
+        else:
+            within.pop(path[-1])
+            within[data.draw(st.text(max_size=6))] = value
+    layer = outcome(lambda: cls.from_config(config))
+    if layer is not None:
+        assert layer.units > 0
+        assert layer.get_config()
+
+
+BUILTIN = {
+    "activation": ACTIVATION,
+    "recurrent_activation": ACTIVATION,
+    "use_bias": FLAG,
+    "unit_forget_bias": FLAG,
+    "kernel_initializer": INITIALIZER,
+    "kernel_regularizer": st.sampled_from([None, "l2", "orthogonal_regularizer"]),
+    "bias_constraint": st.sampled_from([None, "non_neg", "max_norm"]),
+    "dropout": st.floats(0, 1),
+    "seed": st.none() | st.integers(0, 9),
+}
+OF_LAYER = dict.fromkeys(("return_sequences", "go_backwards", "unroll"), FLAG)
+WRAPPERS = {
+    "none": lambda layer: layer,
+    "bidirectional": layers.Bidirectional,
+    "sequential": lambda layer: keras.Sequential([layer]),
+    "nested": lambda layer: keras.Sequential([keras.Sequential([layer])]),
+    "distributed": layers.TimeDistributed,
+}
+
+
+@fuzz(25)
+@given(data=st.data())
+def test_conversion_of_random_layers(data):
+    units = {"units": st.integers(1, 3)}
+    given = data.draw(st.fixed_dictionaries(units, optional=BUILTIN))
+    if data.draw(st.booleans()):
+        given |= data.draw(some(**OF_LAYER))
+        layer = layers.LSTM(**given)
+    else:
+        layer = layers.RNN(layers.LSTMCell(**given))
+    wrapper = data.draw(st.sampled_from(sorted(WRAPPERS)))
+    assume(wrapper != "bidirectional" or not given.get("go_backwards"))
+    layer = WRAPPERS[wrapper](layer)
+    if data.draw(st.booleans()):
+        layer.build((2, 2, 3, 2) if wrapper == "distributed" else (2, 3, 2))
+    layer.trainable = data.draw(st.booleans())
+    scratch = outcome(lambda: to_scratch(layer), "lstm", "`rnn")
+    if scratch is not None:
+        assert scratch.trainable == layer.trainable
+        assert scratch.built == layer.built
+        back = to_builtin(scratch).weights
+        for one, other in zip(back, layer.weights, strict=True):
+            np.testing.assert_array_equal(*map(ops.convert_to_numpy, (one, other)))
+
+
+# --- hostile model files and weights -----------------------------------------
+
+
+@pytest.fixture
+def canary(tmp_path):
+    """A file that every payload would create."""
+    path = tmp_path / "canary"
+    yield path
+    assert not path.exists()
+
+
+def make_model(units=4):
+    lstm = ScratchLSTM(units, return_sequences=True, name="layer")
+    rnn = layers.RNN(ScratchLSTMCell(units), name="rnn")
+    return keras.Sequential([keras.Input((5, 3)), lstm, rnn])
+
+
+def function(module, name):
+    return instance(module, "function", name) | {"registered_name": name}
+
+
+def instance(module, name, config):
+    return {
+        "module": module,
+        "class_name": name,
+        "config": config,
+        "registered_name": name,
+    }
+
+
+def payload_lambda(canary):
+    code = marshal.dumps(compile(f"open({str(canary)!r}, 'w')", "payload", "eval"))
+    value = {"code": base64.b64encode(code).decode(), "defaults": None, "closure": None}
+    return {"class_name": "__lambda__", "config": {"value": value, **value}}
+
+
+PAYLOADS = {
+    "lambda": payload_lambda,
+    "function": lambda canary: function("os", "system"),
+    "class": lambda canary: instance(
+        "subprocess", "Popen", {"args": ["touch", str(canary)]}
+    ),
+    "module": lambda canary: instance("payload_module", "Payload", {}),
+    "Keras utility": lambda canary: instance(
+        "keras.utils",
+        "get_file",
+        {"fname": str(canary), "origin": f"file://{__file__}"},
+    ),
+}
+PLACES = [
+    ("layer", "activation"),
+    ("layer", "kernel_initializer"),
+    ("layer", "bias_initializer", "f"),
+    ("layer", "activity_regularizer"),
+    ("layer", "dtype"),
+    ("layer", "cell"),
+    ("rnn", "cell"),
+    ("rnn", "cell", "config", "bias_constraint"),
+]
+
+
+@pytest.mark.skipif(KERAS < (3, 13), reason="Keras imports the modules a file names")
+@pytest.mark.parametrize("place", PLACES, ids="/".join)
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_payload_in_model_file(place, payload, canary, tmp_path, monkeypatch):
+    (tmp_path / "payload_module.py").write_text(f"open({str(canary)!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "model.keras"
+    make_model().save(path)
+    content = read_archive(path)
+    config = json.loads(content["config.json"])
+    name, *keys, last = place
+    (within,) = (
+        layer["config"]
+        for layer in config["config"]["layers"]
+        if layer["config"].get("name") == name
+    )
+    for key in keys:
+        within[key] = within.get(key) if key in ("cell", "config") else {}
+        within = within[key]
+    within[last] = PAYLOADS[payload](canary)
+    write_archive(path, content | {"config.json": json.dumps(config)})
+    with pytest.raises((AttributeError, TypeError, ValueError)):
+        keras.saving.load_model(path)
+    assert "payload_module" not in sys.modules
+
+
+def read_archive(path):
+    with zipfile.ZipFile(path) as file:
+        return {name: file.read(name) for name in file.namelist()}
+
+
+def write_archive(path, content, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, value in content.items():
+            file.writestr(name, value)
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
+def test_truncated_model_files(suffix, canary, tmp_path, rng):
+    path, model = tmp_path / f"model{suffix}", make_model()
+    (model.save if suffix == ".keras" else model.save_weights)(path)
+    load = keras.saving.load_model if suffix == ".keras" else model.load_weights
+    whole = path.read_bytes()
+    for length in rng.integers(0, len(whole) - 1, 20):
+        path.write_bytes(whole[:length])
+        with pytest.raises(
+            (ValueError, OSError, KeyError, RuntimeError, zipfile.BadZipFile)
+        ):
+            load(path)
+
+
+@contextlib.contextmanager
+def memory_below(size):
+    """Check by how many bytes the process grows at its peak."""
+
+    def resident(key):
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(rf"^{key}:\s+(\d+) kB", status, re.MULTILINE)[1])
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    except OSError as error:
+        pytest.skip(f"the peak of memory is not available: {error}")
+    before = resident("VmRSS")
+    yield
+    assert resident("VmHWM") - before < size
+
+
+def replace_weights(path, select, **arguments):
+    """Replace datasets of a file of weights."""
+    with h5py.File(path, "r+") as file:
+        found = []
+        file.visititems(
+            lambda name, item: (
+                found.append(name) if isinstance(item, h5py.Dataset) else None
+            )
+        )
+        for name in filter(select, found):
+            del file[name]
+            file.create_dataset(name, **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"data": np.zeros((4, 3), "float32")},
+        {"data": np.float32(0)},
+        {"shape": (0, 4), "dtype": "float32"},
+        {"data": np.array([[b"a"] * 4] * 3)},
+        # A few bytes that declare 4 TB.
+        {"shape": (10**6, 10**6), "dtype": "float32", "chunks": (1, 1)},
+    ],
+    ids=["transposed", "scalar", "empty", "text", "bomb"],
+)
+def test_invalid_weights(arguments, tmp_path):
+    path, model = tmp_path / "model.weights.h5", make_model()
+    model.save_weights(path)
+    before = model.layers[0].get_weights()
+    first = re.compile("layer.*/0$").search
+    replace_weights(path, first, **arguments)
+    with memory_below(100 * MB), pytest.raises((ValueError, TypeError)):
+        model.load_weights(path)
+    for weight, old in zip(model.layers[0].get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, old)
+
+
+def test_weights_are_read_one_at_a_time(tmp_path):
+    path, model = tmp_path / "model.weights.h5", make_model()
+    model.save_weights(path)
+    large = {"shape": (16, MB), "dtype": "float32", "compression": "gzip"}
+    replace_weights(path, lambda name: "seed" not in name, **large)
+    # Two layers with twelve arrays of 64 MB each.
+    with memory_below(8 * 64 * MB), pytest.raises(ValueError, match="shape"):
+        model.load_weights(path)
+
+
+def test_weights_of_wider_layer(tmp_path):
+    path = tmp_path / "model.weights.h5"
+    make_model(units=5).save_weights(path)
+    with pytest.raises(ValueError, match=r"\(3, 5\)"):
+        make_model().load_weights(path)
+
+
+# --- hostile trace files -----------------------------------------------------
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def npy(array, pickled=False):
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=pickled)
+    return file.getvalue()
+
+
+def header(shape, dtype="<f4"):
+    """Return the header of an array, which may declare more than follows."""
+    text = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}, }}\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+
+
+def hostile_files(members, canary):
+    """Yield names, and the content of files that are no trace."""
+    pickled = pickle.dumps(Payload(canary))
+    objects = npy(np.array([Payload(canary)], dtype=object), pickled=True)
+    for name in ("f.npy", "format.npy", "layer.npy", "mask.npy", "more.npy"):
+        yield f"object array as {name}", members | {name: objects}
+        if name != "more.npy":
+            yield f"pickle as {name}", members | {name: pickled}
+    yield "pickle", pickled
+    yield "object array", objects
+    yield "array of 4 TB", header(f"({10**12},)")
+    yield "array of 1 GB", header(f"({2**28},)") + bytes(64)
+    code = "__import__('os').mkdir('x')"
+    shapes = f"({10**12}, 3, 4)", f"({2**28}, 1, 1)", "(2, 3, -4)", "(2,) * 9**9", code
+    for shape in shapes:
+        yield f"shape {shape}", members | {"f.npy": header(shape) + bytes(96)}
+    yield "objects", members | {"f.npy": header("(2, 3, 4)", "|O") + bytes(96)}
+    yield "name of 1 GB", members | {"layer.npy": header("()", f"<U{2**28}")}
+    yield "header of 4 GB", members | {"f.npy": b"\x93NUMPY\x02\x00" + b"\xff" * 100}
+
+
+def test_hostile_trace_files(tmp_path, canary, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "trace.npz"
+    TRACE.save(path)
+    members = read_archive(path)
+
+    def check(what, limit=16 * MB):
+        limit += 10 * os.path.getsize(path)
+        error = pytest.raises(ValueError, match="`path`")
+        with memory_below(limit), error as raised:
+            GateTrace.load(path)
+        assert len(str(raised.value)) < 400, what
+
+    for what, content in hostile_files(members, canary):
+        if isinstance(content, dict):
+            write_archive(path, content)
+        else:
+            path.write_bytes(content)
+        check(what)
+    bomb = members | {"f.npy": npy(np.zeros((1, 2**24, 1), "float32"))}
+    for compression in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        write_archive(path, bomb, compression)
+        check(f"bomb {compression}")
+    write_archive(path, members, zipfile.ZIP_LZMA)  # its dictionary may be 4 GB
+    check("LZMA")
+    # A directory that declares 224 stored bytes, of data that inflate to 64 MB.
+    write_archive(path, bomb, zipfile.ZIP_DEFLATED)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as file:
+        sizes = {info.file_size for info in file.infolist()}
+    for size in sizes:
+        whole = whole.replace(struct.pack("<L", size), struct.pack("<L", 224))
+    deflated, stored = (struct.pack("<HHH", 20, 0, kind) for kind in (8, 0))
+    path.write_bytes(whole.replace(deflated, stored))
+    check("hidden size", 32 * MB)
+    assert not (tmp_path / "x").exists()
+    # Members that are not arrays are not read.
+    more = {f"{k}/f.npy": b"" for k in range(2000)}
+    write_archive(path, members | more | {"more.npy": pickle.dumps(Payload(canary))})
+    np.testing.assert_array_equal(GateTrace.load(path).f, F)
+
+
+def test_trace_file_that_is_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"`path`.*pipe"):
+        GateTrace.load(tmp_path / "pipe")
+
+
+@fuzz(100)
+@given(data=st.data())
+def test_randomly_damaged_trace_file(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "damaged.npz"
+    TRACE.save(path)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(content)))
+        size = data.draw(st.integers(0, 400))
+        new = data.draw(st.binary(max_size=8) | st.just(content[start : start + 100]))
+        content[start : start + size] = new
+    path.write_bytes(content)
+    check_loaded(outcome(lambda: GateTrace.load(path), "`path`"))
+
+
+@fuzz(50)
+@given(
+    arrays=st.dictionaries(
+        st.sampled_from(["format", "layer", "mask", "backward_i", *ARRAYS]),
+        ARRAY.filter(lambda array: array.dtype != object) | st.just(F),
+        max_size=4,
+    )
+)
+def test_random_arrays_in_trace_file(tmp_path_factory, arrays):
+    path = tmp_path_factory.getbasetemp() / "arrays.npz"
+    TRACE.save(path)
+    with np.load(path) as file:
+        np.savez(path, **dict(file) | arrays)
+    check_loaded(outcome(lambda: GateTrace.load(path), "`path`"))
+
+
+def check_loaded(trace):
+    if trace is not None:
+        assert all(getattr(trace, name).shape == trace.h.shape for name in ARRAYS)
