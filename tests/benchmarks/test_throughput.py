@@ -10,6 +10,8 @@ from pathlib import Path
 import keras
 import pytest
 
+pytestmark = [pytest.mark.one_backend, pytest.mark.slow]
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "throughput.py"
 BACKEND = keras.backend.backend()
 TINY = {"rounds": 2, "batches": 2, "batch": 2, "time": 4, "units": 3, "characters": 20}
@@ -36,7 +38,6 @@ def run(tmp_path):
     return run
 
 
-@pytest.mark.one_backend
 def test_main_table(run, throughput):
     pytest.importorskip("matplotlib")
     printed, out = run()
@@ -52,7 +53,6 @@ def test_main_table(run, throughput):
         assert (out / f"throughput.{extension}").stat().st_size > 1000
 
 
-@pytest.mark.one_backend
 def test_grid(run):
     _, out = run("--grid")
     found = json.loads((out / "grid.json").read_text())[BACKEND]
@@ -63,14 +63,12 @@ def test_grid(run):
     assert found["geometric_mean"] == pytest.approx(statistics.geometric_mean(ratios))
 
 
-@pytest.mark.one_backend
 def test_long_sequences(run):
     _, out = run("--steps")
     found = json.loads((out / "steps.json").read_text())[BACKEND]
     assert [one["steps"] for one in found["lengths"]] == [2, 5]
 
 
-@pytest.mark.one_backend
 def test_inference(run):
     _, out = run("--inference")
     found = json.loads((out / "inference.json").read_text())[BACKEND]

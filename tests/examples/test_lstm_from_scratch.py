@@ -6,6 +6,7 @@ import pytest
 
 pytestmark = [
     pytest.mark.one_backend,
+    pytest.mark.slow,
     # Of the kernel's client, in the process that waits.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:zmq|jupyter_client"),
 ]
