@@ -117,6 +117,23 @@ def test_ragged_tensor_matches_each_sample_alone(mask_zero, form, tokens):
     np.testing.assert_array_equal(trace.mask.sum(1), lengths)
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="only TensorFlow has RaggedTensor"
+)
+def test_ragged_tensor_is_rejected_by_stateful_model(tokens):
+    import tensorflow as tf
+
+    model = keras.Sequential(
+        [
+            keras.Input(batch_shape=(2, None), dtype="int32"),
+            keras.layers.Embedding(9, 3),
+            keras.layers.LSTM(4, stateful=True),
+        ]
+    )
+    ragged = tf.ragged.constant([[1, 2, 3], [4]])
+    check_error("must be padded, with a mask, for a model with stateful", model, ragged)
+
+
 @pytest.mark.parametrize(
     ("inputs", "match"),
     [

@@ -75,7 +75,8 @@ def trace_gates(
             "on data, or add `keras.Input`."
         )
     parts: dict[Any, list[Any]] = {lstm: [] for lstm in lstms}
-    for batch in read_batches(inputs, batches):
+    stateful = capture.is_stateful(model)
+    for batch in read_batches(inputs, batches, stateful=stateful):
         for calls in capture.capture_calls(model, target, batch, batch_size):
             for lstm, arguments in calls.items():
                 if lstm in parts:

@@ -57,6 +57,12 @@ def directions_of(layer):
     return [layer]
 
 
+def is_stateful(model):
+    """Return whether a layer of the model is stateful."""
+    layers = [model, *_keras.sublayers(model, recursive=True)]
+    return any(getattr(layer, "stateful", False) for layer in layers)
+
+
 def find_lstms(model, layer=None):
     """Find the LSTM that `layer` selects; see `trace_gates`.
 

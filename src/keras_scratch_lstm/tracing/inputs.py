@@ -11,7 +11,7 @@ from keras_scratch_lstm import _validation
 _RULE = "arrays with at least one sample, a nested list, or a dataset of batches"
 
 
-def read_batches(inputs, batches=1, argument="inputs"):
+def read_batches(inputs, batches=1, argument="inputs", stateful=False):
     """Yield the batches of a dataset, without targets, or else `inputs` itself.
 
     A ragged tensor is yielded row by row, so that no padding is needed.
@@ -22,6 +22,7 @@ def read_batches(inputs, batches=1, argument="inputs"):
             of batches.
         batches: The number of a dataset's batches to yield, or `None` for all.
         argument: The name of the argument, for error messages.
+        stateful: Boolean, whether the model is stateful and so rejects ragged tensors.
     """
     batches = (
         None if batches is None else _validation.positive_integer("batches", batches)
@@ -34,6 +35,9 @@ def read_batches(inputs, batches=1, argument="inputs"):
         )
     empty = True
     for batch in found:
+        if stateful and any(map(_is_ragged, keras.tree.flatten(batch))):
+            rule = "padded, with a mask, for a model with stateful layers"
+            raise _validation.invalid(argument, batch, rule)
         for part in _split_ragged(batch):
             empty = False
             yield part
