@@ -136,6 +136,16 @@ def test_relative_links_exist(page):
 
 
 @pytest.mark.one_backend
+@pytest.mark.parametrize("page", PAGES + OTHERS, ids=lambda page: page.name)
+def test_named_files_exist(page):
+    paths = re.findall(
+        r"(?<![\w/.-])(?:src|tests|examples|benchmarks|docs)/[\w/.-]*\w",
+        page.read_text(),
+    )
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.one_backend
 def test_readme_is_short():
     assert len(READMES[0].read_text().splitlines()) <= 120
     words = sum(len(page.read_text().split()) for page in PAGES if page not in READMES)
