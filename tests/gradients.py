@@ -1,4 +1,4 @@
-"""Gradients on whichever backend Keras runs, for the tests."""
+"""Gradients on the current backend."""
 
 import contextlib
 
@@ -9,10 +9,10 @@ BACKEND = keras.backend.backend()
 if BACKEND == "torch":
     import torch
 
-    # Threads that share tensors as small as those of tests mostly wait.
+    # For tensors as small as those of tests, threads cost more than they save.
     torch.set_num_threads(1)
 
-# XLA's optimizations take longer than all that a test then runs.
+# XLA's optimizations take longer than the tests that use the compiled function.
 QUICK_COMPILATION = {
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": False,
@@ -20,7 +20,7 @@ QUICK_COMPILATION = {
 
 
 def double_precision():
-    """A context in which the backend keeps float64."""
+    """Context manager in which the backend computes in float64."""
     if BACKEND != "jax":
         return contextlib.nullcontext()
     import jax
@@ -29,16 +29,16 @@ def double_precision():
 
 
 def with_gradients(function, variables):
-    """Prepares the outputs of a function and the gradients of its loss.
+    """Wrap a function to return its outputs and the gradients of its loss.
 
     Args:
         function: Function of tensors that returns `(loss, outputs)`.
         variables: The Keras variables to differentiate by.
 
     Returns:
-        Function of tensors or arrays that returns `(outputs, gradients)` in
-        NumPy, the gradients by the variables first, those by the tensors after.
-        On JAX it is compiled, once; elsewhere it runs eagerly.
+        Function of tensors or arrays that returns `(outputs, gradients)` in NumPy:
+        the gradients by the variables, then those by the tensors. It is compiled on
+        JAX and runs eagerly elsewhere.
     """
     prepare = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[BACKEND]
     run = prepare(function, list(variables))

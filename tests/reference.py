@@ -1,4 +1,4 @@
-"""An LSTM and a perplexity in NumPy, float64, to compare with."""
+"""An LSTM and a cross-entropy in NumPy, float64, as references."""
 
 import re
 
@@ -13,7 +13,7 @@ def sigmoid(z):
 
 
 def weights_of(cell):
-    """A cell's weights by name, as float64."""
+    """The weights of a cell by name, in float64."""
     return {weight.name: np.array(weight).astype("float64") for weight in cell.weights}
 
 
@@ -26,15 +26,27 @@ def lstm_step(x, h, c, w):
     return o * np.tanh(c), c
 
 
+def lstm(x, w, h=0, c=0, mask=None):
+    """The whole sequence: `h` of all time steps, and the last states."""
+    h, c = (np.zeros((len(x), w["W_hi"].shape[0])) + state for state in (h, c))
+    outputs = []
+    for t in range(x.shape[1]):
+        new_h, new_c = lstm_step(x[:, t].astype("float64"), h, c, w)
+        unmasked = np.ones((len(x), 1), bool) if mask is None else mask[:, t, None]
+        h, c = np.where(unmasked, new_h, h), np.where(unmasked, new_c, c)
+        outputs.append(h)
+    return np.stack(outputs, 1), h, c
+
+
 def fuse(values):
-    """Twelve (or eight) arrays of ours as the built-in cell's three (or two)."""
+    """Twelve (or eight) per-gate arrays as the built-in cell's three (or two)."""
     step = len(values) // 4
     i, f, o, c = (values[k : k + step] for k in range(0, len(values), step))
     return [np.concatenate(parts, -1) for parts in zip(i, f, c, o, strict=True)]
 
 
 def cross_entropy(y_true, logits):
-    """Of each token, from logits."""
+    """The cross-entropy of each token."""
     logits = logits.astype("float64")
     logits = logits - logits.max(-1, keepdims=True)
     log_sum = np.log(np.exp(logits).sum(-1))
@@ -42,5 +54,5 @@ def cross_entropy(y_true, logits):
 
 
 def label(parameter):
-    """A parameter as a test's name, the same in each process: without addresses."""
+    """A parameter as the name of a test, without addresses, which vary by process."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(parameter))

@@ -1,4 +1,4 @@
-"""Gradients against finite differences, and training gate by gate."""
+"""Gradients against finite differences, and training per gate."""
 
 import keras
 import numpy as np
@@ -13,7 +13,7 @@ GAPS = np.array([[1, 0, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1]], bool)
 
 
 def tanh():
-    """`keras.activations.tanh` computes in float32 on JAX, whatever it is given."""
+    """On JAX, `keras.activations.tanh` computes in float32."""
     if BACKEND != "jax":
         return "tanh"
     import jax
@@ -22,7 +22,7 @@ def tanh():
 
 
 class PeepholeCell(ScratchLSTMCell):
-    """Its forget gate looks at the memory."""
+    """Its forget gate depends on the cell state."""
 
     def build(self, input_shape):
         super().build(input_shape)
@@ -41,7 +41,7 @@ def weighted_sum(tensors, weights):
 
 
 def assert_gradients(function, variables, tensors, rng):
-    """Gradients against the slope of the loss in a random direction of each."""
+    """Compare gradients with central differences in a random direction each."""
 
     def loss_and_itself(*tensors):
         loss = function(*tensors)
@@ -63,13 +63,13 @@ def assert_gradients(function, variables, tensors, rng):
             if k < len(variables):
                 variables[k].assign(before)
         slope = (losses[0] - losses[1]) / (2 * step)
-        assert abs(gradient).max() > 1e-4  # there is something to compare
+        assert abs(gradient).max() > 1e-4  # a gradient to compare
         np.testing.assert_allclose((gradient * direction).sum(), slope, atol=1e-8)
 
 
 @pytest.mark.parametrize("cell", [ScratchLSTMCell, PeepholeCell])
 @pytest.mark.parametrize("use_bias", [True, False])
-def test_the_gradients_of_a_cell(rng, cell, use_bias):
+def test_gradients_of_a_cell(rng, cell, use_bias):
     with double_precision():
         cell = cell(3, tanh(), use_bias=use_bias, dtype="float64")
         cell.build((None, 2))
@@ -85,26 +85,27 @@ def test_the_gradients_of_a_cell(rng, cell, use_bias):
 
 CASES = {
     "plain": {},
-    "loop": {"activation": tanh(), "way": "loop"},
+    "loop": {"activation": tanh(), "implementation": "loop"},
     "masked": {"mask": GAPS},
-    "masked loop": {"mask": GAPS, "activation": tanh(), "way": "loop"},
+    "masked loop": {"mask": GAPS, "activation": tanh(), "implementation": "loop"},
     "backwards": {"go_backwards": True, "mask": GAPS},
     "no bias": {"use_bias": False},
-    "time first": {"time_major": True, "mask": GAPS},
+    "time-major": {"time_major": True, "mask": GAPS},
     "stateful": {"stateful": True},
     "unrolled": {"unroll": True, "activation": tanh()},
     "peephole": {"cell": PeepholeCell},
-    "last step": {"return_sequences": False},
+    "last time step": {"return_sequences": False},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_gradients_of_a_layer(rng, case):
-    """By the weights, the sequence and the initial states."""
+def test_gradients_of_a_layer(rng, case):
+    """By the weights, the inputs and the initial states."""
     arguments = {"return_sequences": True, **CASES[case]}
-    way, mask = arguments.pop("way", None), arguments.pop("mask", None)
+    implementation = arguments.pop("implementation", None)
+    mask = arguments.pop("mask", None)
     cell = arguments.pop("cell", None)
-    with double_precision(), recurrence.force(way):
+    with double_precision(), recurrence.force(implementation):
         if cell:
             arguments["cell"] = cell(3, tanh(), dtype="float64")
         else:
@@ -124,14 +125,14 @@ def test_the_gradients_of_a_layer(rng, case):
         assert_gradients(loss, layer.trainable_variables, [x, *states], rng)
 
 
-# --- gate by gate ------------------------------------------------------------
+# --- per gate ----------------------------------------------------------------
 
 FORGET_GATE = ["W_xf", "W_hf", "b_f"]
 
 
 @pytest.fixture
 def train(rng):
-    """Trains by a step of SGD in `fit`; the weights by name, before and after."""
+    """One SGD step in `fit`; returns the weights by name, before and after."""
     x, y = rng.normal(size=(8, 7, 5)), rng.normal(size=(8, 1))
 
     def train(change=lambda layer: None, **arguments):
@@ -153,37 +154,29 @@ def train(rng):
     return train
 
 
-def freeze_the_forget_gate(layer):
+def freeze_forget_gate(layer):
     for name in FORGET_GATE:
         getattr(layer.cell, name).trainable = False
 
 
-def test_a_frozen_gate_stays_while_the_others_train_as_ever(train):
+def test_frozen_gate_does_not_train(train):
     _, unfrozen = train()
-    before, after = train(freeze_the_forget_gate)
+    before, after = train(freeze_forget_gate)
     for name in NAMES:
         expected = before if name in FORGET_GATE else unfrozen
         np.testing.assert_allclose(after[name], expected[name], atol=1e-6)
         assert not np.allclose(before[name], unfrozen[name])
 
 
-def test_a_frozen_gate_is_among_the_frozen_weights():
-    layer = ScratchLSTM(6)
-    layer.build((None, 7, 5))
-    freeze_the_forget_gate(layer)
-    trainable = [weight.name for weight in layer.trainable_weights]
-    assert trainable == [name for name in NAMES if name not in FORGET_GATE]
-    frozen = [weight.name for weight in layer.non_trainable_weights]
-    assert frozen == FORGET_GATE
-
-
-def test_a_gate_thaws_when_the_model_is_compiled_again(rng):
+def test_weight_unfrozen_before_compile_trains(rng):
     layer = ScratchLSTM(6)
     model = keras.Sequential([keras.Input((7, 5)), layer])
     x, y = rng.normal(size=(8, 7, 5)), rng.normal(size=(8, 6))
     changed = []
     for trainable in (False, True):
         layer.cell.W_hf.trainable = trainable
+        frozen = [weight.name for weight in layer.non_trainable_weights]
+        assert frozen == ([] if trainable else ["W_hf"])
         model.compile("adam", "mse")
         before = layer.get_weights()
         model.fit(x, y, verbose=0)
@@ -198,7 +191,7 @@ def test_a_gate_thaws_when_the_model_is_compiled_again(rng):
     assert all(changed[1])
 
 
-def test_a_regularizer_draws_its_gate_alone_to_zero(train):
+def test_per_gate_regularizer_affects_its_gate_only(train):
     _, plain = train()
     rates = {"W_xf": 0.1, "W_hi": 0.2, "b_o": 0.3}
     l2 = keras.regularizers.L2
@@ -213,7 +206,7 @@ def test_a_regularizer_draws_its_gate_alone_to_zero(train):
         assert abs(before[name]).max() > 0.01
 
 
-def test_a_constraint_holds_its_gate_alone(train):
+def test_per_gate_constraint_affects_its_gate_only(train):
     _, plain = train()
     _, after = train(
         kernel_constraint={"f": "non_neg"},
@@ -221,7 +214,7 @@ def test_a_constraint_holds_its_gate_alone(train):
         bias_constraint={"o": "non_neg"},
     )
     for name in NAMES:
-        held = name in ("W_xf", "W_hi", "b_o")
-        expected = plain[name].clip(0) if held else plain[name]
+        constrained = name in ("W_xf", "W_hi", "b_o")
+        expected = plain[name].clip(0) if constrained else plain[name]
         np.testing.assert_allclose(after[name], expected, atol=1e-6)
         assert plain[name].min() < 0

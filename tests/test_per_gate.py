@@ -1,11 +1,14 @@
 import keras
 import numpy as np
 import pytest
+from keras import layers
 
-from keras_scratch_lstm import per_gate
+from keras_scratch_lstm import ScratchLSTMCell, per_gate
+
+numpy = keras.ops.convert_to_numpy
 
 
-def test_one_draw_serves_all_gates():
+def test_split_initializer_draws_once():
     shapes = []
 
     def draw(shape, dtype=None):
@@ -19,7 +22,7 @@ def test_one_draw_serves_all_gates():
     np.testing.assert_array_equal(fused, np.arange(24).reshape(3, 8))
 
 
-def test_a_serialized_object_is_no_choice_by_gate():
+def test_serialized_object_is_not_per_gate():
     config = keras.initializers.serialize(keras.initializers.Constant(2.0))
     assert not per_gate.is_per_gate(config)
     resolved = per_gate.resolve("name", config, keras.initializers.get)
@@ -27,16 +30,30 @@ def test_a_serialized_object_is_no_choice_by_gate():
     assert per_gate.is_per_gate({"i": config})
 
 
-def test_serialize_undoes_resolve():
+def test_serialize_is_the_inverse_of_resolve():
     given = {"f": "l2"}
     resolved = per_gate.resolve("name", given, keras.regularizers.get)
     assert list(resolved) == list(per_gate.GATES)
     config = per_gate.serialize(resolved, keras.regularizers.serialize)
     assert config["i"] is None
-    again = per_gate.resolve("name", config, keras.regularizers.get)
-    assert per_gate.serialize(again, keras.regularizers.serialize) == config
+    restored = per_gate.resolve("name", config, keras.regularizers.get)
+    assert per_gate.serialize(restored, keras.regularizers.serialize) == config
 
 
-def test_unknown_gate():
-    with pytest.raises(ValueError, match=r"^`name` names the gate 'x'; expected a"):
-        per_gate.resolve("name", {"i": "l2", "x": "l1"}, keras.regularizers.get)
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_named_weights(use_bias):
+    """The same for both cells, and `fuse` is the inverse for the built-in one."""
+    pairs = []
+    for make in (ScratchLSTMCell, layers.LSTMCell):
+        keras.utils.set_random_seed(3)
+        cell = make(4, use_bias=use_bias, bias_initializer="random_normal")
+        cell.build((None, 3))
+        pairs.append(per_gate.named_weights(cell))
+    ours, theirs = pairs
+    names = [name for name in per_gate.WEIGHT_NAMES if use_bias or name[0] == "W"]
+    assert [name for name, _ in ours] == [name for name, _ in theirs] == names
+    for (_, one), (_, other) in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(numpy(one), numpy(other))
+    for weight, prefix in zip(cell.weights, ("W_x", "W_h", "b_"), strict=False):
+        fused = per_gate.fuse([one for name, one in ours if name.startswith(prefix)])
+        np.testing.assert_array_equal(numpy(fused), numpy(weight))

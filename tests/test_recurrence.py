@@ -1,4 +1,4 @@
-"""The fast ways against the plain loop of `keras.layers.RNN`."""
+"""The fast implementations against the reference loop of `keras.layers.RNN`."""
 
 import itertools
 
@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 from gradients import BACKEND, double_precision, with_gradients
 from keras import ops
+from reference import fuse
 
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, recurrence
 
-WAYS = list(recurrence.implementations())
+FAST = list(recurrence.implementations())
 MASKS = {
     "unmasked": None,
     "padded": [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]],
-    "holed": [[0, 0, 1, 0, 1], [0, 1, 1, 1, 0], [0, 0, 0, 0, 0]],
+    "gaps": [[0, 0, 1, 0, 1], [0, 1, 1, 1, 0], [0, 0, 0, 0, 0]],
 }
 
 
@@ -26,10 +27,10 @@ def layer_with(rng, units=4, features=3, **arguments):
     return layer
 
 
-def all_gradients(layer, mask, rng, steps=5, batch=3, training=True):
-    """A loss on all outputs and the last states, by weights, inputs and states."""
+def all_gradients(layer, mask, rng, time=5, batch=3, training=True):
+    """The gradients of a loss on all outputs by the weights, inputs and states."""
     dtype = layer.compute_dtype
-    shapes = [(batch, steps, 4), (batch, 4), (batch, 4)]
+    shapes = [(batch, time, 4), (batch, 4), (batch, 4)]
     y, y_h, y_c = (rng.normal(size=shape) for shape in shapes)
 
     def loss(x, h, c):
@@ -46,10 +47,10 @@ def all_gradients(layer, mask, rng, steps=5, batch=3, training=True):
 @pytest.mark.parametrize("use_bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("go_backwards", [False, True], ids=["forwards", "backwards"])
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("way", WAYS)
-def test_outputs_and_gradients_are_the_loops(rng, way, mask, go_backwards, use_bias):
-    if way == "cudnn" and (mask != "unmasked" or not use_bias):
-        pytest.skip("not served in cuDNN")
+@pytest.mark.parametrize("fast", FAST)
+def test_outputs_and_gradients_match_the_loop(rng, fast, mask, go_backwards, use_bias):
+    if fast == "cudnn" and (mask != "unmasked" or not use_bias):
+        pytest.skip("not supported by cuDNN")
     arguments = {"go_backwards": go_backwards, "use_bias": use_bias}
     mask = MASKS[mask] and np.array(MASKS[mask], bool)
     with double_precision():
@@ -59,18 +60,18 @@ def test_outputs_and_gradients_are_the_loops(rng, way, mask, go_backwards, use_b
         inputs = [rng.normal(size=size) for size in [(3, 5, 3), (3, 4), (3, 4)]]
         results = {}
         state = rng.bit_generator.state
-        for taken in (way, "loop"):
+        for used in (fast, "loop"):
             rng.bit_generator.state = state
-            with recurrence.force(taken):
-                results[taken] = all_gradients(layer, mask, rng)(*inputs)
-            assert layer.recurrence == taken
-    outputs, gradients = results[way]
+            with recurrence.force(used):
+                results[used] = all_gradients(layer, mask, rng)(*inputs)
+            assert layer.recurrence == used
+    outputs, gradients = results[fast]
     assert len(gradients) == (12 if use_bias else 8) + 3
     for one, other in zip(
         [*outputs, *gradients], itertools.chain(*results["loop"]), strict=True
     ):
         assert np.ptp(other) > 0
-        # On JAX some of Keras's own operations compute in float32.
+        # On JAX, some of Keras's ops compute in float32.
         tolerance = 1e-5 if BACKEND == "jax" else 1e-12
         np.testing.assert_allclose(one, other, atol=tolerance)
 
@@ -83,22 +84,19 @@ in_training = pytest.mark.parametrize(
 @pytest.mark.parametrize("use_bias", [True, False], ids=["bias", "no_bias"])
 @in_training
 @pytest.mark.parametrize(
-    ("batch", "steps"),
+    ("batch", "time"),
     [(1, 1), (1, 7), (3, 1), (3, 2), (3, 4), (3, 6), (3, 10), (2, 13)],
 )
-@pytest.mark.parametrize("way", WAYS)
-def test_batches_and_sequences_of_any_length(
-    rng, way, batch, steps, training, use_bias
+@pytest.mark.parametrize("fast", FAST)
+def test_batches_and_sequences_of_many_sizes(
+    rng, fast, batch, time, training, use_bias
 ):
-    """In training, TensorFlow runs five steps at a time, and what is left one by one.
-
-    For one sample, JAX has products of its own.
-    """
-    mask = rng.random((batch, steps)) < 0.8
-    if way == "cudnn":
+    """Around the unroll factor of TensorFlow, and the single sample of JAX."""
+    mask = rng.random((batch, time)) < 0.8
+    if fast == "cudnn":
         mask = None
         if not use_bias:
-            pytest.skip("not served in cuDNN")
+            pytest.skip("not supported by cuDNN")
     with double_precision():
         layer = layer_with(
             rng,
@@ -107,26 +105,26 @@ def test_batches_and_sequences_of_any_length(
             return_state=True,
             use_bias=use_bias,
         )
-        shapes = [(batch, steps, 3), (batch, 4), (batch, 4)]
+        shapes = [(batch, time, 3), (batch, 4), (batch, 4)]
         inputs = [rng.normal(size=shape) for shape in shapes]
         results = []
         state = rng.bit_generator.state
-        for taken in (way, "loop"):
+        for used in (fast, "loop"):
             rng.bit_generator.state = state
-            with recurrence.force(taken):
-                gradient = all_gradients(layer, mask, rng, steps, batch, training)
+            with recurrence.force(used):
+                gradient = all_gradients(layer, mask, rng, time, batch, training)
                 outputs, gradients = gradient(*inputs)
-            assert layer.recurrence == taken
+            assert layer.recurrence == used
             results.append([*outputs, *gradients])
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 if BACKEND == "jax" else 1e-12)
 
 
 @in_training
-@pytest.mark.parametrize("way", WAYS)
-def test_second_derivatives_are_the_loops(rng, way, training):
-    """The gradient of the gradient's square, as in a gradient penalty."""
-    if way == "cudnn":
+@pytest.mark.parametrize("fast", FAST)
+def test_second_derivatives_match_the_loop(rng, fast, training):
+    """As in a gradient penalty: the gradient of the squared gradient."""
+    if fast == "cudnn":
         pytest.skip("cuDNN has no second derivative")
     layer = layer_with(rng)
     x = rng.normal(size=(3, 5, 3)).astype("float32")
@@ -139,24 +137,24 @@ def test_second_derivatives_are_the_loops(rng, way, training):
         }[BACKEND](lambda x: layer(x, training=training), layer.cell.weights, x)
 
     results = {}
-    for taken in (way, "loop"):
-        with recurrence.force(taken):
-            results[taken] = penalty(x)
-        assert layer.recurrence == taken
-    for one, other in zip(results[way], results["loop"], strict=True):
+    for used in (fast, "loop"):
+        with recurrence.force(used):
+            results[used] = penalty(x)
+        assert layer.recurrence == used
+    for one, other in zip(results[fast], results["loop"], strict=True):
         assert np.ptp(other) > 0
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="only there is it a choice")
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow: XLA is optional")
 @in_training
 @pytest.mark.parametrize("time", [7, None])
 def test_second_derivatives_compiled_by_xla(rng, time, training):
     layer = layer_with(rng)
     x = rng.normal(size=(3, 7, 3)).astype("float32")
     results = []
-    for taken, jit_compile in ((WAYS[0], True), ("loop", False)):
-        with recurrence.force(taken):
+    for used, jit_compile in ((FAST[0], True), ("loop", False)):
+        with recurrence.force(used):
             results.append(
                 _tf_penalty(
                     lambda x: layer(x, training=training),
@@ -166,27 +164,27 @@ def test_second_derivatives_compiled_by_xla(rng, time, training):
                     jit_compile=jit_compile,
                 )
             )
-        assert layer.recurrence == taken
+        assert layer.recurrence == used
     for one, other in zip(*results, strict=True):
         assert np.ptp(other) > 0
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="only there are gradients taken forwards")
+@pytest.mark.skipif(BACKEND != "jax", reason="forward-mode autodiff of JAX")
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("mask", [None, "masked"])
-def test_hessians_are_the_loops(rng, mask, batch):
-    """Of the gradients taken backwards, those taken forwards."""
+def test_hessian_matches_the_loop(rng, mask, batch):
+    """Forward-mode over reverse-mode."""
     import jax
 
     layer = layer_with(rng)
     x = rng.normal(size=(batch, 5, 3)).astype("float32")
     mask = mask and rng.random((batch, 5)) < 0.8
     results = {}
-    for taken in ("jax", "loop"):
-        with recurrence.force(taken):
-            results[taken] = jax.hessian(lambda x: ops.sum(layer(x, mask=mask) ** 2))(x)
-        assert layer.recurrence == taken
+    for used in ("jax", "loop"):
+        with recurrence.force(used):
+            results[used] = jax.hessian(lambda x: ops.sum(layer(x, mask=mask) ** 2))(x)
+        assert layer.recurrence == used
     assert np.ptp(results["loop"]) > 0
     np.testing.assert_allclose(results["jax"], results["loop"], atol=1e-4)
 
@@ -235,8 +233,172 @@ def _torch_penalty(call, weights, x):
     return [gradient.numpy() for gradient in gradients]
 
 
-def trained(way, rng, **compiled):
-    """Losses and weights of a stateful model after a few steps."""
+# --- transformations ---------------------------------------------------------
+
+on_jax = pytest.mark.skipif(BACKEND != "jax", reason="transformations of JAX")
+on_torch = pytest.mark.skipif(BACKEND != "torch", reason="transformations of torch")
+with_and_without_mask = pytest.mark.parametrize("mask", MASKS)
+
+
+def with_built_in(rng, **arguments):
+    """Our layer and the built-in one, with the same random weights."""
+    layer = layer_with(rng, **arguments)
+    built_in = keras.layers.LSTM(4, **arguments)
+    built_in.build((3, None, 3))
+    built_in.set_weights(fuse(layer.get_weights()))
+    return layer, built_in
+
+
+def assert_trees_close(ours, theirs, atol=1e-5):
+    ours, theirs = (
+        [ops.convert_to_numpy(leaf) for leaf in keras.tree.flatten(tree)]
+        for tree in (ours, theirs)
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        assert np.ptp(other.astype("float64")) > 0
+        np.testing.assert_allclose(one, other, atol=atol)
+
+
+@on_jax
+@with_and_without_mask
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("transformation", ["jvp", "jacfwd", "jacrev", "jit jacrev"])
+def test_jax_derivatives_match_the_built_in_layer(rng, transformation, batch, mask):
+    import jax
+
+    x, dx = rng.normal(size=(2, batch, 5, 3)).astype("float32")
+    mask = MASKS[mask] and np.array(MASKS[mask], bool)[:batch]
+    results = []
+    for layer in with_built_in(rng, return_sequences=True):
+        transform = {
+            "jvp": lambda call: jax.jvp(call, (x,), (dx,)),
+            "jacfwd": lambda call: jax.jacfwd(call)(x),
+            "jacrev": lambda call: jax.jacrev(call)(x),
+            "jit jacrev": lambda call: jax.jit(jax.jacrev(call))(x),
+        }[transformation]
+        results.append(transform(lambda x, layer=layer: layer(x, mask=mask)))
+    assert_trees_close(*results)
+
+
+@on_jax
+@with_and_without_mask
+@pytest.mark.parametrize("transformation", ["linearize", "jit jvp", "jvp jit"])
+def test_forced_loop_supports_all_jax_transformations(rng, transformation, mask):
+    import jax
+
+    x, dx = rng.normal(size=(2, 3, 5, 3)).astype("float32")
+    mask = MASKS[mask] and np.array(MASKS[mask], bool)
+    results = []
+    for layer in with_built_in(rng):
+        transform = {
+            "linearize": lambda call: jax.linearize(call, x)[1](dx),
+            "jit jvp": lambda call: jax.jit(lambda x: jax.jvp(call, (x,), (dx,)))(x),
+            "jvp jit": lambda call: jax.jvp(jax.jit(call), (x,), (dx,)),
+        }[transformation]
+        with recurrence.force("loop"):
+            results.append(transform(lambda x, layer=layer: layer(x, mask=mask)))
+    assert_trees_close(*results)
+
+
+@on_jax
+@with_and_without_mask
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_strict_dtype_promotion_on_jax(rng, policy, batch, mask):
+    import jax
+
+    layer = layer_with(rng, dtype=policy, return_sequences=True, return_state=True)
+    mask = MASKS[mask] and np.array(MASKS[mask], bool)[:batch]
+    inputs = [rng.normal(size=size) for size in [(batch, 5, 3), (batch, 4), (batch, 4)]]
+    inputs = [value.astype("float32") for value in inputs]
+    results = []
+    state = rng.bit_generator.state
+    for promotion in ("strict", "standard"):
+        rng.bit_generator.state = state
+        with jax.numpy_dtype_promotion(promotion):
+            results.append(all_gradients(layer, mask, rng, batch=batch)(*inputs))
+        assert layer.recurrence == "jax"
+    assert_trees_close(*results, atol=1e-6)
+
+
+@on_torch
+@with_and_without_mask
+@pytest.mark.parametrize("map_over", ["torch.func.vmap", "vectorized_map"])
+@pytest.mark.parametrize("use_bias", [True, False], ids=["bias", "no_bias"])
+def test_vmap_matches_the_batch(rng, map_over, mask, use_bias):
+    import torch
+
+    layer = layer_with(rng, return_sequences=True, use_bias=use_bias)
+    x = torch.tensor(rng.normal(size=(3, 5, 3)).astype("float32"))
+    mask = torch.tensor(np.array(MASKS[mask] or np.ones((3, 5)), bool))
+    masked = not bool(mask.all())
+
+    def call(inputs):
+        x, mask = inputs
+        return layer(x[None], mask=mask[None] if masked else None)[0]
+
+    if map_over == "vectorized_map":
+        outputs = ops.vectorized_map(call, (x, mask))
+    else:
+        outputs = torch.func.vmap(lambda x, mask: call((x, mask)))(x, mask)
+    assert_trees_close(outputs, layer(x, mask=mask if masked else None), atol=1e-6)
+
+
+@on_torch
+@with_and_without_mask
+def test_per_sample_gradients_match_single_samples(rng, mask):
+    """By the weights and the inputs, as in differentially private training."""
+    import torch
+
+    layer = layer_with(rng)
+    x = torch.tensor(rng.normal(size=(3, 5, 3)).astype("float32"))
+    mask = torch.tensor(np.array(MASKS[mask] or np.ones((3, 5)), bool))
+    masked = not bool(mask.all())
+    values = [weight.value.detach() for weight in layer.weights]
+
+    def loss(values, x, mask):
+        pairs = list(zip(layer.weights, values, strict=True))
+        with keras.StatelessScope(pairs):
+            return (layer(x[None], mask=mask[None] if masked else None) ** 2).sum()
+
+    gradient = torch.func.grad(loss, argnums=(0, 1))
+    gradients = torch.func.vmap(gradient, in_dims=(None, 0, 0))(values, x, mask)
+    for k in range(3):
+        with recurrence.force("loop"):
+            x_k = x[k].clone().requires_grad_()
+            weights = [value.clone().requires_grad_() for value in values]
+            expected = torch.autograd.grad(
+                loss(weights, x_k, mask[k]), [*weights, x_k], materialize_grads=True
+            )
+        ours = [gradient[k] for gradient in keras.tree.flatten(gradients)]
+        for one, other in zip(ours, expected, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@on_torch
+@with_and_without_mask
+@pytest.mark.parametrize(("dtype", "atol"), [("bfloat16", 4e-2), ("float16", 5e-3)])
+def test_autocast_on_a_cpu(rng, dtype, atol, mask):
+    """Outputs and gradients within the precision of the dtype."""
+    import torch
+
+    layer = layer_with(rng, return_sequences=True)
+    x = torch.tensor(rng.normal(size=(3, 5, 3)).astype("float32"))
+    mask = MASKS[mask] and np.array(MASKS[mask], bool)
+    weights = [weight.value for weight in layer.weights]
+    results = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", getattr(torch, dtype), enabled=enabled):
+            outputs = layer(x, mask=mask)
+            loss = outputs.float().sin().sum()
+        gradients = torch.autograd.grad(loss, weights)
+        results.append([outputs.float(), *(g.float() / 10 for g in gradients)])
+        assert layer.recurrence == "torch"
+    assert_trees_close(*results, atol=atol)
+
+
+def trained(fast, rng, **compiled):
+    """Losses and weights of a stateful model after training."""
     keras.utils.set_random_seed(3)
     layer = ScratchLSTM(4, return_sequences=True, stateful=True)
     model = keras.Sequential(
@@ -244,9 +406,9 @@ def trained(way, rng, **compiled):
     )
     model.compile(keras.optimizers.SGD(0.5), "mse", **compiled)
     x, y = rng.normal(size=(12, 5, 3)), rng.normal(size=(12, 5, 2))
-    with recurrence.force(way):
+    with recurrence.force(fast):
         history = model.fit(x, y, batch_size=3, epochs=2, shuffle=False, verbose=0)
-    assert layer.recurrence == way
+    assert layer.recurrence == fast
     return [history.history["loss"], *model.get_weights()]
 
 
@@ -260,8 +422,8 @@ def trained(way, rng, **compiled):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("way", WAYS)
-def test_however_the_training_step_is_compiled(rng, way, compiled):
+@pytest.mark.parametrize("fast", FAST)
+def test_compiled_training_matches_the_loop(rng, fast, compiled):
     if BACKEND == "torch" and compiled == {"jit_compile": True}:
         pytest.skip("torch.compile needs a C++ compiler")
     if BACKEND == "torch" and "steps_per_execution" in compiled:
@@ -269,14 +431,14 @@ def test_however_the_training_step_is_compiled(rng, way, compiled):
     state = rng.bit_generator.state
     loop = trained("loop", rng)
     rng.bit_generator.state = state
-    for one, other in zip(trained(way, rng, **compiled), loop, strict=True):
+    for one, other in zip(trained(fast, rng, **compiled), loop, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="only there does the compiler tell")
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX reports the memory")
 @pytest.mark.parametrize("batch", [32, 128])
 def test_training_takes_no_more_memory_than_the_built_in(batch):
-    """In one compiled step, beside the weights and the data."""
+    """In one compiled training step, without the weights and the data."""
     import jax
 
     def memory(layer):
@@ -304,14 +466,14 @@ def test_training_takes_no_more_memory_than_the_built_in(batch):
     assert 0 < ours <= built_in, (ours, built_in)
 
 
-# --- which way is taken ------------------------------------------------------
+# --- the choice of an implementation -----------------------------------------
 
 
-def test_the_fast_way_is_taken_by_itself(rng):
+def test_fast_implementation_is_the_default(rng):
     layer = ScratchLSTM(4)
     assert layer.recurrence is None
     layer(rng.normal(size=(3, 5, 3)).astype("float32"))
-    assert layer.recurrence == WAYS[0]
+    assert layer.recurrence == FAST[0]
 
 
 class Halved(ScratchLSTMCell):
@@ -331,33 +493,33 @@ class Halved(ScratchLSTMCell):
     ],
     ids=["activation", "recurrent_activation", "recurrent_dropout", "unroll", "gates"],
 )
-def test_what_the_fast_ways_do_not_serve_runs_in_the_loop(rng, make, training):
+def test_unsupported_layers_run_the_loop(rng, make, training):
     layer = make()
     layer(rng.normal(size=(3, 5, 3)).astype("float32"), training=training)
     assert layer.recurrence == "loop"
 
 
-def test_recurrent_dropout_is_only_slow_where_it_drops(rng):
+def test_recurrent_dropout_is_fast_in_inference(rng):
     layer = ScratchLSTM(4, recurrent_dropout=0.5)
     layer(rng.normal(size=(3, 5, 3)).astype("float32"))
-    assert layer.recurrence == WAYS[0]
+    assert layer.recurrence == FAST[0]
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_both_directions_are_fast(rng, mask):
-    """Keras has a `Bidirectional` put out zeros for masked steps."""
+def test_bidirectional_is_fast(rng, mask):
+    """`Bidirectional` returns zeros for masked time time."""
     mask = MASKS[mask] and np.array(MASKS[mask], bool)
     both = keras.layers.Bidirectional(ScratchLSTM(4, return_sequences=True))
     x = rng.normal(size=(3, 5, 3)).astype("float32")
     fast = ops.convert_to_numpy(both(x, mask=mask))
-    assert both.forward_layer.recurrence == both.backward_layer.recurrence == WAYS[0]
+    assert both.forward_layer.recurrence == both.backward_layer.recurrence == FAST[0]
     with recurrence.force("loop"):
         loop = ops.convert_to_numpy(both(x, mask=mask))
     np.testing.assert_allclose(fast, loop, atol=1e-6)
     assert mask is None or not fast[~mask].any()
 
 
-def test_a_batch_and_a_time_of_unknown_size(rng):
+def test_unknown_batch_size_and_time(rng):
     layer = ScratchLSTM(4, return_sequences=True)
     model = keras.Sequential([keras.Input((None, 3)), layer])
     for shape in [(3, 5, 3), (2, 9, 3), (1, 1, 3)]:
@@ -368,38 +530,31 @@ def test_a_batch_and_a_time_of_unknown_size(rng):
         np.testing.assert_allclose(fast, loop, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_training_on_sequences_of_unknown_length(rng, way):
-    if way == "cudnn":
-        pytest.skip("no mask is served in cuDNN")
+@pytest.mark.parametrize("fast", FAST)
+def test_training_with_unknown_time_matches_the_loop(rng, fast):
+    if fast == "cudnn":
+        pytest.skip("cuDNN does not support masks")
     shapes = [(3, 5, 3), (2, 9, 3), (4, 7, 3), (1, 1, 3)]
     batches = [[rng.normal(size=shape) for _ in "xy"] for shape in shapes]
     batches[1][0][0, 6:] = 0  # masked
     results = []
-    for taken in (way, "loop"):
+    for used in (fast, "loop"):
         keras.utils.set_random_seed(3)
         layer = ScratchLSTM(3, return_sequences=True)
         model = keras.Sequential(
             [keras.Input((None, 3)), keras.layers.Masking(), layer]
         )
         model.compile(keras.optimizers.SGD(0.5), "mse")
-        with recurrence.force(taken):
+        with recurrence.force(used):
             losses = [model.train_on_batch(x, y) for x, y in batches]
-        assert layer.recurrence == taken
+        assert layer.recurrence == used
         results.append([losses, *model.get_weights()])
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.skipif("cudnn" in WAYS, reason="here is a GPU")
-def test_cudnn_demanded_where_there_is_none(rng):
-    layer = ScratchLSTM(4, use_cudnn=True)
-    with pytest.raises(ValueError, match=r"`use_cudnn` is True, but `scratch_lstm.*'a"):
-        layer(rng.normal(size=(3, 5, 3)).astype("float32"))
-
-
-@pytest.mark.skipif("cudnn" not in WAYS, reason="cuDNN needs a GPU")
-def test_cudnn_is_taken_on_a_gpu(rng):
+@pytest.mark.skipif("cudnn" not in FAST, reason="cuDNN needs a GPU")
+def test_cudnn_on_a_gpu(rng):
     x = rng.normal(size=(3, 5, 3)).astype("float32")
     layer = layer_with(rng, use_cudnn=True)
     fast = ops.convert_to_numpy(layer(x))

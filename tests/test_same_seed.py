@@ -1,4 +1,4 @@
-"""From the same seed, the built-in layer and ours train alike, in each precision."""
+"""With the same seed, our layers and the built-in ones train alike."""
 
 import contextlib
 
@@ -10,7 +10,7 @@ from keras import layers
 
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
 
-STEPS = 20
+EPOCHS = 20
 PAIRS = {
     "layer": (ScratchLSTM, layers.LSTM),
     "cell": (
@@ -22,8 +22,8 @@ PAIRS = {
         lambda units, **run: layers.Bidirectional(layers.LSTM(units, **run)),
     ),
 }
-# The dtypes of variables and of what is computed, and how far a loss may be off. In
-# float64, some of Keras's own operations compute in float32 on JAX and torch.
+# Per policy: the variable dtype, the compute dtype and the tolerance of the losses. In
+# float64, some of Keras's ops compute in float32 on JAX and torch.
 POLICIES = {
     "float32": ("float32", "float32", 1e-4),
     "float64": ("float64", "float64", 1e-9 if BACKEND == "tensorflow" else 1e-4),
@@ -33,14 +33,14 @@ POLICIES = {
 
 
 def train(make, x, y):
-    """The losses of 20 steps with Adam, and the model."""
+    """The losses of training with Adam, and the model."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [keras.Input(x.shape[1:]), make(8, return_sequences=True), layers.Dense(4)]
     )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(0.03), loss)
-    history = model.fit(x, y, batch_size=len(x), epochs=STEPS, verbose=0)
+    history = model.fit(x, y, batch_size=len(x), epochs=EPOCHS, verbose=0)
     return np.array(history.history["loss"]), model
 
 
@@ -58,12 +58,12 @@ def dtypes(model, x):
 @pytest.mark.parametrize(
     ("pair", "policy"),
     [(pair, "float32") for pair in PAIRS]
-    + [("layer", policy) for policy in POLICIES if policy != "float32"],
+    + [("layer", policy) for policy in POLICIES if policy != "float32"]
+    + [("cell", "mixed_float16"), ("cell", "mixed_bfloat16")],
 )
-def test_the_same_seed_trains_alike(rng, dtype_policy, pair, policy):
+def test_same_seed_gives_the_same_losses(rng, dtype_policy, pair, policy):
     variable, compute, tolerance = POLICIES[policy]
-    double = policy == "float64"
-    with double_precision() if double else contextlib.nullcontext():
+    with double_precision() if policy == "float64" else contextlib.nullcontext():
         dtype_policy(policy)
         x = rng.normal(size=(16, 7, 5)).astype(variable)
         y = rng.integers(0, 4, size=(16, 7))
@@ -71,8 +71,8 @@ def test_the_same_seed_trains_alike(rng, dtype_policy, pair, policy):
             train(make, x, y) for make in PAIRS[pair]
         )
         ours_is, theirs_is = dtypes(our_model, x), dtypes(their_model, x)
-    assert len(ours) == STEPS
-    assert theirs[-1] < 0.98 * theirs[0]  # something is learnt
+    assert len(ours) == EPOCHS
+    assert theirs[-1] < 0.98 * theirs[0]  # it learns
     np.testing.assert_allclose(ours, theirs, rtol=tolerance)
     assert ours_is == theirs_is
     expected = {"variables": {variable}, "compute": compute, "output": compute}

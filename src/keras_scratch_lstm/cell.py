@@ -285,10 +285,11 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
 
 
 def _as_gates(result):
-    try:
-        return Gates(*result)
-    except TypeError:
-        kind = type(result).__name__
+    # A tensor of four samples would unpack, too.
+    if not isinstance(result, (tuple, list)) or len(result) != len(GATES):
+        length = f" of length {len(result)}" if isinstance(result, tuple) else ""
         raise ValueError(
-            f"`gates` must return `Gates(i, f, o, c_tilde)`. Received: {kind}"
-        ) from None
+            "`gates` must return `Gates(i, f, o, c_tilde)`. Received: "
+            f"{type(result).__name__}{length}"
+        )
+    return Gates(*result)
