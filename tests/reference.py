@@ -55,4 +55,4 @@ def cross_entropy(y_true, logits):
 
 def label(parameter):
     """A parameter as the name of a test, without addresses, which vary by process."""
-    return re.sub(r" at 0x[0-9a-f]+", "", str(parameter))
+    return re.sub(r" at 0x[0-9a-f]+|(?<=\w)_\d+", "", str(parameter))
