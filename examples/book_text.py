@@ -49,8 +49,8 @@ def load_text(path=None):
     try:
         text = _decode(content := _download(), URL)
     except (OSError, http.client.HTTPException, ExampleError):
-        return _read(BUNDLED)
-    if not text.is_the_book:  # but the page of a proxy, for example
+        text = None
+    if text is None or not text.is_the_book:  # but the page of a proxy, for example
         return _read(BUNDLED)
     with contextlib.suppress(OSError, ExampleError):  # A read-only cache is no error.
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -112,10 +112,7 @@ class Minibatches(keras.utils.PyDataset):
     One stream, divided by `steps_per_epoch`, because a new iterator for each of these
     short epochs takes longer than the training. The batches of an epoch depend only on
     `seed` and its number, so that a run can resume at any epoch.
-
-    Attributes:
-        first_epoch: Integer, the epoch that the stream starts with.
-        rows: Slice of each batch, for one of several processes.
+    The stream starts with `first_epoch`, and has the `rows` of one process.
     """
 
     num_batches = None  # endless

@@ -21,19 +21,14 @@ class ExampleError(Exception):
     """An error that ends an example; its message is one line for the user."""
 
 
-# --- options -----------------------------------------------------------------
-
-
 class Formatter(
     argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
 ):
     """Shows defaults, and keeps the line breaks of the description."""
 
 
-def create_parser(prog, description):
-    return argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=Formatter
-    )
+def create_parser(prog, text):
+    return argparse.ArgumentParser(prog, description=text, formatter_class=Formatter)
 
 
 def add_training_options(parser, out, sampling):
@@ -69,9 +64,6 @@ positive_number = number(float, lambda x: 0 < x < math.inf, "a positive number")
 seed = number(int, lambda n: 0 <= n < 2**32, "an integer in [0, 2**32)")
 
 
-# --- files -------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def lock(folder):
     """Creates and locks a folder; the system unlocks it if the process is killed."""
@@ -81,14 +73,11 @@ def lock(folder):
             file = stack.enter_context(open(folder / ".lock", "w"))
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ExampleError(
-                f"--out must be a folder that no other run is using. Received: {folder}"
-            ) from None
         except OSError as error:
+            in_use = isinstance(error, BlockingIOError)
+            rule = "no other run is using" if in_use else "is writable"
             raise ExampleError(
-                "--out must be a folder that is writable. "
-                f"Received: {folder} ({error.strerror})"
+                f"--out must be a folder that {rule}. Received: {folder}"
             ) from None
         yield
 

@@ -13,7 +13,7 @@ if keras.backend.backend() != "tensorflow":
 
 
 def lstm_parameters(vocabulary_size, units):
-    """Returns the book's parameters: twelve of the LSTM, two of the output layer."""
+    """Returns the parameters: twelve of the LSTM, two of the output layer."""
 
     def normal(*shape):
         return tf.Variable(tf.random.normal(shape, stddev=0.01))

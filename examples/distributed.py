@@ -6,10 +6,8 @@ Each replica trains on its rows of each batch. The results equal those of one de
     python examples/distributed.py --virtual-devices 2   # the CPU as two devices
     KERAS_BACKEND=jax srun python examples/distributed.py --cluster   # several hosts
 
-One host uses `tf.distribute.MirroredStrategy` or, on JAX,
-`keras.distribution.DataParallel`; several hosts need JAX. With --cluster, JAX finds
-the processes of SLURM and Open MPI. Other launchers set, for each process,
-KERAS_DISTRIBUTION_JOB_ADDRESSES (host:port of process 0),
+With --cluster, which needs JAX, the processes of SLURM and Open MPI are found. Other
+launchers set KERAS_DISTRIBUTION_JOB_ADDRESSES (host:port of process 0),
 KERAS_DISTRIBUTION_NUM_PROCESSES and KERAS_DISTRIBUTION_PROCESS_ID.
 """
 
@@ -22,19 +20,11 @@ from common import ExampleError
 
 def parse_arguments(argv=None):
     parser = common.create_parser("distributed.py", __doc__)
-    parser.add_argument(
-        "--virtual-devices",
-        type=common.positive_integer,
-        metavar="N",
-        help="split the CPU into N devices, to try this without GPUs",
-    )
-    parser.add_argument(
-        "--cluster", action="store_true", help="join the processes of a launcher (JAX)"
-    )
+    add, integer = parser.add_argument, common.positive_integer
+    add("--virtual-devices", type=integer, help="split the CPU, to try it without GPUs")
+    add("--cluster", action="store_true", help="join the processes of a launcher")
     common.add_training_options(parser, "runs/distributed", "random")
-    parser.add_argument(
-        "--stream", type=Path, help="text of any size, used without --max-tokens"
-    )
+    add("--stream", type=Path, help="text of any size, used without --max-tokens")
     return parser.parse_args(argv)
 
 
@@ -148,8 +138,7 @@ def train(args, vocabulary, batches, is_first):
 
 def report(model, vocabulary, out):
     """Saves the model and its history, and prints generated text."""
-    history = json.dumps(model.history.history, indent=2)
-    (out / "history.json").write_text(history + "\n")
+    (out / "history.json").write_text(json.dumps(model.history.history, indent=2))
     model.save(out / "model.keras")
     model = keras.saving.load_model(out / "model.keras")  # with weights on one device
     for prefix in PREFIXES:

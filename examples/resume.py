@@ -18,9 +18,7 @@ class Checkpoint(keras.callbacks.Callback):
     files in place, so the weights of one epoch may be left with the number of another,
     or as a file that HDF5 cannot read. Here, a file is complete before it has its name.
 
-    An epoch with a non-finite loss or weight is not saved and ends training, with the
-    reason in `failure`. `epochs` is the number of finished epochs, `history` has their
-    logs.
+    A non-finite loss or weight ends training, is not saved, and is told in `failure`.
     """
 
     def __init__(self, folder, name, model):

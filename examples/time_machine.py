@@ -21,15 +21,10 @@ def parse_arguments(argv=None):
     choices = ["ScratchLSTMCell", "LSTMCell", "ScratchLSTM", "all"]
     parser.add_argument("--layer", choices=choices, default="all", help="what to train")
     common.add_training_options(parser, "runs/time_machine", "sequential")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue after the last finished epoch in --out; pass the same options "
-        "as before, except that --epochs may be larger",
-    )
-    parser.add_argument(
-        "--compare-d2l", action="store_true", help="also train the book's own code"
-    )
+    text = "continue the run in --out; pass the same options, or more --epochs"
+    parser.add_argument("--resume", action="store_true", help=text)
+    text = "also train the book's own code, which --resume trains again"
+    parser.add_argument("--compare-d2l", action="store_true", help=text)
     return parser.parse_args(argv)
 
 
@@ -243,7 +238,7 @@ def compare(args):
 
 
 def settings(args, corpus):
-    """Returns what the weights depend on, other than the number of epochs."""
+    """Returns what the weights of an epoch depend on."""
     names = ("units", "batch_size", "num_steps", "learning_rate", "sampling", "seed")
     text = hashlib.sha256(corpus.tobytes()).hexdigest()
     versions = {"backend": BACKEND, "keras": keras.__version__}

@@ -26,7 +26,7 @@ import time_machine
 EXAMPLE = Path(time_machine.__file__)
 SMALL = ["--units", "8", "--batch-size", "4", "--num-steps", "5", "--max-tokens", "300"]
 KILLS = 12 if keras.backend.backend() == "tensorflow" else 6
-PATIENCE = 300  # seconds, for a slow machine
+PATIENCE = 900  # seconds, for a slow machine
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_run_killed_at_random_moments_is_bit_identical(
 @pytest.mark.one_backend
 def test_run_killed_in_each_layer_is_bit_identical(tmp_path, arguments, start_process):
     out, uninterrupted = tmp_path / "out", tmp_path / "uninterrupted"
-    arguments = [*arguments, "--layer", "all", "--epochs", "80"]
+    arguments = [*arguments, "--layer", "all", "--epochs", "10"]
     resumed = [*arguments, "--out", str(out), "--resume"]
     for name in time_machine.LAYERS:
         process = start_process(run, resumed)
@@ -518,6 +518,6 @@ def test_output_folder_that_is_not_writable(tmp_path, arguments, mount):
         message = time_machine.main([*arguments, "--out", str(out)])
         assert message.startswith(
             "time_machine.py: error: --out must be a folder that is writable. "
-            f"Received: {out} ("
+            f"Received: {out}"
         )
     assert file.read_text() == "mine"
