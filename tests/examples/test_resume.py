@@ -114,7 +114,7 @@ def assert_bit_identical(out, expected_out, name="ScratchLSTM"):
         for key in ("seconds", "tokens_per_sec", "closing_line"):
             assert result.pop(key)
         runs[-1] += (result,)
-    assert len(runs[0][1]) > 12  # the weights of the layer, and more
+    assert len(runs[0][1]) > 6  # the weights of the layer, and more
     assert runs[0] == runs[1]
 
 
