@@ -1,7 +1,4 @@
-"""Command-line options and output files of the examples.
-
-This module imports nothing slow, so `--help` need not wait for Keras.
-"""
+"""Options and output files of the examples, without imports that take seconds."""
 
 import argparse
 import contextlib
@@ -40,8 +37,8 @@ def add_training_options(parser, out, sampling):
     add("--num-steps", type=positive_integer, default=35, help="time steps per batch")
     add("--learning-rate", type=positive_number, default=1.0, help="for SGD")
     add("--max-tokens", type=positive_integer, default=10_000, help="text length")
-    choices = ["sequential", "random"]
-    add("--sampling", choices=choices, default=sampling, help="order of the batches")
+    orders = ["sequential", "random"]
+    add("--sampling", choices=orders, default=sampling, help="order of the batches")
     add("--seed", type=seed, default=2, help="for weights and batches")
     add("--out", type=Path, default=Path(out), help="output folder")
     add("--text", type=Path, help="text to train on, if not The Time Machine")
