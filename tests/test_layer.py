@@ -560,6 +560,8 @@ def test_output_of_a_custom_cell_with_masks(
 ):
     if unroll and backwards:
         pytest.skip("in Keras, unrolling backwards with a mask is wrong or fails")
+    if unroll and zero_output and BACKEND == "jax":
+        pytest.skip("on JAX, Keras ignores `zero_output_for_mask` if unrolled")
     layer = ScratchLSTM(
         cell=ScaledCell(6),
         return_sequences=sequences,
@@ -784,7 +786,7 @@ CELL_ARGUMENTS = [
     ids=label,
 )
 def test_invalid_arguments(arguments, message):
-    with pytest.raises(ValueError, match="^" + re.escape(message) + ".{1,150}$"):
+    with pytest.raises(ValueError, match="^" + re.escape(message) + ".{0,150}$"):
         ScratchLSTM(**arguments)
 
 
@@ -817,8 +819,7 @@ STATEFUL = "The batch size must be 3, as `one` is stateful. Received: 2"
     ],
     ids=str,
 )
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "symbolic"])
-def test_invalid_inputs(draw, arguments, call, message, compiled):
+def test_invalid_inputs(draw, arguments, call, message):
     layer = ScratchLSTM(6, name="one", **arguments)
     shape = (7, 3, 5) if layer.time_major else (3, 7, 5)
     layer(draw(*shape))
@@ -828,10 +829,6 @@ def test_invalid_inputs(draw, arguments, call, message, compiled):
         given["mask"] = np.ones(call["mask"], bool)
     if "states" in call:
         given["initial_state"] = [draw(*shape) for shape in call["states"]]
-    if compiled:
-        given = keras.tree.map_structure(
-            lambda array: keras.KerasTensor(array.shape, str(array.dtype)), given
-        )
     with pytest.raises(ValueError, match=re.escape(message)):
         layer(**given)
     assert_matches(layer.states or [], states, 0)

@@ -254,7 +254,8 @@ class ScratchLSTM(BidirectionalGuard):
             sequences, initial_state, mask, training
         )
         returns_h = type(cell).call is ScratchLSTMCell.call
-        if mask is not None and not returns_h and not self.zero_output_for_mask:
+        done = returns_h or self.unroll or self.zero_output_for_mask
+        if mask is not None and not done:
             mask = ops.flip(mask, 1) if self.go_backwards else mask
             outputs = recurrence.repeat_masked_outputs(outputs, mask)
             last = outputs[:, -1]
