@@ -778,7 +778,7 @@ CELL_ARGUMENTS = [
         *(
             (
                 {"cell": ScratchLSTMCell(6), name: value},
-                f"`{name}` must be left out if `cell` is given. Received: {name}=",
+                f"`{name}` must not be passed together with `cell`. Received: {name}=",
             )
             for name, value in CELL_ARGUMENTS
         ),
@@ -795,7 +795,7 @@ MASK = "`mask` must have the shape "
 NUMBER = "`initial_state` must be a list of 2 tensors. Received: "
 STATE = "`initial_state` must have the shape (3, 6). Received: "
 INPUT = "is incompatible with the layer"
-STATEFUL = "The batch size must be 3, as `one` is stateful. Received: 2"
+STATEFUL = "`sequences` must have the batch size 3, since `one` is stateful. "
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Errors for what `keras.layers.Bidirectional` would otherwise do wrong silently."""
+"""Raise errors where `keras.layers.Bidirectional` would silently be wrong."""
 
 import keras
 

@@ -1,8 +1,7 @@
-"""Keras names that are not part of its public API; no other module uses any.
+"""The private names of Keras that the package needs; no other module uses any.
 
-- `DropoutRNNCell`: `keras.layers.RNN` prepares dropout masks only for its subclasses.
-- `lstm`: Keras's binding of cuDNN's LSTM.
-- `get_keras_mask`: a metric is not passed the mask of the predictions.
+`keras.layers.RNN` prepares dropout masks only for a `DropoutRNNCell`, `lstm` is the
+binding of cuDNN, and a metric is not passed the mask that `get_keras_mask` returns.
 """
 
 import inspect
@@ -38,7 +37,7 @@ def compiled_losses(model):
 
 
 def running_callback_list():
-    """Return the `CallbackList` that is calling, which callbacks cannot see."""
+    """Return the running `CallbackList`, found on the call stack."""
     frame = inspect.currentframe()
     while frame is not None:
         caller = frame.f_locals.get("self")

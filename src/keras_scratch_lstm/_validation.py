@@ -8,7 +8,6 @@ import operator
 from pathlib import Path
 
 import keras
-import numpy as np
 
 _MAX_LENGTH = 300  # characters of a received value in a message
 
@@ -22,13 +21,6 @@ def invalid(argument, value, rule):
     if len(received) > _MAX_LENGTH:
         received = received[:_MAX_LENGTH] + "…"
     return ValueError(f"`{argument}` must be {rule}. Received: {argument}={received}")
-
-
-def flag(argument, value, rule="True or False"):
-    is_flag = isinstance(value, (bool, np.bool_, int, np.integer)) and value in (0, 1)
-    if not is_flag:
-        raise invalid(argument, value, rule)
-    return bool(value)
 
 
 def positive_integer(argument, value):
@@ -68,30 +60,6 @@ def path(argument, value):
     except TypeError:
         pass
     raise invalid(argument, value, "the path of a file")
-
-
-def float_dtype(value):
-    """A dtype of layers and metrics: its name, a dtype policy, or `None`."""
-    try:
-        policy = keras.dtype_policies.get(value)
-        if "float" in policy.compute_dtype:
-            return value
-    except Exception as error:  # whatever Keras raises for a damaged configuration
-        reason = error
-    else:
-        reason = None
-    raise invalid("dtype", value, "a float dtype or a policy with one") from reason
-
-
-def numbers_only(argument, value, rule):
-    """An array or tensor of real numbers, or what converts to one."""
-    try:
-        array = value if hasattr(value, "dtype") else np.asarray(value)
-    except (RuntimeError, TypeError, ValueError):  # such as a ragged list
-        array = None
-    if not are_numbers(array):
-        raise invalid(argument, value, rule)
-    return array
 
 
 def are_numbers(tensor):

@@ -30,17 +30,15 @@ class PerplexityLogger(keras.callbacks.Callback):
 
     All other callbacks see them, wherever this one is in the list:
 
-    - `perplexity` and `val_perplexity`, the exponential of the loss, if this is a
-      mean (sparse) categorical cross-entropy; with several outputs,
-      `<output>_perplexity` for each output with such a loss. A `Perplexity` metric
-      of the model takes precedence. It is required if the model adds penalties to
-      the loss or samples are weighted, and is exact if the number of unmasked
-      tokens differs between batches.
+    - `perplexity` and `val_perplexity`: the exponential of the loss, if this is a mean
+      (sparse) categorical cross-entropy. With several outputs: `<output>_perplexity`.
+      A `Perplexity` metric of the model takes precedence. Add one if the model has
+      regularization losses, sample weights or masks.
     - `tokens_per_sec`, the tokens per second of the epoch without its validation. A
       token is one prediction: batch size times time steps, padding included. Of
       several outputs, the one with the most predictions counts.
 
-    When training ends, it prints a line like that of the book:
+    When training ends, it prints a line in the format of *Dive into Deep Learning*:
 
         perplexity 1.0, 57421.3 tokens/sec on /CPU:0
 
@@ -66,7 +64,7 @@ class PerplexityLogger(keras.callbacks.Callback):
     ['loss', 'perplexity', 'tokens_per_sec']
     """
 
-    _rank = 0
+    _rank = 0  # see `_sort_callbacks`
 
     def __init__(self, verbose: int = 1) -> None:
         super().__init__()
@@ -137,7 +135,7 @@ class PerplexityLogger(keras.callbacks.Callback):
                 else:
                     self._warn(
                         f"`{name}` is not logged, since the loss includes more than "
-                        "the cross-entropy, such as regularization penalties. Compile "
+                        "the cross-entropy, such as regularization losses. Compile "
                         "the model with `metrics=[Perplexity()]` to log it."
                     )
 
@@ -270,14 +268,16 @@ class GateMonitor(keras.callbacks.Callback):
     - [Karpathy, Johnson and Li, 2015](https://arxiv.org/abs/1506.02078)
     """
 
-    _rank = 1
+    _rank = 1  # see `_sort_callbacks`
 
     def __init__(
         self, probe: Any, layer: Any = None, metrics: Sequence[str] = METRICS
     ) -> None:
         super().__init__()
         if isinstance(metrics, str) or not set(metrics) <= set(METRICS):
-            raise _validation.invalid("metrics", metrics, f"a list of {METRICS}")
+            raise _validation.invalid(
+                "metrics", metrics, "a list with 'saturation', 'weight_norms' or both"
+            )
         self.layer = layer
         self.metrics = metrics
         # A dataset may be shuffled, and an iterator has each batch once.
@@ -337,7 +337,11 @@ class GateMonitor(keras.callbacks.Callback):
 
 
 def _sort_callbacks(*more):
-    """Run callbacks that add to the logs first, and the progress bar last."""
+    """Run the callbacks by rank.
+
+    0 for `PerplexityLogger`, 1 for `GateMonitor`, 2 for others, 3 for the removal of
+    the gate statistics from the logs, 4 for the progress bar.
+    """
 
     def rank(callback):
         is_progress_bar = isinstance(callback, keras.callbacks.ProgbarLogger)

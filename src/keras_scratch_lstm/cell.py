@@ -203,7 +203,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
 
     @property
     def is_standard(self) -> bool:
-        """Whether a time step is the plain LSTM: tanh, sigmoid, nothing overridden."""
+        """Whether the activations and `gates` and `call` are the standard ones."""
         return (
             type(self).gates is ScratchLSTMCell.gates
             and type(self).call is ScratchLSTMCell.call
@@ -240,9 +240,9 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         # A file of a built-in layer has 0 at the path of a `ScratchLSTM`.
         if self.built and number in (0, 3 if self.use_bias else 2):
             raise ValueError(
-                f"`weights` must be the {len(self.weights)} weights of "
-                f"`{self.name}`. Received: {number} weights. Load those of a built-in "
-                "LSTM into the built-in model, and convert it with `to_scratch`."
+                f"`weights` must be the {len(self.weights)} weights of `{self.name}`. "
+                f"Received: {number} weights. If they are those of a built-in LSTM, "
+                "load them into the built-in model, then call `to_scratch`."
             )
 
     def __getattr__(self, name):
@@ -251,7 +251,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
                 f"`{name}` does not exist until `{self.name}` is built. Call the layer "
                 "on data once, or `build` it."
             )
-        # Only torch's modules have one of their own.
+        # On torch, layers are modules, which define `__getattr__`.
         return getattr(super(), "__getattr__", super().__getattribute__)(name)
 
     def _add_weight(self, name, shape, initializer, kind):

@@ -29,16 +29,17 @@ class ScratchLSTM(BidirectionalGuard):
     A drop-in replacement for `keras.layers.LSTM`: same arguments, and the same outputs
     for the same seeds. `layer.cell` has the weights, one per matrix of the equations.
 
-    The layer runs a fast implementation for the backend, with a hand-written backward
-    pass, or cuDNN on a GPU. Where these do not apply (custom gates, other activations,
-    recurrent dropout in training, `unroll`), it runs the reference loop of
-    `keras.layers.RNN`. After a call, `layer.recurrence` names the implementation used:
-    `"tensorflow"`, `"jax"`, `"torch"`, `"cudnn"` or `"loop"`. Within the context
-    `keras_scratch_lstm.recurrence.force("loop")`, all layers run the reference loop,
-    for transformations that the fast ones do not support, such as `jax.linearize`.
+    The layer runs a fast implementation: a loop with a hand-written backward pass on
+    TensorFlow and JAX, `torch.lstm` on torch, or cuDNN on a GPU. Where these do not
+    apply (custom gates, other activations, recurrent dropout in training, `unroll`), it
+    runs the reference loop of `keras.layers.RNN`. After a call, `layer.recurrence` is
+    the implementation used: `"tensorflow"`, `"jax"`, `"torch"`, `"cudnn"` or `"loop"`.
+    Within the context `keras_scratch_lstm.recurrence.force("loop")`, all layers run the
+    reference loop, for transformations that the fast ones do not support, such as
+    `jax.linearize`.
 
     Args:
-        units: Positive integer, size of `h` and `c`. Leave it out if `cell` is given.
+        units: Positive integer, size of `h` and `c`. Omit it if `cell` is given.
         activation: See `ScratchLSTMCell`, as for all arguments up to `seed`.
         recurrent_activation: See `ScratchLSTMCell`.
         use_bias: See `ScratchLSTMCell`.
@@ -64,7 +65,7 @@ class ScratchLSTM(BidirectionalGuard):
             output is in that order. Default: `False`.
         stateful: Boolean, whether each call starts from the states in which the
             previous call ended. Requires a fixed batch size. The states are in
-            `layer.states`; they are no weights. Default: `False`.
+            `layer.states`; they are not weights. Default: `False`.
         unroll: Boolean, whether to unroll the loop. Default: `False`.
         use_cudnn: `True`, `False` or `"auto"`, whether to use cuDNN on a GPU. `True`
             raises an error if cuDNN cannot be used. Default: `"auto"`.
@@ -148,7 +149,7 @@ class ScratchLSTM(BidirectionalGuard):
                 f"use_cudnn={use_cudnn!r}"
             )
         cell_arguments = {name: given[name] for name in _CELL_DEFAULTS}
-        self_made = cell is None
+        creates_cell = cell is None
         if cell is None:
             policy = {k: kwargs[k] for k in ("dtype", "trainable") if k in kwargs}
             cell = ScratchLSTMCell(**cell_arguments, name="lstm_cell", **policy)
@@ -168,7 +169,7 @@ class ScratchLSTM(BidirectionalGuard):
         self.input_spec = keras.InputSpec(ndim=3)
         self.time_major = time_major
         self.use_cudnn = use_cudnn
-        self._cell_is_self_made = self_made
+        self._created_cell = creates_cell
         self.recurrence: str | None = None
         if cell.is_standard and cell.use_bias and not unroll:
             # XLA cannot compile cuDNN kernels in a TensorFlow graph.
@@ -183,7 +184,7 @@ class ScratchLSTM(BidirectionalGuard):
     def build(self, input_shape: Shape) -> None:
         batch_size, _, features = input_shape = self._batch_major(input_shape)
         if self.stateful and self.states is None and batch_size is not None:
-            # Keras would give both the same path. Not tracked, as they are no weights.
+            # Keras would give both the same path. Not tracked, as they are not weights.
             self.__dict__["states"] = [
                 keras.Variable(
                     state,
@@ -204,7 +205,7 @@ class ScratchLSTM(BidirectionalGuard):
         mask: Tensor | None = None,
         training: bool = False,
     ) -> Any:
-        if isinstance(mask, (list, tuple)):  # that of the states, too
+        if isinstance(mask, (list, tuple)):  # Keras adds those of the states
             mask = mask[0] if mask else None
         if mask is not None:
             mask = ops.convert_to_tensor(mask)
@@ -273,13 +274,13 @@ class ScratchLSTM(BidirectionalGuard):
             x = ops.flip(x, 0)
             mask = None if mask is None else ops.flip(mask, 0)
 
-        def per_gate(prefix):
+        def weights_of(prefix):
             weights = [getattr(cell, prefix + gate) for gate in GATES]
             return [ops.cast(weight, cell.compute_dtype) for weight in weights]
 
-        b = per_gate("b_") if cell.use_bias else None
+        b = weights_of("b_") if cell.use_bias else None
         h_all, h, c = lstm(
-            x, *initial_state, per_gate("W_x"), per_gate("W_h"), b, mask, training
+            x, *initial_state, weights_of("W_x"), weights_of("W_h"), b, mask, training
         )
         if mask is not None and self.zero_output_for_mask:
             h_all = h_all * ops.cast(mask, h_all.dtype)[:, :, None]
@@ -300,7 +301,7 @@ class ScratchLSTM(BidirectionalGuard):
     def get_config(self) -> Config:
         config = super().get_config()
         cell = config.pop("cell")
-        if self._cell_is_self_made:
+        if self._created_cell:
             cell_config = self.cell.get_config()
             config |= {name: cell_config[name] for name in _CELL_DEFAULTS}
         else:
@@ -338,8 +339,8 @@ class ScratchLSTM(BidirectionalGuard):
         expected = self.states[0].shape[0] if self.stateful else None
         if None not in (batch_size, expected) and batch_size != expected:
             raise ValueError(
-                f"The batch size must be {expected}, as `{self.name}` is stateful. "
-                f"Received: {batch_size}"
+                f"`sequences` must have the batch size {expected}, since "
+                f"`{self.name}` is stateful. Received: batch size {batch_size}"
             )
 
     def _check_initial_state(self, initial_state, batch_size):
@@ -353,7 +354,7 @@ class ScratchLSTM(BidirectionalGuard):
             _check_shape("initial_state", ops.shape(state), (batch_size, size))
 
 
-# The layer answers for its cell: `layer.units`, `layer.dropout` and so on.
+# Expose the cell's arguments on the layer: `layer.units`, `layer.dropout` and so on.
 for _name in _CELL_DEFAULTS:
     setattr(ScratchLSTM, _name, property(attrgetter(f"cell.{_name}")))
 
@@ -381,6 +382,6 @@ def _check_cell(cell, arguments):
         default = None if name == "units" else _CELL_DEFAULTS[name]
         if not np.array_equal(value, default):  # the value may be an array
             raise ValueError(
-                f"`{name}` must be left out if `cell` is given. Received: "
+                f"`{name}` must not be passed together with `cell`. Received: "
                 f"{name}={value!r}. Pass it to the cell instead."
             )

@@ -85,11 +85,11 @@ class Perplexity(keras.metrics.Metric):
         _check_shape("y_true", "integer tokens", y_true.shape, y_pred.shape[:-1])
 
         weights = ops.ones_like(y_true, dtype=dtype)
-        for factor in (sample_weight, mask):
+        for name, factor in (("sample_weight", sample_weight), ("mask", mask)):
             if factor is not None:
                 factor = _expand(ops.cast(factor, dtype), len(y_true.shape))
-                rule = "one weight per sample or token"
-                _check_shape("sample_weight", rule, factor.shape, y_true.shape, True)
+                rule = "one value per sample or token"
+                _check_shape(name, rule, factor.shape, y_true.shape, True)
                 weights = weights * factor
         if self.ignore_class is not None:
             ignored = ops.equal(y_true, ops.cast(self.ignore_class, y_true.dtype))

@@ -242,7 +242,7 @@ def _pair(old, new, classes, copies):
 
 
 def _copy_state(old, new):
-    """Copy what a configuration does not hold; sublayers have their own turn."""
+    """Copy what a configuration does not hold; without that of sublayers."""
     if type(old) is type(new):
         _copy_variables(old, new)
     elif isinstance(old, _CELLS):

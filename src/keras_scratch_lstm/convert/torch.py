@@ -167,12 +167,12 @@ def _check(layer, go_backwards):
     if not isinstance(layer, ScratchLSTM):
         raise invalid("layer", layer, "a `ScratchLSTM`")
     for is_valid, rule in (
-        (layer.built, "be built. Call it once on data"),
-        (layer.go_backwards == go_backwards, f"have `go_backwards={go_backwards}`"),
-        (layer.cell.is_standard, "have the standard gates and activations"),
+        (layer.built, "must be built. Call it once on data"),
+        (layer.go_backwards == go_backwards, f"must have go_backwards={go_backwards}"),
+        (layer.cell.is_standard, "must have the standard gates and activations"),
     ):
         if not is_valid:
-            raise ValueError(f"Cannot convert `{layer.name}`: it must {rule}.")
+            raise ValueError(f"Cannot convert `{layer.name}`: it {rule}.")
 
 
 def _fuse(values, prefix):

@@ -11,8 +11,7 @@ Every module implements one contract:
   `None`.
 - `mask`: Boolean tensor of shape `(time, batch)`, or `None`. A masked time step leaves
   `h` and `c` unchanged.
-- `training`: Boolean, whether to be fast with gradients or without. Both give correct
-  gradients.
+- `training`: Boolean. If `True`, TensorFlow unrolls the loop; other backends ignore it.
 
 It returns the hidden states of all time steps, `(time, batch, units)`, and the last `h`
 and `c`. The activations are sigmoid and tanh. For leading masked time steps, it returns

@@ -18,7 +18,7 @@ def has_gpu():
 def lstm(x, h, c, W_x, W_h, b, mask, training):
     time, batch = tf.shape(x)[0], tf.shape(x)[1]
     rows = tf.reshape(x, (-1, x.shape[-1]))
-    if b is not None:  # as weights of a constant input: one matmul for both gradients
+    if b is not None:  # fold the bias into the input matmul
         rows = tf.concat([rows, tf.ones_like(rows[:, :1])], 1)
         W_x = [tf.concat([W, b[None]], 0) for W, b in zip(W_x, b, strict=True)]
     units = h.shape[-1]
@@ -36,69 +36,31 @@ def lstm(x, h, c, W_x, W_h, b, mask, training):
 
 def _recurrence(mask, unroll):
     """The loop over projected inputs. The mask has no gradient, so it is a closure."""
+    unmasked = None if mask is None else mask[:, :, None]
 
     @tf.custom_gradient
     def recurrence(z_i, z_f, z_o, z_c, h_0, c_0, *W_h):
         time = tf.shape(z_i)[0] if z_i.shape[0] is None else z_i.shape[0]
         z_all = [_array(time, h_0.dtype).unstack(z) for z in (z_i, z_f, z_o, z_c)]
-        unmasked = None if mask is None else mask[:, :, None]
-
-        def step(t, h, c, *arrays):
-            z_i, z_f, z_o, z_c = (z.read(t) for z in z_all)
-            i = tf.sigmoid(z_i + tf.matmul(h, W_h[0]))
-            f = tf.sigmoid(z_f + tf.matmul(h, W_h[1]))
-            o = tf.sigmoid(z_o + tf.matmul(h, W_h[2]))
-            c_tilde = tf.tanh(z_c + tf.matmul(h, W_h[3]))
-            c_new = f * c + i * c_tilde
-            h_new = o * tf.tanh(c_new)
-            if unmasked is not None:
-                c_new = tf.where(unmasked[t], c_new, c)
-                h_new = tf.where(unmasked[t], h_new, h)
-            values = (i, f, o, c_tilde, c, h_new)
-            return t + 1, h_new, c_new, *_write(arrays, t, values)
-
         empty = [_array(time, h_0.dtype, h_0.shape) for _ in range(6)]
-        carried = (tf.constant(0), h_0, c_0, *empty)
-        _, h, c, *residuals, h_all = _loop(step, carried, time, unroll)
+        step = _forward_step(z_all, W_h, unmasked)
+        _, h, c, *residuals, h_all = _loop(
+            step, (tf.constant(0), h_0, c_0, *empty), time, unroll
+        )
         h_all = h_all.stack()
         stacked, graph = [array.stack() for array in residuals], _graph()
 
         def backward(dh_all, dh_last, dc_last):
-            values, dh_out = residuals, _array(time, h_0.dtype).unstack(dh_all)
-            if (
-                _graph() is not graph
-            ):  # in a SavedModel, which cannot capture TensorArrays
+            values = residuals
+            # A SavedModel cannot capture the TensorArrays of another graph.
+            if _graph() is not graph:
                 values = [_array(time, h_0.dtype).unstack(value) for value in stacked]
-            W_hi, W_hf, W_ho, W_hc = (tf.transpose(W) for W in W_h)
-
-            def backward_step(done, dh, dc, c, *arrays):
-                t = time - 1 - done
-                i, f, o, c_tilde, c_prev = (value.read(t) for value in values)
-                tanh_c = tf.tanh(c)
-                dh += dh_out.read(t)
-                if unmasked is not None:  # gradients that bypass a masked time step
-                    zeros = tf.zeros_like(dh)
-                    dh_bypass, dc_bypass = (
-                        tf.where(unmasked[t], zeros, d) for d in (dh, dc)
-                    )
-                    dh, dc = (tf.where(unmasked[t], d, zeros) for d in (dh, dc))
-                dc += _tanh_grad(tanh_c, dh * o)
-                dz_i = _sigmoid_grad(i, dc * c_tilde)
-                dz_f = _sigmoid_grad(f, dc * c_prev)
-                dz_o = _sigmoid_grad(o, dh * tanh_c)
-                dz_c = _tanh_grad(c_tilde, dc * i)
-                dh = (tf.matmul(dz_i, W_hi) + tf.matmul(dz_f, W_hf)) + (
-                    tf.matmul(dz_o, W_ho) + tf.matmul(dz_c, W_hc)
-                )
-                dc *= f
-                if unmasked is not None:
-                    dh, dc = dh + dh_bypass, dc + dc_bypass
-                arrays = _write(arrays, t, (dz_i, dz_f, dz_o, dz_c))
-                return done + 1, dh, dc, c_prev, *arrays
-
+            dh_out = _array(time, h_0.dtype).unstack(dh_all)
             empty = [_array(time, h_0.dtype, h_0.shape) for _ in range(4)]
-            carried = (tf.constant(0), dh_last, dc_last, c, *empty)
-            _, dh_0, dc_0, _, *dz = _loop(backward_step, carried, time)
+            step = _backward_step(time, values, dh_out, W_h, unmasked)
+            _, dh_0, dc_0, _, *dz = _loop(
+                step, (tf.constant(0), dh_last, dc_last, c, *empty), time
+            )
             dz = [dz_gate.stack() for dz_gate in dz]
             # One matmul over all time steps for the gradient of each weight.
             units = h_0.shape[-1]
@@ -112,6 +74,53 @@ def _recurrence(mask, unroll):
         return (h_all, h, c), backward
 
     return recurrence
+
+
+def _forward_step(z_all, W_h, unmasked):
+    def step(t, h, c, *arrays):
+        z_i, z_f, z_o, z_c = (z.read(t) for z in z_all)
+        i = tf.sigmoid(z_i + tf.matmul(h, W_h[0]))
+        f = tf.sigmoid(z_f + tf.matmul(h, W_h[1]))
+        o = tf.sigmoid(z_o + tf.matmul(h, W_h[2]))
+        c_tilde = tf.tanh(z_c + tf.matmul(h, W_h[3]))
+        c_new = f * c + i * c_tilde
+        h_new = o * tf.tanh(c_new)
+        if unmasked is not None:
+            c_new = tf.where(unmasked[t], c_new, c)
+            h_new = tf.where(unmasked[t], h_new, h)
+        values = (i, f, o, c_tilde, c, h_new)
+        return t + 1, h_new, c_new, *_write(arrays, t, values)
+
+    return step
+
+
+def _backward_step(time, residuals, dh_out, W_h, unmasked):
+    W_hi, W_hf, W_ho, W_hc = (tf.transpose(W) for W in W_h)
+
+    def step(done, dh, dc, c, *arrays):
+        t = time - 1 - done
+        i, f, o, c_tilde, c_prev = (value.read(t) for value in residuals)
+        tanh_c = tf.tanh(c)
+        dh += dh_out.read(t)
+        if unmasked is not None:  # gradients that bypass a masked time step
+            zeros = tf.zeros_like(dh)
+            dh_bypass, dc_bypass = (tf.where(unmasked[t], zeros, d) for d in (dh, dc))
+            dh, dc = (tf.where(unmasked[t], d, zeros) for d in (dh, dc))
+        dc += _tanh_grad(tanh_c, dh * o)
+        dz_i = _sigmoid_grad(i, dc * c_tilde)
+        dz_f = _sigmoid_grad(f, dc * c_prev)
+        dz_o = _sigmoid_grad(o, dh * tanh_c)
+        dz_c = _tanh_grad(c_tilde, dc * i)
+        dh = (tf.matmul(dz_i, W_hi) + tf.matmul(dz_f, W_hf)) + (
+            tf.matmul(dz_o, W_ho) + tf.matmul(dz_c, W_hc)
+        )
+        dc *= f
+        if unmasked is not None:
+            dh, dc = dh + dh_bypass, dc + dc_bypass
+        arrays = _write(arrays, t, (dz_i, dz_f, dz_o, dz_c))
+        return done + 1, dh, dc, c_prev, *arrays
+
+    return step
 
 
 def _loop(step, carried, time, unroll=UNROLL):

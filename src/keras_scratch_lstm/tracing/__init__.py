@@ -20,7 +20,7 @@ def trace_gates(
 ) -> GateTrace:
     """Trace the gates and states of an LSTM for every unit at every time step.
 
-    This works for trained models and changes nothing in them. The layer may be a
+    This works for trained models, which are not modified. The layer may be a
     `ScratchLSTM`, a `keras.layers.LSTM`, or a `keras.layers.RNN` with a
     `ScratchLSTMCell` (or a custom subclass) or a `keras.layers.LSTMCell`, alone, in
     a `keras.layers.Bidirectional`, or anywhere in a model.

@@ -80,8 +80,8 @@ def load_arrays(path, convert):
         try:
             return convert(_read(file))
         except Exception as error:  # whatever a damaged file leads to
-            rule = f"an undamaged file of `GateTrace.save` ({type(error).__name__})"
-            raise _validation.invalid("path", str(path), rule) from None
+            rule = "an undamaged file written by `GateTrace.save`"
+            raise _validation.invalid("path", str(path), rule) from error
 
 
 def _read(file):

@@ -1,4 +1,4 @@
-"""The HTML report of one sample: plain data in, one self-contained page out."""
+"""Render the HTML report of one sample."""
 
 import base64
 import html

@@ -110,7 +110,11 @@ def _make_function(layer):
     cell = layer.cell
     if not isinstance(cell, ScratchLSTMCell):
         cell = _scratch_cell(cell)
-    compute = _from_hidden_states(cell) if _has_fast_path(cell) else _step_by_step(cell)
+    compute = (
+        _from_hidden_states(cell)
+        if _must_recompute_gates(cell)
+        else _step_by_step(cell)
+    )
     dtype = result_dtype(layer)
 
     def function(inputs):
@@ -126,8 +130,8 @@ def _make_function(layer):
     return _Function(function, dtype=cell.dtype_policy)
 
 
-def _has_fast_path(cell):
-    """Whether the layer may run in an implementation that does not return the gates."""
+def _must_recompute_gates(cell):
+    """Whether the implementation does not return the gates, but `h` gives them."""
     # In half precision, the rounding of c at each time step is not reproducible.
     is_reproducible = cell.compute_dtype in ("float32", "float64")
     hides_gates = not {"torch", "cudnn"}.isdisjoint(recurrence.implementations())

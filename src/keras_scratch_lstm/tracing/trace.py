@@ -228,8 +228,8 @@ class GateTrace:
     ) -> None:
         """Write an HTML report of one sample's gates and states.
 
-        The report is one file that needs no network. It colors the tokens by the
-        values of a unit, draws these as a line chart, and sorts the units by
+        The report is one file that needs no network. It colors the tokens by one
+        unit's values, plots the gates and states of that unit, and sorts the units by
         variance or by their correlation with features of the tokens. Values are
         quantized, to 254 levels or fewer per unit, so that 2,000 tokens of 256 units
         take less than 3 MB.
