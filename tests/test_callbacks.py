@@ -346,7 +346,7 @@ def test_saturation_is_that_of_the_probe(series):
         (["lower", "backward_upper"], {"lower", "backward_upper"}),
         ("upper", {"forward_upper", "backward_upper"}),
     ],
-    ids=str,
+    ids=["all", "one", "list", "bidirectional"],
 )
 def test_monitor_selects_layers(series, layer, expected):
     lower = LAYERS["LSTM"](name="lower", return_sequences=True)
