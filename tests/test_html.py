@@ -123,22 +123,19 @@ def test_report_keeps_masked_and_infinite_values_apart(rng, path):
 
 
 def test_correlations_of_report_match_numpy(rng, path):
-    time = len(TEXT)
-    trace = make_trace(rng, time, masked=[3, 40])
+    trace = make_trace(rng, len(TEXT), masked=[3, 40])
     trace.c[:, :, 2] = 0.7
     trace.to_html(path, TEXT, sample=1)
     data, _ = read_report(path)
     vowel = np.isin(list(TEXT), list("aeiouAEIOU"))
     mask = trace.mask[1]
     for name in ARRAYS:
-        r = data["correlations"][name]["vowel"]
-        for unit in range(UNITS):
+        values = getattr(trace, name)[1, mask]
+        for unit, r in enumerate(data["correlations"][name]["vowel"]):
             if name == "c" and unit == 2:
                 assert data["variance"]["c"][2] == 0
                 continue
-            values = getattr(trace, name)[1, mask, unit]
-            expected = np.corrcoef(values, vowel[mask])[0, 1]
-            assert abs(r[unit] - expected) < 6e-4
+            assert abs(r - np.corrcoef(values[:, unit], vowel[mask])[0, 1]) < 6e-4
 
 
 @pytest.mark.parametrize(
@@ -206,17 +203,16 @@ def visit(browser, path):
     """Open a trace's report; no error and no request to elsewhere may occur."""
     contexts, errors = [], []
 
-    def visit(trace, tokens=None, sample=0, width=1200, scheme="light", **kwargs):
-        trace.to_html(path, tokens, sample)
+    def visit(trace, tokens=None, width=1200, scheme="light", **kwargs):
+        trace.to_html(path, tokens)
         context = browser.new_context(
             viewport={"width": width, "height": 800}, color_scheme=scheme, **kwargs
         )
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(20_000)
-        page.on("console", lambda message: errors.append(message.text))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("dialog", lambda dialog: errors.append(dialog.message))
+        for event in ("console", "pageerror", "dialog"):
+            page.on(event, lambda event: errors.append(str(event)))
         page.on(
             "request",
             lambda request: request.url == path.as_uri() or errors.append(request.url),
@@ -266,9 +262,8 @@ def test_color_key_matches_token_colors(name, scheme, visit, rng):
     image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
     is_gate = name != "c"
     trace = make_trace(rng, 5)
-    getattr(trace, name)[0, :, 0] = np.linspace(
-        0 if is_gate else -2, 1 + (not is_gate), 5
-    )
+    low, high = (0, 1) if is_gate else (-2, 2)
+    getattr(trace, name)[0, :, 0] = np.linspace(low, high, 5)
     page = visit(trace, "abcde", scheme=scheme)
     page.check(f"input[value={name}]")
     page.select_option("#unit", "0")
@@ -294,8 +289,8 @@ def test_color_key_matches_token_colors(name, scheme, visit, rng):
     share = (at - 0.5) / (len(bar) - 2) * 4
     expected = np.transpose([np.interp(share, range(5), rgb) for rgb in colors.T])
     np.testing.assert_allclose(bar[at], expected, atol=4)
-    ends = [number(page.inner_text(f"#{end}")) for end in ("low", "high")]
-    assert ends == ([0, 1] if is_gate else [-2, 2])
+    assert number(page.inner_text("#low")) == low
+    assert number(page.inner_text("#high")) == high
 
 
 def test_keyboard_navigation(visit, trace):
@@ -315,14 +310,8 @@ def test_keyboard_navigation(visit, trace):
         page.keyboard.press("Space")
         page.keyboard.press("Tab")
         page.keyboard.press("Home")
-        for key, step in [
-            ("ArrowRight", 1),
-            ("ArrowRight", 2),
-            ("ArrowLeft", 1),
-            ("End", last),
-            ("ArrowRight", last),
-            ("Home", 0),
-        ]:
+        keys = ["ArrowRight", "ArrowRight", "ArrowLeft", "End", "ArrowRight", "Home"]
+        for key, step in zip(keys, [1, 2, 1, last, last, 0], strict=True):
             page.keyboard.press(key)
             assert_shows(page, trace, step, int(unit))
             assert page.get_attribute("#chart", "aria-valuenow") == str(step)
@@ -342,25 +331,23 @@ def test_sorting_of_units(visit, rng):
         page.select_option("#order", order)
         script = "(options) => options.map((o) => [Number(o.value), o.text])"
         rows = page.eval_on_selector_all("#unit option", script)
-        assert page.input_value("#unit") == str(rows[0][0])
-        return [unit for unit, _ in rows], [
-            text.split(maxsplit=1)[-1] for _, text in rows
-        ]
+        units, texts = zip(*rows, strict=True)
+        assert page.input_value("#unit") == str(units[0])
+        return units, [text.split(maxsplit=1)[-1] for text in texts]
 
     units, labels = listed("strongest correlation")
-    assert dict(zip(units[:2], labels[:2], strict=True)) == {
-        3: "+1.00 vowel",
-        1: "−1.00 digit",
-    }
+    found = dict(zip(units, labels, strict=True))
+    assert {*units[:2]} == {1, 3}
+    assert (found[3], found[1]) == ("+1.00 vowel", "−1.00 digit")
     assert (units[-1], labels[-1]) == (2, "constant")
     units, labels = listed("vowel")
     r = [abs(number(label)) for label in labels[:-1]]
     assert (units[0], r) == (3, sorted(r, reverse=True))
     variances = trace.f[0].var(axis=0)
     units, labels = listed("variance")
-    assert units == np.argsort(-variances).tolist()
+    assert units == (*np.argsort(-variances),)
     assert labels[0] == f"variance {variances.max():.3f}"
-    assert listed("unit number")[0] == list(range(UNITS))
+    assert listed("unit number")[0] == (*range(UNITS),)
 
 
 @pytest.mark.parametrize("tokens", [None, np.arange(8) / 8], ids=["none", "numbers"])
@@ -378,10 +365,8 @@ def test_line_chart_of_time_series(tokens, visit, rng):
     assert list(map(len, lines)) == [2, 1, 2]  # interrupted where masked
     x, y = np.concatenate([np.array(line, float) for line in lines]).T
     steps = [0, 1, 4, 6, 7]
-    np.testing.assert_allclose(np.corrcoef(x, steps)[0, 1], 1, atol=1e-5)
-    np.testing.assert_allclose(
-        np.corrcoef(y, trace.f[0, steps, 4])[0, 1], -1, atol=1e-4
-    )
+    assert np.corrcoef(x, steps)[0, 1] == pytest.approx(1, abs=1e-5)
+    assert np.corrcoef(y, trace.f[0, steps, 4])[0, 1] == pytest.approx(-1, abs=1e-4)
     box = page.locator("#chart").bounding_box()
     page.mouse.move(box["x"] + x[3], box["y"] + 20)
     assert_shows(page, trace, 6, 4)

@@ -51,10 +51,8 @@ def test_plot_gates_has_values_of_units(trace):
     assert tick_labels(figure.axes[-1]) == list(TEXT[2:20].replace("\n", "⏎"))
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == GATES
-    # The lines are distinguishable without their colors.
-    assert (
-        len({(line.get_linestyle(), line.get_marker()) for line in lines.values()}) > 2
-    )
+    styles = {(line.get_linestyle(), line.get_marker()) for line in lines.values()}
+    assert len(styles) > 2  # distinguishable without colors
 
 
 @pytest.mark.parametrize(
@@ -111,14 +109,12 @@ def test_plot_heatmap_has_values(array, trace):
     assert ax.get_title().endswith({"c_tilde": "c̃"}.get(array, array))
 
 
-@pytest.mark.parametrize("plot", [plotting.plot_heatmap, plotting.plot_text])
-def test_plots_into_given_axes(plot, trace):
+@pytest.mark.parametrize("name", ["plot_heatmap", "plot_text"])
+def test_plots_into_given_axes(name, trace):
     figure = Figure()
     left, right = figure.subplots(1, 2)
-    arguments = {"array": "c", "ax": right}
-    if plot is plotting.plot_text:
-        arguments["unit"] = 0
-    assert plot(trace, **arguments) is figure
+    units = [0] if name == "plot_text" else []
+    assert getattr(plotting, name)(trace, *units, array="c", ax=right) is figure
     assert right.has_data()
     assert not left.has_data()
 
@@ -177,51 +173,49 @@ def test_lines_break_between_words():
 
 
 @pytest.mark.parametrize(
-    "plot",
+    ("name", "arguments"),
     [
-        lambda trace, path: plotting.plot_gates(trace, [0, 1], TEXT, path=path),
-        lambda trace, path: plotting.plot_heatmap(trace, "f", TEXT, path=path),
-        lambda trace, path: plotting.plot_saturation(trace, path=path),
-        lambda trace, path: plotting.plot_text(trace, 0, TEXT, path=path),
+        ("plot_gates", ([0, 1], TEXT)),
+        ("plot_heatmap", ("f", TEXT)),
+        ("plot_saturation", ()),
+        ("plot_text", (0, TEXT)),
     ],
-    ids=["gates", "heatmap", "saturation", "text"],
 )
-def test_saved_plots_are_not_clipped(plot, trace, tmp_path):
-    figure = plot(trace, tmp_path / "plot.png")
+def test_saved_plots_are_not_clipped(name, arguments, trace, tmp_path):
+    plot = getattr(plotting, name)
+    figure = plot(trace, *arguments, path=tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as image:
         assert image.width == 1350
     box = figure.get_tightbbox()
     width, height = figure.get_size_inches()
     assert 0 <= box.x0 < box.x1 <= width
     assert 0 <= box.y0 < box.y1 <= height
-    plot(trace, tmp_path / "plot.svg")
+    plot(trace, *arguments, path=tmp_path / "plot.svg")
     assert "<svg" in (tmp_path / "plot.svg").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
-    ("plot", "match"),
+    ("name", "arguments", "match"),
     [
-        (lambda t: plotting.plot_gates(None, 0), "`trace` must be a `GateTrace`"),
-        (lambda t: plotting.plot_gates(t, 6), "from 0 to 5. Received: units=6"),
-        (lambda t: plotting.plot_gates(t, [0, -1]), "Received: units=-1"),
-        (lambda t: plotting.plot_gates(t, []), r"Received: units=\[\]"),
-        (lambda t: plotting.plot_gates(t, True), "Received: units=True"),
-        (lambda t: plotting.plot_text(t, [0]), r"Received: unit=\[0\]"),
-        (lambda t: plotting.plot_gates(t, 0, "ab"), "`tokens` must have 21 tokens"),
-        (lambda t: plotting.plot_heatmap(t, sample=2), "Received: sample=2"),
-        (lambda t: plotting.plot_gates(t, 0, steps=3), "`steps` must be a slice"),
-        (
-            lambda t: plotting.plot_heatmap(t, steps=slice(50, 60)),
-            "selects some of 21 time steps",
-        ),
-        (lambda t: plotting.plot_heatmap(t, "mask"), "`array` must be one of 'i', 'f'"),
-        (lambda t: plotting.plot_text(t, 0, array=["c"]), "`array` must be one of"),
-        (lambda t: plotting.plot_saturation(t, path=3), "Received: path=3"),
+        ("gates", {"trace": None}, "`trace` must be a `GateTrace`"),
+        ("gates", {"units": 6}, "from 0 to 5. Received: units=6"),
+        ("gates", {"units": [0, -1]}, "Received: units=-1"),
+        ("gates", {"units": []}, r"Received: units=\[\]"),
+        ("gates", {"units": True}, "Received: units=True"),
+        ("gates", {"tokens": "ab"}, "`tokens` must have 21 tokens"),
+        ("gates", {"steps": 3}, "`steps` must be a slice"),
+        ("text", {"unit": [0]}, r"Received: unit=\[0\]"),
+        ("text", {"array": ["c"]}, "`array` must be one of"),
+        ("heatmap", {"array": "mask"}, "`array` must be one of 'i', 'f'"),
+        ("heatmap", {"sample": 2}, "Received: sample=2"),
+        ("heatmap", {"steps": slice(50, 60)}, "selects some of 21 time steps"),
+        ("saturation", {"path": 3}, "Received: path=3"),
     ],
 )
-def test_invalid_arguments_raise_error(plot, match, trace):
+def test_invalid_arguments_raise_error(name, arguments, match, trace):
+    valid = {"gates": {"units": 0}, "text": {"unit": 0}}.get(name, {})
     with pytest.raises(ValueError, match=match):
-        plot(trace)
+        getattr(plotting, f"plot_{name}")(**{"trace": trace} | valid | arguments)
 
 
 def test_missing_matplotlib_is_named(monkeypatch):

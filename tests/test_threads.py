@@ -22,19 +22,33 @@ LAYERS = {
 }
 
 
-def run_concurrently(function, inputs):
-    """Return the results of `REPEATS` calls for each input, each in its own thread."""
-    results, errors = [None] * len(inputs), []
-    start = threading.Barrier(len(inputs))
+def call(model, tokens):
+    return ops.convert_to_numpy(model(tokens))
+
+
+def predict(model, tokens):
+    return model.predict(tokens, verbose=0)
+
+
+def trace(model, tokens):
+    found = trace_gates(model, tokens)
+    both = [found] if found.backward is None else [found, found.backward]
+    return np.stack([getattr(one, name) for one in both for name in ARRAYS])
+
+
+def run_concurrently(function, jobs):
+    """Return the results of `REPEATS` calls for each job, each in its own thread."""
+    results, errors = [None] * len(jobs), []
+    start = threading.Barrier(len(jobs))
 
     def run(index):
         try:
             start.wait(60)
-            results[index] = [function(inputs[index]) for _ in range(REPEATS)]
+            results[index] = [function(jobs[index]) for _ in range(REPEATS)]
         except Exception as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=run, args=(k,)) for k in range(len(inputs))]
+    threads = [threading.Thread(target=run, args=(k,)) for k in range(len(jobs))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -43,61 +57,41 @@ def run_concurrently(function, inputs):
     return results
 
 
-@pytest.fixture(params=LAYERS)
-def model(request):
-    tokens = keras.Input((7,), dtype="int32")
-    return keras.Sequential([tokens, layers.Embedding(9, 5), LAYERS[request.param]()])
-
-
-@pytest.fixture
-def inputs(rng):
-    return [rng.integers(0, 9, (3, 7)) for _ in range(THREADS)]
-
-
-def assert_same(results, expected):
-    for several, one in zip(results, expected, strict=True):
-        for other in several:
-            np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
-
-
-def test_concurrent_calls(model, inputs):
-    def call(tokens):
-        return ops.convert_to_numpy(model(tokens))
-
-    assert_same(run_concurrently(call, inputs), [call(tokens) for tokens in inputs])
-
-
-@pytest.mark.skipif(
-    BACKEND == "jax", reason="Keras replaces a model's variables while it predicts"
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    "functions",
+    [
+        [call],
+        pytest.param(
+            [predict],
+            marks=pytest.mark.skipif(
+                BACKEND == "jax", reason="Keras replaces variables while it predicts"
+            ),
+        ),
+        [trace],
+        [trace, call],
+    ],
+    ids=lambda functions: " and ".join(one.__name__ for one in functions),
 )
-def test_concurrent_predictions(model, inputs):
-    def predict(tokens):
-        return model.predict(tokens, verbose=0)
+def test_concurrent_results_match_one_thread(functions, layer, rng):
+    inputs = keras.Input((7,), dtype="int32")
+    model = keras.Sequential([inputs, layers.Embedding(9, 5), LAYERS[layer]()])
 
-    expected = [predict(tokens) for tokens in inputs]
-    assert_same(run_concurrently(predict, inputs), expected)
+    def run(job):
+        function, tokens = job
+        return function(model, tokens)
 
-
-def test_concurrent_traces(model, inputs):
-    def trace(tokens):
-        found = trace_gates(model, tokens)
-        both = [found] if found.backward is None else [found, found.backward]
-        return np.stack([getattr(one, name) for one in both for name in ARRAYS])
-
-    # The concurrent calls come first, when nothing is compiled.
-    results = run_concurrently(trace, inputs)
-    assert_same(results, [trace(tokens) for tokens in inputs])
-
-
-def test_calls_during_traces(model, inputs):
-    def either(job):
-        traced, tokens = job
-        if traced:
-            return trace_gates(model, tokens).h
-        return ops.convert_to_numpy(model(tokens))
-
-    jobs = [(index % 2 == 0, tokens) for index, tokens in enumerate(inputs)]
-    assert_same(run_concurrently(either, jobs), [either(job) for job in jobs])
+    jobs = [
+        (functions[k % len(functions)], rng.integers(0, 9, (3, 7)))
+        for k in range(THREADS)
+    ]
+    if functions == [predict]:
+        run(jobs[0])  # Keras itself compiles `predict` in one thread only.
+    results = run_concurrently(run, jobs)
+    for several, job in zip(results, jobs, strict=True):
+        expected = run(job)
+        for one in several:
+            np.testing.assert_allclose(one, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_force_is_limited_to_its_thread():

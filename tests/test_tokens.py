@@ -90,27 +90,19 @@ def test_character_features():
 def test_word_features():
     text = 'The time ( or so ) was 12 , he said . But 7 Owls ! 9 ( or 10 ) . "'
     words = text.split()
+    expected = {
+        "capitalized": ["The", "But", "Owls"],
+        "number": ["12", "7", "9", "10"],
+        "punctuation": [word for word in words if word in set('(),.!"')],
+        "inside brackets": ["(", "or", "so", "(", "or", "10"],
+    }
     features = token_features(words)
-    assert set(features) == {
-        "capitalized",
-        "punctuation",
-        "number",
-        "token length",
-        "inside brackets",
-        "position in sentence",
-    }
-    selected = {
-        name: [word for word, value in zip(words, values, strict=True) if value]
-        for name, values in features.items()
-    }
-    assert selected["capitalized"] == ["The", "But", "Owls"]
-    assert selected["number"] == ["12", "7", "9", "10"]
-    assert selected["punctuation"] == [w for w in words if w in set('(),.!"')]
-    assert selected["inside brackets"] == ["(", "or", "so", "(", "or", "10"]
+    assert set(features) == {*expected, "token length", "position in sentence"}
+    for name, selected in expected.items():
+        assert np.array(words)[features[name].astype(bool)].tolist() == selected
     np.testing.assert_array_equal(features["token length"], [len(w) for w in words])
     np.testing.assert_array_equal(
-        features["position in sentence"],
-        [*range(12), *range(4), *range(6), 0],
+        features["position in sentence"], [*range(12), *range(4), *range(6), 0]
     )
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from custom_gates import CoupledCell, PeepholeCell, main, spikes, train
 from keras import ops
-from reference import lstm_step, sigmoid, weights_of
+from reference import sigmoid, weights_of
 
 from keras_scratch_lstm import ScratchLSTM, trace_gates
 
@@ -40,16 +40,6 @@ def test_peephole_cell_matches_numpy(rng):
     expected = peephole(x.astype("float64"), weights_of(layer.cell))
     np.testing.assert_allclose(numpy(layer(x)), expected, rtol=0, atol=1e-6)
     assert layer.recurrence == "loop"
-
-
-def test_peephole_cell_with_zero_peepholes_is_plain_cell(rng):
-    layer = random_layer(PeepholeCell(5), rng)
-    for weight in (layer.cell.p_i, layer.cell.p_f, layer.cell.p_o):
-        weight.assign(np.zeros(5))
-    x = rng.normal(size=(4, 1, 3)).astype("float32")
-    zeros = np.zeros((4, 5))
-    expected, _ = lstm_step(x[:, 0], zeros, zeros, weights_of(layer.cell))
-    np.testing.assert_allclose(numpy(layer(x))[:, 0], expected, rtol=0, atol=1e-6)
 
 
 def test_coupled_cell_forgets_as_much_as_it_adds(rng):

@@ -18,25 +18,11 @@ BACKEND = keras.backend.backend()
 SMALL = ["--units", "8", "--batch-size", "8", "--num-steps", "6", "--epochs", "3"]
 PATIENCE = 500  # seconds, for a slow machine
 
-on_jax = pytest.mark.skipif(BACKEND != "jax", reason="for JAX only")
-on_tensorflow = pytest.mark.skipif(
-    BACKEND != "tensorflow", reason="for TensorFlow only"
-)
-on_jax_or_tensorflow = pytest.mark.skipif(
-    BACKEND == "torch", reason="Keras on torch distributes nothing"
-)
 
-
-@pytest.fixture
-def text(tmp_path, rng):
-    path = tmp_path / "own.txt"
-    path.write_text("".join(rng.choice(list("abcde \n"), 600)))
-    return path
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "runs" / "here"
+def case(backends, *values):
+    """Parameters for some backends only."""
+    skip = pytest.mark.skipif(BACKEND not in backends, reason=f"for {backends} only")
+    return pytest.param(*values, marks=skip)
 
 
 def launch(arguments, processes):
@@ -89,10 +75,10 @@ def train_on_one_device(arguments):
 @pytest.mark.parametrize(
     ("devices", "processes", "source", "sampling"),
     [
-        pytest.param(4, 1, "--text", "random", marks=on_jax),
-        pytest.param(None, 2, "--stream", "sequential", marks=on_jax),
-        pytest.param(2, 1, "--text", "random", marks=on_tensorflow),
-        pytest.param(2, 1, "--stream", "random", marks=on_tensorflow),
+        case("jax", 4, 1, "--text", "random"),
+        case("jax", None, 2, "--stream", "sequential"),
+        case("tensorflow", 2, 1, "--text", "random"),
+        case("tensorflow", 2, 1, "--stream", "random"),
     ],
 )
 def test_results_equal_those_of_one_device(
@@ -117,7 +103,7 @@ def test_results_equal_those_of_one_device(
 
 
 @pytest.mark.slow
-@on_jax
+@pytest.mark.skipif(BACKEND != "jax", reason="for jax only")
 def test_weights_can_be_laid_out_per_gate(tmp_path):
     (block,) = re.findall(r"^```python\n(.*?)^```", SCALE_OUT.read_text(), re.S | re.M)
     check = """
@@ -155,32 +141,24 @@ for one, other in zip(model.get_weights(), alone.get_weights(), strict=True):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(
+        case(
+            "jax tensorflow",
             ["--batch-size", "7", "--virtual-devices", "2"],
             "--batch-size must be a multiple of the number of replicas, 2. Received: 7",
-            marks=on_jax_or_tensorflow,
         ),
-        pytest.param(
+        case(
+            "jax tensorflow",
             ["--stream", "nowhere.txt"],
             "nowhere.txt cannot be read: No such file",
-            marks=on_jax_or_tensorflow,
         ),
-        pytest.param(["--cluster"], "--cluster needs a launcher: ", marks=on_jax),
-        pytest.param(
-            ["--cluster"],
-            "--cluster and sequential --sampling need",
-            marks=on_tensorflow,
-        ),
-        pytest.param(
+        case("jax", ["--cluster"], "--cluster needs a launcher: "),
+        case("tensorflow", ["--cluster"], "--cluster and sequential --sampling need"),
+        case(
+            "tensorflow",
             ["--sampling", "sequential"],
             "--cluster and sequential --sampling need KERAS_BACKEND=jax",
-            marks=on_tensorflow,
         ),
-        pytest.param(
-            [],
-            "KERAS_BACKEND must be jax or tensorflow. Received: torch",
-            marks=pytest.mark.skipif(BACKEND != "torch", reason="for torch only"),
-        ),
+        case("torch", [], "KERAS_BACKEND must be jax or tensorflow. Received: torch"),
     ],
 )
 def test_invalid_arguments(text, out, arguments, message):

@@ -14,18 +14,6 @@ from keras_scratch_lstm.tracing.tokens import token_features
 SMALL = ["--units", "6", "--epochs", "1", "--characters", "150"]
 
 
-@pytest.fixture
-def text(tmp_path, rng):
-    path = tmp_path / "own.txt"
-    path.write_text("".join(rng.choice(list('aeB, 1"\n'), 2000)))
-    return path
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "runs" / "here"
-
-
 def run(*arguments):
     return look_inside.main([str(argument) for argument in arguments])
 

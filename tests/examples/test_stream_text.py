@@ -31,23 +31,19 @@ def test_chunks_give_the_tokens_of_the_text(text, cuts):
     assert list(found.decode()) == tokenize(text)
 
 
-def assert_file_has_the_tokens_of_the_text(path):
+@pytest.mark.parametrize("source", ["random text", "book"])
+def test_file_has_the_tokens_of_the_text(source, tmp_path, rng, monkeypatch, request):
+    path = tmp_path / "text.txt"
+    if source == "book":
+        path = request.getfixturevalue("book")
+    else:
+        monkeypatch.setattr(stream_text, "CHUNK", 7)
+        path.write_text("".join(rng.choice(list(ALPHABET), 3000)), "utf-8", newline="")
     tokens = tokenize(path.read_bytes().decode())
     expected = Vocabulary(tokens)
     vocabulary, corpus = tokenize_file(path)
     assert vocabulary.tokens == expected.tokens
     np.testing.assert_array_equal(corpus, expected.encode(tokens))
-
-
-def test_file_has_the_tokens_of_the_text(tmp_path, rng, monkeypatch):
-    monkeypatch.setattr(stream_text, "CHUNK", 7)
-    path = tmp_path / "text.txt"
-    path.write_text("".join(rng.choice(list(ALPHABET), 3000)), "utf-8", newline="")
-    assert_file_has_the_tokens_of_the_text(path)
-
-
-def test_file_has_the_tokens_of_the_book(book):
-    assert_file_has_the_tokens_of_the_text(book)
 
 
 @pytest.mark.parametrize(

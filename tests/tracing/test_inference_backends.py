@@ -26,8 +26,11 @@ def test_trace_conversion_and_saving(kind, mask_zero, tokens, tmp_path):
     h = expected["h"][np.arange(len(tokens)), last]
     kernel, bias = model.layers[-1].get_weights()
     np.testing.assert_allclose(outputs, h @ kernel + bias, rtol=1e-4, atol=1e-5)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    path = tmp_path / "model.keras"
+    model.save(path)
+    for one in (path, str(path)):
+        assert_close(trace_gates(one, tokens), expected)
+    loaded = keras.saving.load_model(path)
     convert = to_scratch if kind == "LSTM" else to_builtin
     converted = convert(model)
     is_scratch = isinstance(converted.get_layer("lstm"), ScratchLSTM)
@@ -38,6 +41,7 @@ def test_trace_conversion_and_saving(kind, mask_zero, tokens, tmp_path):
         np.testing.assert_allclose(found, outputs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 @pytest.mark.parametrize("backend", ["numpy", "openvino"])
 def test_backends_for_inference_only(backend):

@@ -19,7 +19,7 @@ from trace_reference import (
     sequential,
 )
 
-from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, recurrence, trace_gates
+from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, trace_gates
 from keras_scratch_lstm.tracing import replay
 from keras_scratch_lstm.tracing.trace import ARRAYS
 
@@ -30,16 +30,9 @@ BOTH = pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM"])
 @pytest.fixture(params=["from hidden states", "step by step"])
 def method(request, monkeypatch):
     """Both methods to compute the gates, of which the backend would use one."""
-
-    def not_implemented(*args):
-        raise NotImplementedError
-
+    recompute = request.param == "from hidden states"
     monkeypatch.setattr(replay, "_FUNCTIONS", weakref.WeakKeyDictionary())
-    if request.param == "step by step":
-        monkeypatch.setattr(replay, "_has_fast_path", lambda cell: False)
-    else:
-        available = {"torch": not_implemented}
-        monkeypatch.setattr(recurrence, "implementations", lambda *_: available)
+    monkeypatch.setattr(replay, "_must_recompute_gates", lambda cell: recompute)
 
 
 @pytest.mark.parametrize("go_backwards", [False, True])
@@ -111,33 +104,25 @@ def test_overridden_call_of_a_custom_cell(x):
 
 
 @BOTH
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16"])
-def test_half_precision_is_traced_in_float32(kind, policy, x, dtype_policy):
+@pytest.mark.parametrize(
+    ("policy", "dtype", "rtol", "atol"),
+    [
+        ("mixed_bfloat16", "float32", 0.05, 0.02),
+        ("mixed_float16", "float32", 0.05, 0.02),
+        ("bfloat16", "float32", 0.05, 0.02),
+        ("float64", "float64", 1e-12, 1e-14),
+    ],
+)
+def test_precision_of_the_trace(kind, policy, dtype, rtol, atol, x, dtype_policy):
+    if policy == "float64" and BACKEND not in ("tensorflow", "torch"):
+        pytest.skip("Keras computes float32 here")
     dtype_policy(policy)
     layer = make(kind, return_sequences=True, recurrent_initializer="glorot_uniform")
-    outputs = ops.convert_to_numpy(ops.cast(layer(x), "float32"))
+    outputs = ops.convert_to_numpy(ops.cast(layer(x), dtype))
     trace = trace_gates(layer, x)
-    assert all(getattr(trace, name).dtype == "float32" for name in ARRAYS)
-    assert_close(trace, numpy_trace(layer, x), rtol=0.05, atol=0.02)
-    np.testing.assert_allclose(trace.h, outputs, rtol=0.05, atol=0.02)
-
-
-@pytest.mark.skipif(
-    BACKEND not in ("tensorflow", "torch"), reason="Keras computes float32 here"
-)
-@BOTH
-def test_float64_is_traced_in_float64(kind, x, dtype_policy):
-    dtype_policy("float64")
-    layer = make(kind)
-    trace = trace_gates(layer, x)
-    assert all(getattr(trace, name).dtype == "float64" for name in ARRAYS)
-    assert_close(trace, numpy_trace(layer, x), rtol=1e-12, atol=1e-14)
-
-
-@BOTH
-def test_dropout_is_not_applied(kind, x):
-    layer = make(kind, dropout=0.5, recurrent_dropout=0.5)
-    assert_close(trace_gates(layer, x), numpy_trace(layer, x))
+    assert all(getattr(trace, name).dtype == dtype for name in ARRAYS)
+    assert_close(trace, numpy_trace(layer, x), rtol=rtol, atol=atol)
+    np.testing.assert_allclose(trace.h, outputs, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM", "RNN(ScratchLSTMCell)"])
@@ -236,20 +221,15 @@ def test_batches_and_chunks_of_time_do_not_change_the_trace(
 
 
 @BOTH
-def test_weight_updates_are_traced(kind, x):
-    layer = make(kind)
-    trace_gates(layer, x)
+def test_weight_updates_are_traced_without_dropout(kind, x):
+    layer = make(kind, dropout=0.5, recurrent_dropout=0.5)
+    assert_close(trace_gates(layer, x), numpy_trace(layer, x))
     layer.set_weights([2 * weight for weight in layer.get_weights()])
     assert_close(trace_gates(layer, x), numpy_trace(layer, x))
-
-
-def test_traced_layer_is_garbage_collected(x):
-    layer = make("ScratchLSTM")
-    trace_gates(layer, x)
     reference = weakref.ref(layer)
     del layer
     gc.collect()
-    assert reference() is None
+    assert reference() is None  # no function keeps a traced layer
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA fails on TensorFlow only")

@@ -79,16 +79,13 @@ def numpy_trace(layer, x, h=None, c=None, mask=None):
     w = named_weights(layer.cell)
     batch, time, _ = x.shape
     units = w["W_hi"].shape[0]
-    x = x.astype("float64")
-    h = np.zeros((batch, units)) if h is None else h.astype("float64")
-    c = np.zeros((batch, units)) if c is None else c.astype("float64")
+    h, c = (np.zeros((batch, units)) + (0 if s is None else s) for s in (h, c))
     mask = np.ones((batch, time), bool) if mask is None else mask
     trace = {name: np.full((batch, time, units), np.nan) for name in ARRAYS}
     for t in reversed(range(time)) if layer.go_backwards else range(time):
+        x_t = x[:, t].astype("float64")
         z = {
-            gate: x[:, t] @ w[f"W_x{gate}"]
-            + h @ w[f"W_h{gate}"]
-            + w.get(f"b_{gate}", 0)
+            gate: x_t @ w[f"W_x{gate}"] + h @ w[f"W_h{gate}"] + w.get(f"b_{gate}", 0)
             for gate in "ifoc"
         }
         z["f"] += c * w.get("W_cf", 0)
