@@ -144,4 +144,5 @@ def test_invalid_inputs(inputs, match):
 
 
 def test_complex_inputs(x):
-    check_error("must be real numbers.*complex64", make("LSTM"), x.astype("complex64"))
+    match = "`inputs` must be numbers .*dtype complex64"
+    check_error(match, make("LSTM"), x.astype("complex64"))
