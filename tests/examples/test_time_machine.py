@@ -19,25 +19,22 @@ SMALL += ["--max-tokens", "500"]
 
 
 @pytest.fixture
-def run(text, out):
-    """Runs the example; returns its answer, or the results and the history."""
-
-    def run(*arguments):
-        answer = time_machine.main(
-            ["--text", str(text), "--out", str(out), *SMALL, *arguments]
-        )
-        if answer:
-            return answer
-        with open(out / "history.csv") as file:
-            history = list(csv.DictReader(file))
-        return json.loads((out / "results.json").read_text())["runs"], history
-
-    return run
+def text(tmp_path, rng):
+    path = tmp_path / "own.txt"
+    path.write_text("".join(rng.choice(list("abc \n"), 1000)))
+    return path
 
 
-def test_report(book, run, out, capsys):
-    runs, history = run("--text", str(book))
+def read(out):
+    with open(out / "history.csv") as file:
+        history = list(csv.DictReader(file))
+    return json.loads((out / "results.json").read_text())["runs"], history
+
+
+def test_report(book, out, capsys):
+    assert time_machine.main(["--text", str(book), "--out", str(out), *SMALL]) == 0
     printed = capsys.readouterr()
+    runs, history = read(out)
     names = ["ScratchLSTMCell", "LSTMCell", "ScratchLSTM"]
     assert [run["layer"] for run in runs] == names
     for run in runs:
@@ -75,26 +72,33 @@ def test_report(book, run, out, capsys):
     assert (out / "perplexity.svg").read_text().count("<svg") == 1
 
 
-def test_model_learns_and_generates(text, run, out, capsys):
+def test_model_learns_and_generates(text, out, capsys):
     text.write_text("abcdefgh" * 200)
-    (result,), history = run("--epochs", "40", "--layer", "ScratchLSTM")
+    arguments = ["--text", str(text), "--out", str(out), *SMALL, "--epochs", "40"]
+    assert time_machine.main([*arguments, "--layer", "ScratchLSTM"]) == 0
     assert f"{text}: results do not compare with" in capsys.readouterr().out
-    assert result["text"] == {"source": str(text), "is_the_book": False}
-    assert result["perplexity"] < 1.2 < float(history[0]["perplexity"])
+    (run,), history = read(out)
+    assert run["text"] == {"source": str(text), "is_the_book": False}
+    assert run["perplexity"] < 1.2 < float(history[0]["perplexity"])
     model = keras.saving.load_model(out / "ScratchLSTM.keras")
     vocabulary = time_machine.Vocabulary("abcdefgh")
     assert time_machine.generate(model, vocabulary, "abc", 10) == "abcdefghabcde"
-    for prefix, sample in result["samples"].items():
+    for prefix, sample in run["samples"].items():
         assert time_machine.generate(model, vocabulary, prefix) == sample
 
 
 def test_plot_shows_the_history():
     histories = {"ScratchLSTMCell": [20.0, 9.0, 2.0], "LSTMCell": [19.0, 3.0]}
-    runs = [
-        {"layer": name, "text": {"is_the_book": True}, "history": {"perplexity": curve}}
-        for name, curve in histories.items()
-    ]
-    figure = report.plot_perplexity(runs)
+    figure = report.plot_perplexity(
+        [
+            {
+                "layer": name,
+                "text": {"source": "", "is_the_book": True},
+                "history": {"perplexity": perplexity},
+            }
+            for name, perplexity in histories.items()
+        ]
+    )
     (ax,) = figure.axes
     report.plt.close(figure)
     curves = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
@@ -109,21 +113,20 @@ def test_plot_shows_the_history():
 
 
 @pytest.mark.parametrize("sampling", ["sequential", "random"])
-def test_states_are_reset_at_each_epoch(run, monkeypatch, sampling):
+def test_states_are_reset_at_each_epoch(text, out, monkeypatch, sampling):
     seen = []
     reset = time_machine.ResetStates.on_epoch_begin
 
-    def largest(callback):
-        states = callback.model.get_layer("rnn").states or []
-        return [np.abs(np.array(state)).max() for state in states]
-
     def spy(callback, epoch, logs=None):
-        before = largest(callback)
+        states = callback.model.get_layer("rnn").states
+        before = [np.abs(np.array(state)).max() for state in states or []]
         reset(callback, epoch, logs)
-        seen.append((before, largest(callback)))
+        seen.append((before, [np.abs(np.array(state)).max() for state in states or []]))
 
     monkeypatch.setattr(time_machine.ResetStates, "on_epoch_begin", spy)
-    run("--sampling", sampling, "--layer", "ScratchLSTM")
+    arguments = ["--text", str(text), "--out", str(out), *SMALL]
+    arguments += ["--sampling", sampling, "--layer", "ScratchLSTM"]
+    assert time_machine.main(arguments) == 0
     assert len(seen) == 3
     if sampling == "random":
         assert seen == [([], [])] * 3
@@ -133,10 +136,12 @@ def test_states_are_reset_at_each_epoch(run, monkeypatch, sampling):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="d2l's loop needs tensorflow")
-def test_compare_d2l(text, run, capsys):
+def test_compare_d2l(text, out, capsys):
     pytest.importorskip("d2l.tensorflow", reason="the extra `d2l` is not installed")
     text.write_text("a traveller in time " * 50)
-    runs, history = run("--compare-d2l", "--layer", "LSTMCell")
+    arguments = ["--text", str(text), "--out", str(out), *SMALL, "--compare-d2l"]
+    assert time_machine.main([*arguments, "--layer", "LSTMCell"]) == 0
+    runs, history = read(out)
     assert [run["layer"] for run in runs] == ["LSTMCell", "d2l"]
     assert [row["layer"] for row in history].count("d2l") == 3
     printed = capsys.readouterr().out
@@ -144,9 +149,10 @@ def test_compare_d2l(text, run, capsys):
     assert runs[1]["samples"]["traveller"].startswith("traveller")
 
 
-def test_compare_d2l_without_d2l(run, out, monkeypatch):
+def test_compare_d2l_without_d2l(text, out, monkeypatch):
     monkeypatch.setitem(sys.modules, "d2l_lstm", None)
-    message = run("--compare-d2l")
+    arguments = ["--text", str(text), "--out", str(out), *SMALL, "--compare-d2l"]
+    message = time_machine.main(arguments)
     assert "--compare-d2l needs the tensorflow backend, and d2l: run" in message
     assert not out.exists()
 
@@ -181,11 +187,11 @@ def test_invalid_arguments(arguments, message, out, capsys):
     ],
     ids=" ".join,
 )
-def test_unusable_text(arguments, message, run, out):
-    answer = run(*arguments)
+def test_unusable_text(arguments, message, out, text):
+    answer = time_machine.main(["--text", str(text), *SMALL, *arguments, "--out", "x"])
     assert re.match(r"time_machine\.py: error: [^\n]*$", answer)
     assert message in answer
-    assert not out.exists()
+    assert not Path("x").exists()
 
 
 @pytest.mark.one_backend
