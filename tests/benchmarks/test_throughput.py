@@ -28,46 +28,52 @@ def throughput():
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs the benchmark; returns the measurements of a table."""
-
-    def run(table, *arguments):
+    def run(*arguments):
         command = [sys.executable, SCRIPT, "--backend", BACKEND, "--out", tmp_path]
         command += [f"--{name}={value}" for name, value in TINY.items()]
         done = subprocess.run([*command, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        (tmp_path / "printed").write_text(done.stdout)
-        return json.loads((tmp_path / f"{table}.json").read_text())[BACKEND]
+        return done.stdout, tmp_path
 
     return run
 
 
-def test_main_table(run, throughput, tmp_path):
+def test_main_table(run, throughput):
     pytest.importorskip("matplotlib")
-    found = run("main")
+    printed, out = run()
+    found = json.loads((out / "main.json").read_text())[BACKEND]
     names = {"RNN(LSTMCell)", "LSTM", "RNN(ScratchLSTMCell)", "ScratchLSTM"}
     assert names <= set(found["tokens_per_sec"]) == set(throughput.contenders(BACKEND))
     for name, speed in found["tokens_per_sec"].items():
         assert 0 < speed["min"] <= speed["median"] <= speed["max"]
         assert speed["first_call_s"] > 0
-        row = f"| `{name}` | {speed['median']:,.0f} ("
-        assert row in (tmp_path / "printed").read_text()
+        assert f"| `{name}` | {speed['median']:,.0f} (" in printed
     assert "`ScratchLSTM` / `LSTM`" in found["ratios"]
     for extension in ("png", "svg"):
-        assert (tmp_path / f"throughput.{extension}").stat().st_size > 1000
+        assert (out / f"throughput.{extension}").stat().st_size > 1000
 
 
-def test_other_tables(run):
-    grid = run("grid", "--grid")
-    sizes = [(one["batch"], one["units"]) for one in grid["cells"]]
+def test_grid(run):
+    _, out = run("--grid")
+    found = json.loads((out / "grid.json").read_text())[BACKEND]
+    sizes = [(one["batch"], one["units"]) for one in found["cells"]]
     assert sizes == [(1, 2), (1, 3), (2, 2), (2, 3)]
-    ratios = [one["ratio"] for one in grid["cells"]]
-    assert grid["min"] == min(ratios)
-    assert grid["geometric_mean"] == pytest.approx(statistics.geometric_mean(ratios))
-    lengths = run("steps", "--steps")["lengths"]
-    assert [one["steps"] for one in lengths] == [2, 5]
-    inference = run("inference", "--inference")
-    assert inference["generation_ratio"] > 0
-    assert len(inference["characters_per_sec"]) == 2
+    ratios = [one["ratio"] for one in found["cells"]]
+    assert found["min"] == min(ratios)
+    assert found["geometric_mean"] == pytest.approx(statistics.geometric_mean(ratios))
+
+
+def test_long_sequences(run):
+    _, out = run("--steps")
+    found = json.loads((out / "steps.json").read_text())[BACKEND]
+    assert [one["steps"] for one in found["lengths"]] == [2, 5]
+
+
+def test_inference(run):
+    _, out = run("--inference")
+    found = json.loads((out / "inference.json").read_text())[BACKEND]
+    assert found["generation_ratio"] > 0
+    assert len(found["characters_per_sec"]) == 2
 
 
 def test_generators_return_same_text(throughput):
@@ -98,8 +104,8 @@ def test_flop_per_token(throughput):
     units, vocabulary = 256, 28
     x_W_x, h_W_h, logits = units * vocabulary, units * units, units * vocabulary
     forward = 4 * (x_W_x + h_W_h) + logits
-    backward = forward + 4 * h_W_h + logits  # to the weights, and to the inputs
-    assert throughput.flop_per_token(units) == 2 * (forward + backward)
+    to_weights, to_inputs = forward, 4 * h_W_h + logits
+    assert throughput.flop_per_token(units) == 2 * (forward + to_weights + to_inputs)
 
 
 def test_rounds_are_interleaved(throughput):
