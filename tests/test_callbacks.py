@@ -7,18 +7,17 @@ import numpy as np
 import pytest
 from keras import ops
 from reference import cross_entropy
+from tracing.trace_reference import LAYERS, named_weights
 
 from keras_scratch_lstm import (
     GateMonitor,
     Perplexity,
     PerplexityLogger,
-    ScratchLSTM,
-    ScratchLSTMCell,
     callbacks,
     trace_gates,
 )
 
-TIME, FEATURES, VOCABULARY, UNITS = 5, 3, 11, 4
+TIME, FEATURES, VOCABULARY = 5, 3, 11
 CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 WEIGHTS = [kind + gate for gate in "ifoc" for kind in ("W_x", "W_h", "b_")]
 SATURATION = [
@@ -55,25 +54,22 @@ def clock(monkeypatch):
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: float(next(ticks)))
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {},
-        {
-            "loss": keras.losses.SparseCategoricalCrossentropy(),
-            "activation": "softmax",
-        },
-        {"loss": "sparse_categorical_crossentropy", "activation": "softmax"},
-    ],
-    ids=["logits", "probabilities", "string"],
-)
-def test_perplexity_matches_metric(data, arguments):
-    metric = Perplexity(name="exact", from_logits="activation" not in arguments)
-    model = build([metric], **arguments)
+@pytest.mark.parametrize("loss_weights", [None, 3.0])
+@pytest.mark.parametrize("loss", ["logits", "string", "instance"])
+def test_perplexity_matches_metric(data, loss, loss_weights):
+    loss = {
+        "logits": CROSS_ENTROPY,
+        "string": "sparse_categorical_crossentropy",
+        "instance": keras.losses.SparseCategoricalCrossentropy(),
+    }[loss]
+    logits = loss is CROSS_ENTROPY
+    metric = Perplexity(name="exact", from_logits=logits)
+    model = build(activation=None if logits else "softmax")
+    model.compile("sgd", loss, loss_weights, metrics=[metric])
     logs = fit(model, *data, validation_data=data, batch_size=8, epochs=3)
     for prefix in ("", "val_"):
-        exact = logs[f"{prefix}exact"]
-        np.testing.assert_allclose(logs[f"{prefix}perplexity"], exact, rtol=1e-5)
+        expected = logs[f"{prefix}exact"]
+        np.testing.assert_allclose(logs[f"{prefix}perplexity"], expected, rtol=1e-5)
 
 
 def test_perplexity_of_model_takes_precedence(data):
@@ -87,6 +83,10 @@ def test_perplexity_of_model_takes_precedence(data):
 
 def one_hot(y):
     return np.eye(VOCABULARY, dtype="float32")[y]
+
+
+def exact(y, logits):
+    return pytest.approx(np.exp(cross_entropy(y, logits).mean()), rel=1e-5)
 
 
 def test_perplexity_of_each_output_with_cross_entropy(data):
@@ -112,10 +112,9 @@ def test_perplexity_of_each_output_with_cross_entropy(data):
     history = fit(model, x, targets, batch_size=37, validation_data=(x, targets))
     predictions = model.predict(x, verbose=0)
     for name, tokens in (("next", y), ("tag", y[::-1])):
-        expected = np.exp(cross_entropy(tokens, predictions[name]).mean())
         for prefix in ("", "val_"):
             value = history.pop(f"{prefix}{name}_perplexity")
-            assert value == [pytest.approx(expected, rel=1e-5)]
+            assert value == [exact(tokens, predictions[name])]
     assert not [name for name in history if "perplexity" in name]
     assert "tokens_per_sec" in history
 
@@ -128,8 +127,7 @@ def test_perplexity_of_only_output_with_a_loss(data):
     model.get_layer("a").trainable = False
     model.compile(keras.optimizers.SGD(0.0), [None, CROSS_ENTROPY])
     history = fit(model, x, [y, y])
-    expected = np.exp(cross_entropy(y, model.predict(x, verbose=0)[1]).mean())
-    assert history["b_perplexity"] == [pytest.approx(expected, rel=1e-5)]
+    assert history["b_perplexity"] == [exact(y, model.predict(x, verbose=0)[1])]
 
 
 class Halved(keras.losses.SparseCategoricalCrossentropy):
@@ -159,14 +157,6 @@ def test_no_perplexity_of_other_losses(data, loss, capsys):
     assert sorted(history) == ["loss", "tokens_per_sec", "val_loss"]
     assert logger.closing_line.startswith(f"loss {history['loss'][-1]:.1f}, ")
     assert logger.closing_line in capsys.readouterr().out
-
-
-def test_loss_weight_of_one_output(data):
-    model = build()
-    model.compile(keras.optimizers.SGD(0.0), CROSS_ENTROPY, loss_weights=3.0)
-    history = fit(model, *data)
-    expected = np.exp(cross_entropy(data[1], model.predict(data[0], verbose=0)).mean())
-    assert history["perplexity"] == [pytest.approx(expected, rel=1e-5)]
 
 
 class WithAuxiliaryLoss(keras.Sequential):
@@ -250,7 +240,9 @@ def test_train_step_without_metrics_warns(data):
 @pytest.mark.parametrize("verbose", [0, 1])
 def test_closing_line(data, capsys, verbose):
     logger = PerplexityLogger(verbose)
-    history = fit(build(), *data, epochs=2, callbacks=[logger])
+    model = build()
+    model.evaluate(*data, verbose=0, callbacks=[logger])  # without `fit`
+    history = fit(model, *data, epochs=2, callbacks=[logger])
     assert capsys.readouterr().out.strip() == logger.closing_line * verbose
     line = r"perplexity (\d+\.\d), (\d+\.\d) tokens/sec on /(CPU|GPU|TPU):\d+"
     perplexity, speed, _ = re.fullmatch(line, logger.closing_line).groups()
@@ -258,22 +250,7 @@ def test_closing_line(data, capsys, verbose):
     assert speed == f"{logger.tokens_per_sec:.1f}"
 
 
-def test_evaluate_without_fit(data):
-    build().evaluate(*data, verbose=0, callbacks=[PerplexityLogger()])
-
-
 # --- GateMonitor -------------------------------------------------------------
-
-LAYERS = {
-    "LSTM": lambda **kwargs: keras.layers.LSTM(UNITS, **kwargs),
-    "RNN(LSTMCell)": lambda **kwargs: keras.layers.RNN(
-        keras.layers.LSTMCell(UNITS), **kwargs
-    ),
-    "RNN(ScratchLSTMCell)": lambda **kwargs: keras.layers.RNN(
-        ScratchLSTMCell(UNITS), **kwargs
-    ),
-    "ScratchLSTM": lambda **kwargs: ScratchLSTM(UNITS, **kwargs),
-}
 
 
 @pytest.fixture
@@ -290,17 +267,15 @@ def stack(*layers, batch_size=None):
     return model
 
 
-def layers_in(history):
-    return {name.partition("/")[0] for name in history} - {"loss"}
-
-
 @pytest.mark.parametrize("kind", LAYERS)
 def test_monitor_logs_saturation_and_weight_norms(kind, series):
     layer = LAYERS[kind](name="lstm")
     model = stack(layer)
-    weights = []  # at the end of each epoch
+    norms = []  # at the end of each epoch
     record = keras.callbacks.LambdaCallback(
-        on_epoch_end=lambda epoch, logs: weights.append(layer.get_weights())
+        on_epoch_end=lambda epoch, logs: norms.append(
+            {k: np.linalg.norm(w) for k, w in named_weights(layer.cell).items()}
+        )
     )
     monitor = GateMonitor(series[0][:3])
     history = fit(model, *series, epochs=3, callbacks=[monitor, record])
@@ -308,6 +283,7 @@ def test_monitor_logs_saturation_and_weight_norms(kind, series):
         "loss",
         *(f"lstm/{name}" for name in SATURATION),
         *(f"lstm/{name}_norm" for name in WEIGHTS),
+        *(["lstm/W_cf_norm"] if kind == "custom cell" else []),
     }
     trace = trace_gates(model, series[0][:3])
     for gate in "ifo":
@@ -315,56 +291,31 @@ def test_monitor_logs_saturation_and_weight_norms(kind, series):
         left, right = np.mean(values < 0.1), np.mean(values > 0.9)
         assert history[f"lstm/{gate}_left_saturated"][-1] == pytest.approx(left)
         assert history[f"lstm/{gate}_right_saturated"][-1] == pytest.approx(right)
-    for name in WEIGHTS:
-        norms = []
-        for values in weights:
-            if "Scratch" in kind:
-                weight = values[WEIGHTS.index(name)]
-            else:  # built-in: fused in the order i, f, c, o
-                fused = values[["W_x", "W_h", "b_"].index(name[:-1])]
-                weight = np.split(fused, 4, axis=-1)["ifco".index(name[-1])]
-            norms.append(np.sqrt((weight.astype("float64") ** 2).sum()))
-        assert history[f"lstm/{name}_norm"] == pytest.approx(norms, rel=1e-5)
-        assert len(set(norms)) == 3  # they change during training
+    for name in norms[0]:
+        expected = [each[name] for each in norms]
+        assert history[f"lstm/{name}_norm"] == pytest.approx(expected, rel=1e-5)
+        assert len(set(expected)) == 3  # they change during training
 
 
-def test_saturation_is_that_of_the_probe(series):
-    model = stack(LAYERS["LSTM"](name="lstm"))
-    saturated = []
-    for scale in (1, 1000):
-        history = fit(model, *series, callbacks=[GateMonitor(scale * series[0])])
-        sides = (history[f"lstm/i_{side}_saturated"][0] for side in ("left", "right"))
-        saturated.append(sum(sides))
-    assert saturated[0] < 0.9 < saturated[1]
-
-
-@pytest.mark.parametrize(
-    ("layer", "expected"),
-    [
-        (None, {"lower", "forward_upper", "backward_upper"}),
-        ("lower", {"lower"}),
-        (["lower", "backward_upper"], {"lower", "backward_upper"}),
-        ("upper", {"forward_upper", "backward_upper"}),
-    ],
-    ids=["all", "one", "list", "bidirectional"],
-)
-def test_monitor_selects_layers(series, layer, expected):
+def test_monitor_selects_layers(series):
     lower = LAYERS["LSTM"](name="lower", return_sequences=True)
-    upper = keras.layers.Bidirectional(
-        LAYERS["ScratchLSTM"](name="upper"), name="upper"
-    )
+    upper = LAYERS["ScratchLSTM"](name="upper")
+    upper = keras.layers.Bidirectional(upper, name="upper")
     model = stack(lower, upper)
-    chosen = {"lower": lower, "upper": upper}.get(layer) if layer == "lower" else layer
-    monitor = GateMonitor(series[0], chosen)
-    history = fit(model, *series, callbacks=[monitor])
-    assert layers_in(history) == expected
-    for name in expected:
-        lstm = lower if name == "lower" else upper.forward_layer
-        lstm = upper.backward_layer if name.startswith("backward") else lstm
-        b_f = lstm.get_weights()[2][UNITS : 2 * UNITS]  # built-in
-        b_f = lstm.cell.b_f if isinstance(lstm, ScratchLSTM) else b_f
-        norm = np.linalg.norm(ops.convert_to_numpy(b_f))
-        assert history[f"{name}/b_f_norm"] == [pytest.approx(norm)]
+    lstms = {"lower": lower, "forward_upper": upper.forward_layer}
+    lstms["backward_upper"] = upper.backward_layer
+    for layer, expected in (
+        (None, ["lower", "forward_upper", "backward_upper"]),
+        (lower, ["lower"]),
+        (["lower", "backward_upper"], ["lower", "backward_upper"]),
+        ("upper", ["forward_upper", "backward_upper"]),
+    ):
+        history = fit(model, *series, callbacks=[GateMonitor(series[0], layer)])
+        names = {name.partition("/")[0] for name in history}
+        assert names == {"loss", *expected}
+        for name in expected:
+            norm = np.linalg.norm(named_weights(lstms[name].cell)["b_f"])
+            assert history[f"{name}/b_f_norm"] == [pytest.approx(norm)]
 
 
 def test_monitor_selects_metrics(series):
@@ -375,22 +326,6 @@ def test_monitor_selects_metrics(series):
     ):
         history = fit(model, *series, callbacks=[GateMonitor(series[0], None, metrics)])
         assert set(history) == {"loss", *(f"lstm/{name}" for name in names)}
-
-
-def test_monitor_logs_weights_of_custom_cells(series):
-    class PeepholeCell(ScratchLSTMCell):
-        def build(self, input_shape):
-            super().build(input_shape)
-            self.W_cf = self.add_weight(name="W_cf", shape=(self.units,))
-
-        def gates(self, x, h, c):
-            gates = super().gates(x, h, c)
-            return gates._replace(f=gates.f * ops.sigmoid(c * self.W_cf))
-
-    model = stack(ScratchLSTM(cell=PeepholeCell(UNITS), name="lstm"))
-    history = fit(model, *series, callbacks=[GateMonitor(series[0])])
-    norm = np.linalg.norm(ops.convert_to_numpy(model.layers[0].cell.W_cf))
-    assert history["lstm/W_cf_norm"] == [pytest.approx(norm)]
 
 
 def test_monitor_keeps_probe_of_dataset(series):
@@ -449,33 +384,33 @@ def test_monitor_of_model_without_lstm(data):
 # --- both --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ["0123", "3210", "2031"])
-def test_every_callback_sees_the_logs(series, order, tmp_path):
-    seen = []
-    record = keras.callbacks.LambdaCallback(
-        on_epoch_end=lambda epoch, logs: seen.append(set(logs))
-    )
-    ours = [GateMonitor(series[0]), PerplexityLogger(verbose=0)]
-    others = [keras.callbacks.CSVLogger(tmp_path / "log.csv"), record]
+def test_every_callback_sees_the_logs(series, tmp_path):
     model = stack(LAYERS["ScratchLSTM"](name="lstm"))
-    history = fit(
-        model, *series, epochs=2, callbacks=[(ours + others)[int(k)] for k in order]
-    )
-    assert {"lstm/f_left_saturated", "lstm/W_xi_norm", "tokens_per_sec"} <= set(history)
-    assert seen == [set(history)] * 2
-    with open(tmp_path / "log.csv") as file:
-        rows = list(csv.DictReader(file))
-    for name, values in history.items():
-        assert [float(row[name]) for row in rows] == pytest.approx(values)
+    for order in ("0123", "3210", "2031"):
+        seen = []
+        record = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs, seen=seen: seen.append(set(logs))
+        )
+        every = [GateMonitor(series[0]), PerplexityLogger(verbose=0)]
+        every += [keras.callbacks.CSVLogger(tmp_path / f"{order}.csv"), record]
+        callbacks = [every[int(k)] for k in order]
+        history = fit(model, *series, epochs=2, callbacks=callbacks)
+        names = {"lstm/f_left_saturated", "lstm/W_xi_norm", "tokens_per_sec"}
+        assert names <= set(history)
+        assert seen == [set(history)] * 2
+        with open(tmp_path / f"{order}.csv") as file:
+            rows = list(csv.DictReader(file))
+        for name, values in history.items():
+            assert [float(row[name]) for row in rows] == pytest.approx(values)
 
 
-@pytest.mark.parametrize("verbose", [1, 2])
-def test_progress_bar_without_gate_statistics(series, capsys, verbose):
+def test_progress_bar_without_gate_statistics(series, capsys):
     model = stack(LAYERS["ScratchLSTM"](name="lstm"))
-    callbacks = [GateMonitor(series[0]), PerplexityLogger(verbose=0)]
-    history = model.fit(*series, callbacks=callbacks, verbose=verbose, epochs=2).history
-    printed = capsys.readouterr().out
-    assert "loss: " in printed
-    assert "tokens_per_sec: " in printed
-    assert "lstm/" not in printed
-    assert len(history["lstm/W_xi_norm"]) == 2
+    for verbose in (1, 2):
+        callbacks = [GateMonitor(series[0]), PerplexityLogger(verbose=0)]
+        history = model.fit(*series, callbacks=callbacks, verbose=verbose, epochs=2)
+        printed = capsys.readouterr().out
+        assert "loss: " in printed
+        assert "tokens_per_sec: " in printed
+        assert "lstm/" not in printed
+        assert len(history.history["lstm/W_xi_norm"]) == 2

@@ -1,17 +1,18 @@
 """Hostile and random inputs: a result, or an error that names an argument.
 
-Files from untrusted sources run no code, and allocate no more than they hold. A
-fixed set of random cases runs by default; `HYPOTHESIS_PROFILE=long` draws 10,000 new
-ones per test.
+Files from untrusted sources run no code, and allocate no more than they hold.
+`HYPOTHESIS_PROFILE=long` draws 10,000 new random cases per test.
 """
 
 import base64
 import contextlib
 import copy
+import functools
 import inspect
 import io
 import json
 import marshal
+import operator
 import os
 import pickle
 import re
@@ -44,21 +45,20 @@ from keras_scratch_lstm import (
 from keras_scratch_lstm.tracing.trace import ARRAYS
 
 pytestmark = pytest.mark.one_backend
-LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "quick")
 KERAS = tuple(int(part) for part in keras.__version__.split(".")[:2])
 MB = 2**20
 
 
-def fuzz(cases):
-    return settings(
-        max_examples=10_000 if LONG else cases,
-        deadline=None,
-        derandomize=not LONG,
-        database=None,
-        print_blob=True,
-        phases=set(Phase) - {Phase.explain},
-        suppress_health_check=list(HealthCheck),
-    )
+fuzz = settings(
+    max_examples={"quick": 30, "full": 100, "long": 10_000}[PROFILE],
+    deadline=None,
+    derandomize=PROFILE != "long",
+    database=None,
+    print_blob=True,
+    phases=set(Phase) - {Phase.explain},
+    suppress_health_check=list(HealthCheck),
+)
 
 
 # --- random arguments --------------------------------------------------------
@@ -73,28 +73,19 @@ ARRAY = hnp.arrays(
     hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4),
 )
 OBJECTS = [1j, int, object, print, len, ..., slice(1), range(3), set()]
-SCALARS = (
-    st.none()
-    | st.booleans()
-    | NUMBERS
-    | st.text(max_size=4)
-    | st.binary(max_size=4)
-    | st.sampled_from(OBJECTS)
-)
-KEYS = ["i", "f", "o", "c", "class_name", "config", "module", "x"]
+SCALARS = st.none() | st.booleans() | NUMBERS | st.sampled_from(OBJECTS)
+SCALARS |= st.text(max_size=4) | st.binary(max_size=4)
+KEY = st.sampled_from(["i", "f", "o", "c", "class_name", "config", "module", "x"])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(KEYS) | st.text(max_size=4), inner, max_size=3
-        )
+        | st.dictionaries(KEY | st.text(max_size=4), inner, max_size=3)
     ),
     max_leaves=6,
 )
 ANYTHING = SCALARS | ARRAY | JSON
 FLAG = st.booleans()
-INITIALIZER = st.sampled_from(["zeros", "orthogonal", keras.initializers.HeNormal()])
 ACTIVATION = st.sampled_from(["tanh", "sigmoid", None, keras.activations.relu])
 
 
@@ -104,7 +95,7 @@ def per_gate(*values):
 
 
 VALID = {
-    "initializer": INITIALIZER | st.dictionaries(st.sampled_from("ifoc"), INITIALIZER),
+    "initializer": per_gate("zeros", "orthogonal", keras.initializers.HeNormal()),
     "regularizer": per_gate(None, "l2", keras.regularizers.L1(0.1)),
     "constraint": per_gate(None, "non_neg", keras.constraints.MaxNorm(2)),
     "activation": ACTIVATION,
@@ -135,6 +126,10 @@ def some(**strategies):
     return st.fixed_dictionaries({}, optional=strategies)
 
 
+def every(**strategies):
+    return st.fixed_dictionaries(strategies)
+
+
 def outcome(call, *names):
     """Return the result, or None after an error that names one of the arguments."""
     try:
@@ -151,96 +146,71 @@ TRACE = GateTrace(**dict.fromkeys(ARRAYS, F))
 X = np.ones((2, 5, 3), "float32")
 LSTM = ScratchLSTM(4, name="one")
 LSTM(X)
-TORCH = {"weight_ih_l0": (16, 3), "weight_hh_l0": (16, 4)}
-# Each function with its arguments. Those that Keras checks need no name in the error.
+STATE_DICT = st.fixed_dictionaries(
+    {
+        "weight_ih_l0": st.just(np.ones((16, 3))) | ANYTHING,
+        "weight_hh_l0": st.just(np.ones((16, 4))) | ANYTHING,
+    },
+    optional=dict.fromkeys(["bias_ih_l0", "bias_hh_l0"], ANYTHING),
+)
+PATH = st.none() | NUMBERS | st.just("report.html") | st.binary(max_size=4)
+TOKENS = st.just("abc") | st.lists(st.text(max_size=3), max_size=4) | ANYTHING
+SAMPLE = st.integers(-1, 2) | ANYTHING
 CALLS = {
-    ScratchLSTMCell: (arguments(ScratchLSTMCell), 50),
-    ScratchLSTM: (arguments(ScratchLSTM), 50),
-    Perplexity: (some(ignore_class=ANYTHING, from_logits=ANYTHING), 50),
-    GateMonitor: (st.fixed_dictionaries({"probe": ANYTHING}), 100),
-    GateTrace: (
-        st.fixed_dictionaries(
-            {name: st.just(F) | ANYTHING for name in ARRAYS},
-            optional=dict.fromkeys(["mask", "layer", "backward"], ANYTHING),
-        ),
-        100,
+    ScratchLSTMCell: arguments(ScratchLSTMCell),
+    ScratchLSTM: arguments(ScratchLSTM),
+    Perplexity: some(ignore_class=ANYTHING, from_logits=ANYTHING),
+    GateMonitor: every(probe=ANYTHING),
+    GateTrace: st.fixed_dictionaries(
+        dict.fromkeys(ARRAYS, st.just(F) | ANYTHING),
+        optional=dict.fromkeys(["mask", "layer", "backward"], ANYTHING),
     ),
-    trace_gates: (
-        st.fixed_dictionaries(
-            {
-                "model_or_layer": st.just(LSTM) | SCALARS,
-                "inputs": st.just(X) | ANYTHING,
-            },
-            optional={"layer": ANYTHING, "batch_size": ANYTHING},
-        ),
-        50,
+    trace_gates: st.fixed_dictionaries(
+        {"model_or_layer": st.just(LSTM) | SCALARS, "inputs": st.just(X) | ANYTHING},
+        optional={"layer": ANYTHING, "batch_size": ANYTHING},
     ),
-    to_scratch: (st.fixed_dictionaries({"layer_or_model": ANYTHING}), 50),
-    to_builtin: (st.fixed_dictionaries({"layer_or_model": ANYTHING}), 50),
-    to_torch: (st.fixed_dictionaries({"layer": ANYTHING}), 50),
-    from_torch: (
-        st.fixed_dictionaries(
-            {
-                "lstm_or_state_dict": ANYTHING
-                | st.fixed_dictionaries(
-                    {
-                        key: st.just(np.ones(size)) | ANYTHING
-                        for key, size in TORCH.items()
-                    },
-                    optional=dict.fromkeys(["bias_ih_l0", "bias_hh_l0"], ANYTHING),
-                )
-            }
-        ),
-        50,
-    ),
+    to_scratch: every(layer_or_model=ANYTHING),
+    to_builtin: every(layer_or_model=ANYTHING),
+    to_torch: every(layer=ANYTHING),
+    from_torch: every(lstm_or_state_dict=ANYTHING | STATE_DICT),
+    TRACE.to_html: every(path=PATH, tokens=TOKENS, sample=SAMPLE),
+    TRACE.save: every(path=PATH),
+    TRACE.to_dataframe: every(tokens=TOKENS | st.tuples(TOKENS, st.just("abc"))),
 }
-UNNAMED = ScratchLSTMCell, ScratchLSTM, Perplexity
+# What else an error may name; "" if Keras checks the arguments.
+OTHER_NAMES = {
+    ScratchLSTMCell: [""],
+    ScratchLSTM: [""],
+    Perplexity: [""],
+    trace_gates: ["Input 0", "Inputs to a layer", "positional", "File format"],
+    from_torch: ["`weight_", "`bias_"],
+}
 
 
 @pytest.mark.parametrize("function", CALLS, ids=lambda function: function.__name__)
-def test_random_arguments(function):
-    strategy, cases = CALLS[function]
+def test_random_arguments(function, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if function == TRACE.to_dataframe:
+        pytest.importorskip("pandas")
 
-    @fuzz(cases)
-    @given(strategy)
+    @fuzz
+    @given(CALLS[function])
     def check(given):
-        names = () if function in UNNAMED else [f"`{name}" for name in given]
-        if function is trace_gates:
-            # Keras's own
-            names += ["Input 0", "Inputs to a layer", "positional", "File format"]
-        if function is from_torch:
-            names += ["`weight_", "`bias_"]
+        names = [f"`{name}" for name in given] + OTHER_NAMES.get(function, [])
         outcome(lambda: function(**given), *names)
 
     check()
 
 
-@fuzz(50)
-@given(
-    path=st.none() | NUMBERS | st.just("report.html") | st.binary(max_size=4),
-    tokens=st.just("abc") | st.lists(st.text(max_size=3), max_size=4) | ANYTHING,
-    sample=st.integers(-1, 2) | ANYTHING,
-)
-def test_random_arguments_of_reports_and_tables(tmp_path_factory, path, tokens, sample):
-    folder = tmp_path_factory.getbasetemp()
-    path = folder / path if isinstance(path, str) else path
-    names = "`path`", "`tokens`", "`sample`"
-    outcome(lambda: TRACE.to_html(path, tokens, sample), *names)
-    outcome(lambda: TRACE.save(path), "`path`")
-    pytest.importorskip("pandas")
-    outcome(lambda: TRACE.to_dataframe(tokens), "`tokens`")
-    outcome(lambda: TRACE.to_dataframe([tokens, "abc"]), "`tokens`")
-
-
-@fuzz(15)
+@fuzz
 @given(
     which=st.sampled_from(["gates", "heatmap", "saturation", "text"]),
     given=some(
         units=st.integers(0, 3) | ANYTHING,
         unit=st.integers(0, 3) | ANYTHING,
         name=st.sampled_from(ARRAYS) | ANYTHING,
-        tokens=st.just("abc") | ANYTHING,
-        sample=st.integers(0, 1) | ANYTHING,
+        tokens=TOKENS,
+        sample=SAMPLE,
         steps=ANYTHING,
         ax=ANYTHING,
         path=st.none() | NUMBERS | st.binary(max_size=3),
@@ -281,21 +251,19 @@ def paths(value, before=()):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@fuzz(50)
+@fuzz
 @given(data=st.data())
 def test_random_change_of_configuration(kind, data):
     cls, layer = CONFIGS[kind]
     config = copy.deepcopy(keras.tree.map_structure(lambda x: x, layer.get_config()))
     for _ in range(data.draw(st.integers(1, 2))):
-        path = data.draw(st.sampled_from(list(paths(config))))
-        within = config
-        for key in path[:-1]:
-            within = within[key]
+        *keys, last = data.draw(st.sampled_from(list(paths(config))))
+        within = functools.reduce(operator.getitem, keys, config)
         value = data.draw(JSON)
         if data.draw(st.booleans()):
-            within[path[-1]] = value
+            within[last] = value
         else:
-            within.pop(path[-1])
+            within.pop(last)
             within[data.draw(st.text(max_size=6))] = value
     layer = outcome(lambda: cls.from_config(config))
     if layer is not None:
@@ -308,7 +276,7 @@ BUILTIN = {
     "recurrent_activation": ACTIVATION,
     "use_bias": FLAG,
     "unit_forget_bias": FLAG,
-    "kernel_initializer": INITIALIZER,
+    "kernel_initializer": st.sampled_from(["zeros", "orthogonal"]),
     "kernel_regularizer": st.sampled_from([None, "l2", "orthogonal_regularizer"]),
     "bias_constraint": st.sampled_from([None, "non_neg", "max_norm"]),
     "dropout": st.floats(0, 1),
@@ -324,7 +292,7 @@ WRAPPERS = {
 }
 
 
-@fuzz(25)
+@fuzz
 @given(data=st.data())
 def test_conversion_of_random_layers(data):
     units = {"units": st.integers(1, 3)}
@@ -360,14 +328,10 @@ def canary(tmp_path):
     assert not path.exists()
 
 
-def make_model(units=4):
-    lstm = ScratchLSTM(units, return_sequences=True, name="layer")
-    rnn = layers.RNN(ScratchLSTMCell(units), name="rnn")
+def make_model():
+    lstm = ScratchLSTM(4, return_sequences=True, name="layer")
+    rnn = layers.RNN(ScratchLSTMCell(4), name="rnn")
     return keras.Sequential([keras.Input((5, 3)), lstm, rnn])
-
-
-def function(module, name):
-    return instance(module, "function", name) | {"registered_name": name}
 
 
 def instance(module, name, config):
@@ -380,22 +344,22 @@ def instance(module, name, config):
 
 
 def payload_lambda(canary):
-    code = marshal.dumps(compile(f"open({str(canary)!r}, 'w')", "payload", "eval"))
+    code = marshal.dumps(compile(f"open({canary!r}, 'w')", "payload", "eval"))
     value = {"code": base64.b64encode(code).decode(), "defaults": None, "closure": None}
     return {"class_name": "__lambda__", "config": {"value": value, **value}}
 
 
 PAYLOADS = {
     "lambda": payload_lambda,
-    "function": lambda canary: function("os", "system"),
+    "function": lambda canary: (
+        instance("os", "function", "system") | {"registered_name": "system"}
+    ),
     "class": lambda canary: instance(
-        "subprocess", "Popen", {"args": ["touch", str(canary)]}
+        "subprocess", "Popen", {"args": ["touch", canary]}
     ),
     "module": lambda canary: instance("payload_module", "Payload", {}),
     "Keras utility": lambda canary: instance(
-        "keras.utils",
-        "get_file",
-        {"fname": str(canary), "origin": f"file://{__file__}"},
+        "keras.utils", "get_file", {"fname": canary, "origin": f"file://{__file__}"}
     ),
 }
 PLACES = [
@@ -429,7 +393,7 @@ def test_payload_in_model_file(place, payload, canary, tmp_path, monkeypatch):
     for key in keys:
         within[key] = within.get(key) if key in ("cell", "config") else {}
         within = within[key]
-    within[last] = PAYLOADS[payload](canary)
+    within[last] = PAYLOADS[payload](str(canary))
     write_archive(path, content | {"config.json": json.dumps(config)})
     with pytest.raises((AttributeError, TypeError, ValueError)):
         keras.saving.load_model(path)
@@ -445,20 +409,6 @@ def write_archive(path, content, compression=zipfile.ZIP_STORED):
     with zipfile.ZipFile(path, "w", compression) as file:
         for name, value in content.items():
             file.writestr(name, value)
-
-
-@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
-def test_truncated_model_files(suffix, canary, tmp_path, rng):
-    path, model = tmp_path / f"model{suffix}", make_model()
-    (model.save if suffix == ".keras" else model.save_weights)(path)
-    load = keras.saving.load_model if suffix == ".keras" else model.load_weights
-    whole = path.read_bytes()
-    for length in rng.integers(0, len(whole) - 1, 20):
-        path.write_bytes(whole[:length])
-        with pytest.raises(
-            (ValueError, OSError, KeyError, RuntimeError, zipfile.BadZipFile)
-        ):
-            load(path)
 
 
 @contextlib.contextmanager
@@ -481,13 +431,10 @@ def memory_below(size):
 def replace_weights(path, select, **arguments):
     """Replace datasets of a file of weights."""
     with h5py.File(path, "r+") as file:
-        found = []
-        file.visititems(
-            lambda name, item: (
-                found.append(name) if isinstance(item, h5py.Dataset) else None
-            )
-        )
-        for name in filter(select, found):
+        names = []
+        file.visit(names.append)
+        datasets = [name for name in names if isinstance(file[name], h5py.Dataset)]
+        for name in filter(select, datasets):
             del file[name]
             file.create_dataset(name, **arguments)
 
@@ -496,13 +443,14 @@ def replace_weights(path, select, **arguments):
     "arguments",
     [
         {"data": np.zeros((4, 3), "float32")},
+        {"data": np.zeros((3, 5), "float32")},
         {"data": np.float32(0)},
         {"shape": (0, 4), "dtype": "float32"},
         {"data": np.array([[b"a"] * 4] * 3)},
         # A few bytes that declare 4 TB.
         {"shape": (10**6, 10**6), "dtype": "float32", "chunks": (1, 1)},
     ],
-    ids=["transposed", "scalar", "empty", "text", "bomb"],
+    ids=["transposed", "wider", "scalar", "empty", "text", "bomb"],
 )
 def test_invalid_weights(arguments, tmp_path):
     path, model = tmp_path / "model.weights.h5", make_model()
@@ -524,13 +472,6 @@ def test_weights_are_read_one_at_a_time(tmp_path):
     # Two layers with twelve arrays of 64 MB each.
     with memory_below(8 * 64 * MB), pytest.raises(ValueError, match="shape"):
         model.load_weights(path)
-
-
-def test_weights_of_wider_layer(tmp_path):
-    path = tmp_path / "model.weights.h5"
-    make_model(units=5).save_weights(path)
-    with pytest.raises(ValueError, match=r"\(3, 5\)"):
-        make_model().load_weights(path)
 
 
 # --- hostile trace files -----------------------------------------------------
@@ -619,13 +560,7 @@ def test_hostile_trace_files(tmp_path, canary, monkeypatch):
     np.testing.assert_array_equal(GateTrace.load(path).f, F)
 
 
-def test_trace_file_that_is_a_pipe(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match=r"`path`.*pipe"):
-        GateTrace.load(tmp_path / "pipe")
-
-
-@fuzz(100)
+@fuzz
 @given(data=st.data())
 def test_randomly_damaged_trace_file(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "damaged.npz"
@@ -640,7 +575,7 @@ def test_randomly_damaged_trace_file(tmp_path_factory, data):
     check_loaded(outcome(lambda: GateTrace.load(path), "`path`"))
 
 
-@fuzz(50)
+@fuzz
 @given(
     arrays=st.dictionaries(
         st.sampled_from(["format", "layer", "mask", "backward_i", *ARRAYS]),

@@ -12,25 +12,32 @@ def value(metric):
     return float(keras.ops.convert_to_numpy(metric.result()))
 
 
+def perplexity(y_true, y_pred, sample_weight=None, **arguments):
+    metric = Perplexity(**arguments)
+    metric.update_state(y_true, y_pred, sample_weight)
+    return value(metric)
+
+
+def random_tokens(rng, *shape):
+    """Tokens and logits."""
+    logits = rng.normal(size=(*shape, VOCABULARY)).astype("float32")
+    return rng.integers(0, VOCABULARY, shape), logits
+
+
 def batches_of_different_sizes(rng):
     """Batches of different sizes and lengths, with token weights."""
     for batch, time in [(4, 7), (1, 7), (3, 2), (5, 1), (2, 30)]:
-        y_true = rng.integers(0, VOCABULARY, (batch, time))
-        logits = 3 * rng.normal(size=(batch, time, VOCABULARY)).astype("float32")
+        y_true, logits = random_tokens(rng, batch, time)
         weights = rng.uniform(0, 2, (batch, time)) * (rng.random((batch, time)) < 0.8)
-        yield y_true, logits, weights.astype("float32")
+        yield y_true, 3 * logits, weights.astype("float32")
 
 
-def sample_weight_of(kind, y_true, weights):
+def sample_weight_of(kind, weights):
     """Return a `sample_weight` of a kind, and the weight it gives each token."""
-    if kind == "none":
-        return None, np.ones(y_true.shape)
-    if kind == "token":
-        return weights, weights
     sample = weights[:, :1]
-    return (sample if kind == "column" else sample[:, 0]), sample * np.ones(
-        y_true.shape
-    )
+    given = {"none": None, "token": weights, "column": sample, "sample": sample[:, 0]}
+    of_token = {"none": np.ones(()), "token": weights}.get(kind, sample)
+    return given[kind], np.broadcast_to(of_token, weights.shape)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +59,7 @@ def test_exact_over_batches_of_different_sizes(rng, kind, ignore_class, from_log
             logits = logits / 3  # probabilities below 1e-7 are clipped
         if ignore_class == -1:
             y_true = np.where(rng.random(y_true.shape) < 0.3, -1, y_true)
-        sample_weight, w = sample_weight_of(kind, y_true, weights)
+        sample_weight, w = sample_weight_of(kind, weights)
         y_pred = logits
         if not from_logits:
             y_pred = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -68,30 +75,18 @@ def test_exact_over_batches_of_different_sizes(rng, kind, ignore_class, from_log
 
 
 def test_one_prediction_per_sample(rng):
-    y_true = rng.integers(0, VOCABULARY, 9)
-    logits = rng.normal(size=(9, VOCABULARY)).astype("float32")
+    y_true, logits = random_tokens(rng, 9)
     expected = np.exp(cross_entropy(y_true, logits).mean())
     for y in (y_true, y_true[:, None]):
-        metric = Perplexity()
-        metric.update_state(y, logits)
-        np.testing.assert_allclose(value(metric), expected, rtol=1e-5)
-
-
-def test_uniform_guess_has_perplexity_of_vocabulary_size(rng):
-    metric = Perplexity()
-    y_true = rng.integers(0, 28, (4, 5))
-    metric.update_state(y_true, np.zeros((4, 5, 28), "float32"))
-    np.testing.assert_allclose(value(metric), 28, rtol=1e-6)
+        assert perplexity(y, logits) == pytest.approx(expected, rel=1e-5)
 
 
 def test_predictions_with_zero_weight_may_be_nan(rng):
-    y_true = rng.integers(0, VOCABULARY, (2, 3))
-    logits = rng.normal(size=(2, 3, VOCABULARY)).astype("float32")
+    y_true, logits = random_tokens(rng, 2, 3)
     expected = np.exp(cross_entropy(y_true, logits)[:, :2].mean())
     logits[:, 2] = np.nan
-    metric = Perplexity()
-    metric.update_state(y_true, logits, sample_weight=[[1, 1, 0]] * 2)
-    np.testing.assert_allclose(value(metric), expected, rtol=1e-5)
+    actual = perplexity(y_true, logits, [[1, 1, 0]] * 2)
+    assert actual == pytest.approx(expected, rel=1e-5)
 
 
 def test_long_epochs_are_exact():
@@ -99,13 +94,13 @@ def test_long_epochs_are_exact():
     metric = Perplexity()
     y_true = np.zeros((1, 1), "int32")
     large, small = 2.0**25, 1.0
-    for logits, weight, times in [([3.0, 0.0], large, 1), ([0.0, 1.0], small, 1000)]:
+    for logits, weight, times in [([3.0, 0.0], large, 1), ([0.0, 1.0], small, 200)]:
         for _ in range(times):
             metric.update_state(y_true, np.array([[logits]], "float32"), [weight])
     nll = np.log1p(np.exp(-3.0)), np.log1p(np.exp(1.0))
     tokens = float(metric._tokens[0]) - float(metric._tokens[1])
-    assert tokens == pytest.approx(large + 1000, abs=2)  # half a unit in the last place
-    expected = np.exp((large * nll[0] + 1000 * nll[1]) / (large + 1000))
+    assert tokens == pytest.approx(large + 200, abs=2)  # half a unit in the last place
+    expected = np.exp((large * nll[0] + 200 * nll[1]) / (large + 200))
     np.testing.assert_allclose(value(metric), expected, rtol=3e-7)
 
 
@@ -124,45 +119,28 @@ def masked_model(**compile_arguments):
     return model
 
 
-@pytest.mark.parametrize(
-    "weighted",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.skipif(
-                keras.backend.backend() == "torch",
-                reason="Keras's loss changes masked weights in place on torch",
-            ),
-        ),
-    ],
-)
-def test_evaluate_with_masks_and_smaller_last_batch(rng, weighted):
-    x = rng.integers(1, VOCABULARY, (37, 6))
+@pytest.mark.parametrize("method", ["fit", "evaluate", "evaluate with weights"])
+def test_masks_and_smaller_last_batch(rng, method):
+    weighted = method == "evaluate with weights"
+    if weighted and keras.backend.backend() == "torch":
+        pytest.skip("Keras's loss changes masked weights in place on torch")
+    x, y = rng.integers(1, VOCABULARY, (2, 37, 6))
     lengths = rng.integers(1, 7, (37, 1))
     x[np.arange(6) >= lengths] = 0
-    y = rng.integers(0, VOCABULARY, (37, 6))
     w = rng.uniform(0, 2, (37, 6)).astype("float32") if weighted else None
     where = "weighted_metrics" if weighted else "metrics"
     model = masked_model(**{where: [Perplexity()]})
-    logs = model.evaluate(
-        x, y, sample_weight=w, batch_size=8, verbose=0, return_dict=True
-    )
-    logits = keras.ops.convert_to_numpy(model(x))
-    weights = (np.arange(6) < lengths) * (w if weighted else 1)
-    losses = cross_entropy(y, logits)
-    expected = np.exp((losses * weights).sum() / weights.sum())
-    np.testing.assert_allclose(logs["perplexity"], expected, rtol=1e-5)
-
-
-def test_fit_with_smaller_last_batch(rng):
-    x = rng.integers(1, VOCABULARY, (37, 6))
-    y = rng.integers(0, VOCABULARY, (37, 6))
-    model = masked_model(metrics=[Perplexity()])
-    history = model.fit(x, y, batch_size=8, verbose=0).history
+    arguments = {"sample_weight": w, "batch_size": 8, "verbose": 0}
+    if method == "fit":
+        stop = keras.callbacks.EarlyStopping(monitor="perplexity", patience=0)
+        logs = model.fit(x, y, callbacks=[stop], **arguments).history
+        assert stop.monitor_op(0, 1)  # lower is better
+    else:
+        logs = model.evaluate(x, y, return_dict=True, **arguments)
     logits = keras.ops.convert_to_numpy(model(x))  # the learning rate is 0
-    expected = np.exp(cross_entropy(y, logits).mean())
-    np.testing.assert_allclose(history["perplexity"], [expected], rtol=1e-5)
+    weights = (np.arange(6) < lengths) * (w if weighted else 1)
+    expected = np.exp((cross_entropy(y, logits) * weights).sum() / weights.sum())
+    np.testing.assert_allclose(logs["perplexity"], expected, rtol=1e-5)
 
 
 def test_configuration_round_trip():
@@ -174,35 +152,13 @@ def test_configuration_round_trip():
     assert name == "keras_scratch_lstm>Perplexity"
 
 
-def test_early_stopping_minimizes_it(rng):
-    x = rng.integers(1, VOCABULARY, (8, 6))
-    stop = keras.callbacks.EarlyStopping(monitor="perplexity", patience=0)
-    model = masked_model(metrics=[Perplexity()])
-    model.fit(x, x, callbacks=[stop], verbose=0)
-    assert stop.monitor_op(0, 1)
-
-
 # Some would become valid tokens when cast to int32.
-@pytest.mark.parametrize(
-    "target",
-    [
-        -1,
-        VOCABULARY,
-        2**31,
-        2**32 + 1,
-        -(2**32) + 1,
-        np.uint32(2**31 + 1),
-        np.uint64(2**63 + 1),
-        0.5,
-        -0.5,
-        VOCABULARY - 0.5,
-        2.0**32 + 1,
-        np.inf,
-        np.nan,
-        np.float16(1.5),
-    ],
-    ids=repr,
-)
+INVALID = [-1, VOCABULARY, 2**31, 2**32 + 1, -(2**32) + 1]
+INVALID += [np.uint32(2**31 + 1), np.uint64(2**63 + 1), np.float16(1.5)]
+INVALID += [0.5, -0.5, VOCABULARY - 0.5, 2.0**32 + 1, np.inf, np.nan]
+
+
+@pytest.mark.parametrize("target", INVALID, ids=repr)
 @pytest.mark.parametrize("tensor", [False, True])
 def test_invalid_targets_are_nan(rng, target, tensor):
     dtype = np.array(target).dtype
@@ -228,24 +184,21 @@ def test_valid_targets_of_every_dtype(rng, dtype):
     logits = rng.normal(size=(2, 3, vocabulary)).astype("float32")
     expected = np.exp(cross_entropy(y_true, logits).mean())
     for y in (y_true.astype(dtype), y_true.tolist()):
-        metric = Perplexity(ignore_class=-100)
-        metric.update_state(y, logits)
-        np.testing.assert_allclose(value(metric), expected, rtol=1e-5)
+        actual = perplexity(y, logits, ignore_class=-100)
+        assert actual == pytest.approx(expected, rel=1e-5)
 
 
 def test_zero_probabilities_are_a_uniform_guess():
     y_pred = np.array([[0, 0, 0, 0], [0.5, 0.25, 0.25, 0]], "float32")
-    metric = Perplexity(from_logits=False)
-    metric.update_state(np.array([2, 1]), y_pred)
-    np.testing.assert_allclose(value(metric), np.exp(np.log([4, 4]).mean()), rtol=1e-5)
+    actual = perplexity(np.array([2, 1]), y_pred, from_logits=False)
+    assert actual == pytest.approx(4, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_low_precision_counts_beyond_its_range(dtype):
-    metric = Perplexity(dtype=dtype)
     y_true = np.zeros((1, 70_000), "int32")
-    metric.update_state(y_true, np.zeros((1, 70_000, 3), "float32"))
-    np.testing.assert_allclose(value(metric), 3, rtol=1e-5)
+    logits = np.zeros((1, 70_000, 3), "float32")
+    assert perplexity(y_true, logits, dtype=dtype) == pytest.approx(3, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -267,12 +220,7 @@ def test_invalid_arguments(arguments, message):
 @pytest.mark.parametrize(
     ("y_true", "y_pred", "sample_weight", "message"),
     [
-        (
-            (4, 7),
-            (4, 6, 5),
-            None,
-            r"`y_true` must be integer tokens, of shape \(4, 6\)",
-        ),
+        ((4, 7), (4, 6, 5), None, r"`y_true` must be integer tokens, .* \(4, 6\)"),
         ((4, 7, 5), (4, 7, 5), None, r"Received: y_true.shape=\(4, 7, 5\)"),
         ((4,), (4, 7, 5), None, r"Received: y_true.shape=\(4,\)"),
         ((4, 7), (4, 7, 5), (3,), r"`sample_weight` must be one .* \(4, 7\)"),

@@ -23,12 +23,8 @@ import keras_scratch_lstm
 
 
 def run(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
+    command, env = [sys.executable, "-c", code], {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
 def test_public_names():
@@ -57,6 +53,7 @@ def test_version_is_that_of_the_changelog_and_the_citation():
     assert f"\nversion: {installed}\n" in (ROOT / "CITATION.cff").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
 def test_a_missing_backend_raises_an_error_with_a_remedy(backend):
@@ -68,6 +65,7 @@ def test_a_missing_backend_raises_an_error_with_a_remedy(backend):
     assert "KERAS_BACKEND" in last
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_importing_the_package_imports_no_extra():
     code = (

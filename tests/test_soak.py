@@ -2,6 +2,7 @@
 
 import gc
 import os
+from functools import partial
 from pathlib import Path
 
 import keras
@@ -18,10 +19,8 @@ from keras_scratch_lstm import (
 )
 
 pytestmark = pytest.mark.slow
-CALLS, WARM_UP = 2000, 300
-MB = 2**20
-# What a process may grow by without a leak: 5 kB per call.
-SLACK = 10 * MB
+CALLS, WARM_UP, MB = 2000, 300, 2**20
+SLACK = 10 * MB  # what a process may grow by without a leak: 5 kB per call
 
 
 def resident():
@@ -52,39 +51,28 @@ def make_model(layer):
     return model
 
 
-def report(what, grown):
-    print(f"\n{what} on {keras.backend.backend()}: ", end="")
-    print(", ".join(f"{name} {bytes / MB:+.1f} MB" for name, bytes in grown.items()))
+def fit(model, *callbacks):
+    return lambda: model.fit(X, X, callbacks=list(callbacks), verbose=0)
 
 
-def test_memory_of_fit():
-    grown = {}
-    for layer in (layers.LSTM, ScratchLSTM):
-        model = make_model(layer)
-
-        def fit(model=model):
-            callbacks = [PerplexityLogger(verbose=0)]
-            model.fit(X, X, callbacks=callbacks, verbose=0)
-
-        grown[layer.__name__] = growth(fit)
-    report(f"{CALLS} fits", grown)
-    # Keras itself grows.
-    assert grown["ScratchLSTM"] < max(grown["LSTM"], 0) + SLACK
-
-
-def test_memory_of_trace_gates():
-    grown = {}
-    for layer in (layers.LSTM, ScratchLSTM):
-        model = make_model(layer)
-        grown[layer.__name__] = growth(lambda model=model: trace_gates(model, X))
-    report(f"{CALLS} traces", grown)
-    assert max(grown.values()) < SLACK
-
-
-def test_memory_of_gate_monitor():
-    model = make_model(ScratchLSTM)
-    plain = growth(lambda: model.fit(X, X, verbose=0))
-    monitor = GateMonitor(X)
-    monitored = growth(lambda: model.fit(X, X, callbacks=[monitor], verbose=0))
-    report(f"{CALLS} fits", {"plain": plain, "monitored": monitored})
-    assert monitored < max(plain, 0) + SLACK
+@pytest.mark.parametrize(
+    ("work", "reference"),
+    [
+        (  # Keras itself grows
+            lambda: fit(make_model(ScratchLSTM), PerplexityLogger(verbose=0)),
+            lambda: fit(make_model(layers.LSTM), PerplexityLogger(verbose=0)),
+        ),
+        (
+            lambda: fit(make_model(ScratchLSTM), GateMonitor(X)),
+            lambda: fit(make_model(ScratchLSTM)),
+        ),
+        (lambda: partial(trace_gates, make_model(ScratchLSTM), X), None),
+        (lambda: partial(trace_gates, make_model(layers.LSTM), X), None),
+    ],
+    ids=["fit", "monitor", "trace", "trace of built-in"],
+)
+def test_memory_does_not_grow(work, reference):
+    expected = growth(reference()) if reference else 0
+    grown = growth(work())
+    print(f"{CALLS} calls: {grown / MB:+.1f} MB, reference {expected / MB:+.1f} MB")
+    assert grown < max(expected, 0) + SLACK

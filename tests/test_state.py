@@ -16,55 +16,44 @@ from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
 BACKEND = keras.backend.backend()
 BATCH, TIME, FEATURES, UNITS = 3, 5, 2, 4
 
+INPUT = (BATCH, TIME, FEATURES)
 # `LSTM` and `LSTMCell` are ours or the built-in ones.
 MODELS = {
-    "stateless": lambda LSTM, LSTMCell: [LSTM(UNITS, name="lstm")],
-    "stateful": lambda LSTM, LSTMCell: [LSTM(UNITS, stateful=True, name="lstm")],
-    "stacked": lambda LSTM, LSTMCell: [
+    "stateless": lambda LSTM, _: [LSTM(UNITS, name="lstm")],
+    "stateful": lambda LSTM, _: [LSTM(UNITS, stateful=True, name="lstm")],
+    "stacked": lambda LSTM, _: [
         LSTM(UNITS, stateful=True, return_sequences=True, name="lower"),
         LSTM(UNITS, stateful=True, name="upper"),
     ],
-    "bidirectional": lambda LSTM, LSTMCell: [
+    "bidirectional": lambda LSTM, _: [
         layers.Bidirectional(LSTM(UNITS, stateful=True, name="lstm"), name="both")
     ],
-    "rnn": lambda LSTM, LSTMCell: [
+    "rnn": lambda _, LSTMCell: [
         layers.RNN(LSTMCell(UNITS, name="cell"), stateful=True, name="rnn")
     ],
-    "submodel": lambda LSTM, LSTMCell: [
+    "submodel": lambda LSTM, _: [
         keras.Sequential(
-            [
-                keras.Input(batch_shape=(BATCH, TIME, FEATURES)),
-                LSTM(UNITS, stateful=True, name="lstm"),
-            ],
+            [keras.Input(batch_shape=INPUT), LSTM(UNITS, stateful=True, name="lstm")],
             name="inner",
         )
     ],
 }
 
 
-def make_model(kind, ours=True):
-    classes = ScratchLSTM, ScratchLSTMCell
-    if not ours:
-        classes = layers.LSTM, layers.LSTMCell
-    inputs = keras.Input(batch_shape=(BATCH, TIME, FEATURES))
+def make_model(kind, *classes):
+    inputs = keras.Input(batch_shape=INPUT)
+    middle = MODELS[kind](*classes or (ScratchLSTM, ScratchLSTMCell))
     head = layers.Dense(1, name="dense")
-    model = keras.Sequential([inputs, *MODELS[kind](*classes), head], name="model")
+    model = keras.Sequential([inputs, *middle, head], name="model")
     optimizer = keras.optimizers.SGD(0.1, momentum=0.9, name="sgd")
     model.compile(optimizer, "mse", run_eagerly=BACKEND == "tensorflow")
     return model
 
 
-def stateful_layers(model):
-    return [
-        layer
-        for layer in model._flatten_layers()
-        if isinstance(layer, layers.RNN) and layer.stateful
-    ]
-
-
 def reset_states(model):
-    for layer in stateful_layers(model):
-        layer.reset_state()
+    for layer in model._flatten_layers():
+        if isinstance(layer, layers.RNN) and layer.stateful:
+            layer.reset_state()
 
 
 def as_builtin(model):
@@ -80,15 +69,7 @@ def call(model, x):
 
 @pytest.fixture
 def batches(rng):
-    return rng.normal(size=(3, BATCH, TIME, FEATURES)).astype("float32")
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_variable_paths_are_unique(kind, batches):
-    model = make_model(kind)
-    model.fit(batches[0], np.zeros(BATCH), BATCH, verbose=0)
-    paths = [variable.path for variable in model.variables]
-    assert len(set(paths)) == len(paths)
+    return rng.normal(size=(3, *INPUT)).astype("float32")
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -96,8 +77,9 @@ def test_state_tree_restores_weights_states_and_optimizer(kind, batches):
     """In a new model, with the outputs of the built-in layer as the right values."""
     first, second, third = batches
     model, restored = make_model(kind), make_model(kind)
-    expected = make_model(kind, ours=False)
+    expected = make_model(kind, layers.LSTM, layers.LSTMCell)
     model.fit(first, np.ones(BATCH), BATCH, verbose=0)
+    assert len({v.path for v in model.variables}) == len(model.variables)
     expected.set_weights(as_builtin(model))
     for each in (model, expected):
         reset_states(each)

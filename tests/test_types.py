@@ -43,9 +43,4 @@ def test_plots_are_annotated():
     plots = [f for name, f in vars(plotting).items() if name.startswith("plot_")]
     assert len(plots) >= 4
     assert not any(missing_annotations(plot) for plot in plots)
-
-
-def test_missing_annotations_are_found():
-    def untyped(x, y: int = 0): ...
-
-    assert missing_annotations(untyped) == ["x", "return"]
+    assert missing_annotations(lambda x: x) == ["x", "return"]

@@ -16,13 +16,9 @@ BATCH, TIME, FEATURES, UNITS = 3, 5, 4, 6
 numpy = ops.convert_to_numpy
 
 
-def state_dict(rng, units=UNITS, suffix="_l0"):
-    shapes = {
-        "weight_ih": (4 * units, FEATURES),
-        "weight_hh": (4 * units, units),
-        "bias_ih": (4 * units,),
-        "bias_hh": (4 * units,),
-    }
+def state_dict(rng, suffix="_l0"):
+    shapes = {"weight_ih": (4 * UNITS, FEATURES), "weight_hh": (4 * UNITS, UNITS)}
+    shapes |= dict.fromkeys(("bias_ih", "bias_hh"), (4 * UNITS,))
     return {
         name + suffix: rng.normal(size=shape).astype("float32")
         for name, shape in shapes.items()
@@ -40,16 +36,34 @@ def assert_close(actual, expected, tolerance=1e-5):
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance)
 
 
-def random_lstm(rng, **arguments):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
-    lstm = torch.nn.LSTM(FEATURES, UNITS, **arguments)
-    with torch.no_grad():
-        for parameter in lstm.parameters():
-            parameter.copy_(torch.tensor(rng.normal(0, 0.5, parameter.shape)))
-    return torch, lstm
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch", reason="torch is not installed")
 
 
-def run_torch(torch, lstm, x, *states):
+@pytest.fixture
+def make_lstm(torch, rng):
+    """Make a `torch.nn.LSTM` of a state dict, or of random weights."""
+
+    def make(weights=None, **arguments):
+        lstm = torch.nn.LSTM(FEATURES, UNITS, **arguments)
+        if weights is None:
+            shapes = {key: value.shape for key, value in lstm.state_dict().items()}
+            weights = {key: rng.normal(0, 0.5, shape) for key, shape in shapes.items()}
+        lstm.load_state_dict({key: torch.tensor(v) for key, v in weights.items()})
+        return lstm
+
+    return make
+
+
+@pytest.fixture
+def x(rng):
+    return rng.normal(size=(BATCH, TIME, FEATURES)).astype("float32")
+
+
+def run(lstm, x, *states):
+    import torch
+
     with torch.no_grad():
         states = tuple(torch.tensor(state) for state in states) or None
         outputs, (h, c) = lstm(torch.tensor(x), states)
@@ -58,66 +72,49 @@ def run_torch(torch, lstm, x, *states):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("time_major", [False, True])
-def test_outputs_and_states_match_torch(rng, bias, time_major):
-    torch, lstm = random_lstm(rng, bias=bias, batch_first=not time_major)
-    layer = from_torch(
-        lstm.state_dict(),
-        return_sequences=True,
-        return_state=True,
-        time_major=time_major,
-        name="converted",
-    )
-    assert (type(layer), layer.name) == (ScratchLSTM, "converted")
-    x = rng.normal(size=(BATCH, TIME, FEATURES)).astype("float32")
+def test_outputs_and_states_match_torch(rng, make_lstm, x, bias, time_major):
+    options = {"bias": bias, "batch_first": not time_major}
+    lstm = make_lstm(**options)
+    returns = {"return_sequences": True, "return_state": True}
+    layer = from_torch(lstm.state_dict(), **returns, time_major=time_major, name="mine")
+    assert (type(layer), layer.name) == (ScratchLSTM, "mine")
     h, c = rng.normal(size=(2, BATCH, UNITS)).astype("float32")
     x = x.swapaxes(0, 1) if time_major else x
-    outputs, last_h, last_c = run_torch(torch, lstm, x, h[None], c[None])
+    outputs, last_h, last_c = run(lstm, x, h[None], c[None])
     actual = as_list(layer(x, initial_state=[h, c]))
     assert_close(actual, [outputs, last_h[0], last_c[0]])
 
     weights = to_torch(layer)
     assert list(weights) == list(lstm.state_dict())
-    again = torch.nn.LSTM(FEATURES, UNITS, bias=bias, batch_first=not time_major)
-    again.load_state_dict({key: torch.tensor(value) for key, value in weights.items()})
-    assert_close(
-        run_torch(torch, again, x, h[None], c[None]), [outputs, last_h, last_c]
-    )
+    again = make_lstm(weights, **options)
+    assert_close(run(again, x, h[None], c[None]), [outputs, last_h, last_c])
     np.testing.assert_equal(from_torch(weights).get_weights(), layer.get_weights())
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_layers_and_directions_match_torch(rng, tmp_path, num_layers, bidirectional):
-    torch, lstm = random_lstm(
-        rng, num_layers=num_layers, bidirectional=bidirectional, batch_first=True
-    )
+def test_layers_and_directions_match_torch(
+    make_lstm, x, tmp_path, num_layers, bidirectional
+):
+    options = {"num_layers": num_layers, "bidirectional": bidirectional}
+    lstm = make_lstm(batch_first=True, **options)
     result = from_torch(lstm, return_sequences=True, name="converted")
     stack = result if num_layers > 1 else [result]
-    assert {type(layer) for layer in stack} == {
-        layers.Bidirectional if bidirectional else ScratchLSTM
-    }
+    layer_class = layers.Bidirectional if bidirectional else ScratchLSTM
+    assert {type(layer) for layer in stack} == {layer_class}
     model = keras.Sequential([keras.Input((None, FEATURES)), *stack])
-    x = rng.normal(size=(BATCH, TIME, FEATURES)).astype("float32")
-    expected, *_ = run_torch(torch, lstm, x)
-    assert_close([numpy(model(x))], [expected])
-
-    weights = to_torch(result)
-    again = torch.nn.LSTM(FEATURES, UNITS, num_layers, bidirectional=bidirectional)
-    again.load_state_dict({key: torch.tensor(value) for key, value in weights.items()})
-    again.batch_first = True
-    assert_close(run_torch(torch, again, x)[:1], [expected])
-
+    expected, *_ = run(lstm, x)
     model.save(tmp_path / "model.keras")
-    assert_close(
-        [numpy(keras.saving.load_model(tmp_path / "model.keras")(x))], [expected]
-    )
-    assert_close([numpy(to_builtin(model)(x))], [expected])
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for each in (model, loaded, to_builtin(model)):
+        assert_close([numpy(each(x))], [expected])
+    again = make_lstm(to_torch(result), batch_first=True, **options)
+    assert_close(run(again, x)[:1], [expected])
 
 
-def test_last_outputs_of_both_directions_match_torch(rng):
-    torch, lstm = random_lstm(rng, bidirectional=True, batch_first=True, num_layers=2)
-    x = rng.normal(size=(BATCH, TIME, FEATURES)).astype("float32")
-    _, h, c = run_torch(torch, lstm, x)
+def test_last_outputs_of_both_directions_match_torch(make_lstm, x):
+    lstm = make_lstm(bidirectional=True, batch_first=True, num_layers=2)
+    _, h, c = run(lstm, x)
     lower, upper = from_torch(lstm, return_state=True)
     last, *states = as_list(upper(lower(x)))
     assert_close([last], [np.concatenate([h[2], h[3]], -1)])
@@ -125,20 +122,19 @@ def test_last_outputs_of_both_directions_match_torch(rng):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
-def test_tensors_of_any_dtype_that_require_gradients_are_read(rng, dtype):
-    torch, lstm = random_lstm(rng)
-    lstm = lstm.to(getattr(torch, dtype))
+def test_tensors_of_any_dtype_that_require_gradients_are_read(
+    torch, make_lstm, x, dtype
+):
+    lstm = make_lstm(batch_first=True).to(getattr(torch, dtype))
     parameters = dict(lstm.named_parameters())
     assert all(parameter.requires_grad for parameter in parameters.values())
-    x = rng.normal(size=(TIME, BATCH, FEATURES)).astype("float32")
-    expected, *_ = run_torch(torch, lstm.float(), x)  # exact, but for float64
-    arguments = {"return_sequences": True, "time_major": True}
-    assert_close([numpy(from_torch(parameters, **arguments)(x))], [expected])
+    expected, *_ = run(lstm.float(), x)  # exact, but for float64
+    actual = from_torch(parameters, return_sequences=True)(x)
+    assert_close([numpy(actual)], [expected])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_to_torch_returns_arrays_that_torch_can_read(rng, dtype):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+def test_to_torch_returns_arrays_that_torch_can_read(torch, rng, dtype):
     # Keras on torch cannot draw orthogonal matrices in bfloat16.
     layer = from_torch(state_dict(rng), dtype=dtype, recurrent_initializer="zeros")
     weight = to_torch(layer)["weight_hh_l0"]
@@ -195,8 +191,7 @@ def test_other_weights_raise_an_error(rng, change, message):
     assert len(str(error.value)) < 400
 
 
-def test_other_modules_raise_an_error(rng):
-    torch, _ = random_lstm(rng)
+def test_other_modules_raise_an_error(torch):
     for module in (
         torch.nn.GRU(FEATURES, UNITS),
         torch.nn.RNN(FEATURES, UNITS),
@@ -225,7 +220,10 @@ class MyCell(ScratchLSTMCell):
         (lambda: built(ScratchLSTM(6, activation="relu")), "standard gates"),
         (lambda: built(ScratchLSTM(6, recurrent_activation="relu")), "standard gates"),
         (lambda: built(ScratchLSTM(cell=MyCell(6))), "standard gates and activations"),
-        (lambda: built(ScratchLSTM(6, go_backwards=True)), "`go_backwards=False`"),
+        (
+            lambda: built(ScratchLSTM(6, go_backwards=True)),
+            "must have go_backwards=False",
+        ),
         (
             lambda: built(layers.Bidirectional(ScratchLSTM(6), merge_mode="sum")),
             "`merge_mode` must be 'concat'",
