@@ -144,5 +144,5 @@ def test_invalid_inputs(inputs, match):
 
 
 def test_complex_inputs(x):
-    match = "`inputs` must be numbers .*dtype complex64"
+    match = "`inputs` must be real numbers .*dtype complex64"
     check_error(match, make("LSTM"), x.astype("complex64"))

@@ -255,7 +255,7 @@ def _split_directions(target, sequences, initial_state=None, mask=None, **_):
             f"Received: {target.name!r}. Pass this layer and its own inputs instead."
         ) from None
     if 0 in sequences.shape or not _validation.are_numbers(sequences):
-        rule = "numbers with at least one time step at the input of the traced layer"
+        rule = "real numbers with at least one time step where the layer gets them"
         raise _validation.invalid("inputs", sequences, rule)
     states = [] if initial_state is None else keras.tree.flatten(initial_state)
     calls = {}
