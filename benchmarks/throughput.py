@@ -442,15 +442,15 @@ def generators(units, characters):
             return token, h, c
 
         def call(self, token):
-            def body(k, carried):
-                tokens, *carried = carried
-                token, h, c = self.step(*carried)
+            def body(k, carry):
+                tokens, *carry = carry
+                token, h, c = self.step(*carry)
                 return ops.slice_update(tokens, (k,), token), token, h, c
 
             tokens = ops.zeros((characters,), "int32")
             h, c = self.cell.get_initial_state(batch_size=1)
-            carried = tokens, token[:, 0], h, c
-            return ops.fori_loop(0, characters, body, carried)[0][None]
+            carry = tokens, token[:, 0], h, c
+            return ops.fori_loop(0, characters, body, carry)[0][None]
 
     keras.utils.set_random_seed(0)
     cell = ScratchLSTMCell(units, recurrent_initializer="glorot_normal")

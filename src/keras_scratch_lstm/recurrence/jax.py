@@ -85,7 +85,7 @@ def _backward(residuals, gradients):
     h_prev = jnp.concatenate([h_0[None], h_all[:-1]])
     tanh_c = jnp.tanh(c_all)
     # The factors of dc and dh, for all time steps at once.
-    to_z = jnp.concatenate(
+    dz_factors = jnp.concatenate(
         [
             c_tilde * i * (1 - i),
             c_prev * f * (1 - f),
@@ -94,10 +94,12 @@ def _backward(residuals, gradients):
         ],
         -1,
     )
-    to_c, through_c = o * (1 - tanh_c**2), f
+    dc_per_dh, dc_prev_per_dc = o * (1 - tanh_c**2), f
     if mask is not None:
-        to_z, to_c = (jnp.where(mask, factor, 0) for factor in (to_z, to_c))
-        through_c = jnp.where(mask, f, 1)
+        dz_factors, dc_per_dh = (
+            jnp.where(mask, factor, 0) for factor in (dz_factors, dc_per_dh)
+        )
+        dc_prev_per_dc = jnp.where(mask, f, 1)
     W_x, W_h = (jnp.concatenate(W, -1) for W in (W_x, W_h))
     # A transposed copy is faster to multiply by, except for a single sample.
     W, scan = (W_h, _scan) if h_0.shape[0] == 1 else (W_h.T, _scan_in_place)
@@ -106,22 +108,22 @@ def _backward(residuals, gradients):
         True,
         W,
         (dh_last, dc_last),
-        (dh_all, to_c, through_c, mask),
-        to_z,
+        (dh_all, dc_per_dh, dc_prev_per_dc, mask),
+        dz_factors,
     )
     dx = dz @ W_x.T
     return dx, dh_0, dc_0, *_weight_gradients(x, h_prev, dz, b), None
 
 
-def _backward_step(W, gradients, inputs, to_z):
-    (dh, dc), (dh_out, to_c, through_c, mask) = gradients, inputs
+def _backward_step(W, gradients, inputs, dz_factors):
+    (dh, dc), (dh_out, dc_per_dh, dc_prev_per_dc, mask) = gradients, inputs
     dh += dh_out
-    dc += dh * to_c
-    dz = jnp.concatenate([dc, dc, dh, dc], -1) * to_z
+    dc += dh * dc_per_dh
+    dz = jnp.concatenate([dc, dc, dh, dc], -1) * dz_factors
     dh_prev = (W @ dz.T).T if dz.shape[0] == 1 else dz @ W
     if mask is not None:
         dh_prev += jnp.where(mask, 0, dh)
-    return (dh_prev, dc * through_c), None, dz
+    return (dh_prev, dc * dc_prev_per_dc), None, dz
 
 
 def _weight_gradients(x, h_prev, dz, b):
@@ -149,12 +151,12 @@ def _scan(step, reverse, weights, states, inputs, buffers):
     It returns the states, its outputs, which are stacked, and the new `buffers_t`.
     """
 
-    def at(states, values):
+    def body(states, values):
         states, outputs, after = step(weights, states, *values)
         return states, (outputs, after)
 
     values = (inputs, buffers)
-    states, (outputs, buffers) = lax.scan(at, states, values, reverse=reverse)
+    states, (outputs, buffers) = lax.scan(body, states, values, reverse=reverse)
     return states, outputs, buffers
 
 
@@ -162,16 +164,16 @@ def _scan(step, reverse, weights, states, inputs, buffers):
 def _scan_in_place(step, reverse, weights, states, inputs, buffers):
     """The same, with `buffers` updated in place."""
 
-    def at(carried, values):
-        (states, arrays), (t, inputs) = carried, values
+    def body(carry, values):
+        (states, arrays), (t, inputs) = carry, values
         before = tree.map(lambda array: array[t], arrays)
         states, outputs, after = step(weights, states, inputs, before)
         arrays = tree.map(lambda array, new: array.at[t].set(new), arrays, after)
         return (states, arrays), outputs
 
-    carried = (states, buffers)
+    carry = (states, buffers)
     values = (jnp.arange(tree.leaves(buffers)[0].shape[0]), inputs)
-    (states, buffers), outputs = lax.scan(at, carried, values, reverse=reverse)
+    (states, buffers), outputs = lax.scan(body, carry, values, reverse=reverse)
     return states, outputs, buffers
 
 

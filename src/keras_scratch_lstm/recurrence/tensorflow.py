@@ -123,28 +123,28 @@ def _backward_step(time, residuals, dh_out, W_h, unmasked):
     return step
 
 
-def _loop(step, carried, time, unroll=UNROLL):
+def _loop(step, loop_vars, time, unroll=UNROLL):
     """Runs `step` `time` times. The first loop variable counts the steps done."""
 
-    def iteration(*carried):
+    def iteration(*loop_vars):
         for _ in range(unroll):
-            carried = step(*carried)
-        return carried
+            loop_vars = step(*loop_vars)
+        return loop_vars
 
-    def loop(body, steps, carried):
+    def loop(body, steps, loop_vars):
         # XLA needs the maximum for second derivatives.
         return tf.while_loop(
             lambda done, *_: done + steps <= time,
             body,
-            carried,
+            loop_vars,
             maximum_iterations=time,
         )
 
     if unroll > 1:
-        carried = loop(iteration, unroll, carried)
+        loop_vars = loop(iteration, unroll, loop_vars)
         if isinstance(time, int) and time % unroll == 0:
-            return carried
-    return loop(step, 1, carried)  # the remainder
+            return loop_vars
+    return loop(step, 1, loop_vars)  # the remainder
 
 
 def _graph():
