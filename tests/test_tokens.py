@@ -1,3 +1,4 @@
+import itertools
 import re
 import string
 
@@ -45,6 +46,8 @@ def test_tokens_of_a_sample_are_its_own():
 @pytest.mark.parametrize(
     ("tokens", "batch", "match"),
     [
+        (itertools.count(), 2, "Received: 1 samples of 4 tokens"),
+        ([itertools.count(), "abc"], 2, "Received: 2 samples of 4, 3 tokens"),
         (3, 2, "`tokens` must be a string or a list of 3 tokens, or a list of 2 of"),
         (None, 2, "Received: tokens=None"),
         ("ab", 2, "must have 3 tokens, one per time step, .* 1 samples of 2 tokens"),

@@ -1,5 +1,6 @@
 """Tokens of a trace, per sample, and the features computed from them."""
 
+import itertools
 import unicodedata
 
 import numpy as np
@@ -25,13 +26,16 @@ def tokens_per_sample(tokens, batch, time):
     Raises:
         ValueError: If `tokens` is invalid.
     """
-    samples = _to_list(tokens)
+    limit = max(batch, time)
+    samples = _to_list(tokens, limit)
     if samples is None:
         rule = f"a string or a list of {time} tokens, or a list of {batch} of these"
         raise _validation.invalid("tokens", tokens, rule)
     if isinstance(tokens, str):
         samples = [tokens]
-    elif all(isinstance(i, (str, bytes)) or _to_list(i) is None for i in samples):
+    elif all(
+        isinstance(i, (str, bytes)) or _to_list(i, limit) is None for i in samples
+    ):
         are_texts = len(samples) == batch and all(
             isinstance(item, str) and len(item) == time for item in samples
         )
@@ -41,7 +45,7 @@ def tokens_per_sample(tokens, batch, time):
                 f"{batch} samples. Pass a list of lists, one per sample."
             )
         samples = samples if are_texts else [samples]
-    samples = [_to_list(sample) for sample in samples]
+    samples = [_to_list(sample, limit) for sample in samples]
     lengths = [0 if sample is None else len(sample) for sample in samples]
     if len(samples) not in (1, batch) or set(lengths) != {time}:
         raise ValueError(
@@ -177,14 +181,18 @@ def _is_number(token):
     return True
 
 
-def _to_list(value):
-    """Return a list of what the value iterates over, or `None` for a scalar."""
+def _to_list(value, limit):
+    """Return a list of what the value iterates over, or `None` for a scalar.
+
+    Other iterables than strings and lists may be endless, so it stops after `limit`.
+    """
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     elif hasattr(value, "__array__") and not isinstance(value, str):
         value = np.asarray(value).tolist()
     try:
-        return list(value)
+        is_finite = isinstance(value, (str, list, tuple))
+        return list(value if is_finite else itertools.islice(value, limit + 1))
     except TypeError:
         return None
 
