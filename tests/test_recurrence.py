@@ -149,6 +149,7 @@ def test_second_derivatives_match_the_loop(rng, fast, training):
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow: XLA is optional")
 @in_training
 @pytest.mark.parametrize("time", [7, None])
+@pytest.mark.slow
 def test_second_derivatives_compiled_by_xla(rng, time, training):
     layer = layer_with(rng)
     x = rng.normal(size=(3, 7, 3)).astype("float32")

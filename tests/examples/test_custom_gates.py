@@ -65,6 +65,7 @@ def test_spikes_have_their_distance(rng):
 
 
 @pytest.mark.parametrize("cell", [PeepholeCell, CoupledCell])
+@pytest.mark.slow
 def test_cells_learn(cell):
     _, before = train(cell(8), steps=12, epochs=0)
     model, after = train(cell(8), steps=12, epochs=6)
@@ -83,6 +84,7 @@ def test_cells_save_and_load(tmp_path, rng, cell):
 
 
 @pytest.mark.one_backend
+@pytest.mark.slow
 def test_printed_weights_and_accuracy(capsys):
     main(["--steps", "8", "--units", "4", "--epochs", "1"])
     lines = capsys.readouterr().out.splitlines()

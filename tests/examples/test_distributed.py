@@ -161,6 +161,7 @@ for one, other in zip(model.get_weights(), alone.get_weights(), strict=True):
         case("torch", [], "KERAS_BACKEND must be jax or tensorflow. Received: torch"),
     ],
 )
+@pytest.mark.slow
 def test_invalid_arguments(text, out, arguments, message):
     arguments = [*SMALL, "--text", str(text), "--out", str(out), *arguments]
     done = subprocess.run(

@@ -43,6 +43,7 @@ def assert_report(out, printed, characters, units=6):
     return trace
 
 
+@pytest.mark.slow
 def test_trained_model_and_its_report(text, out, capsys):
     assert run("--text", text, "--out", out, *SMALL) == 0
     characters = text.read_text()

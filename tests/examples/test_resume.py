@@ -349,6 +349,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_resumed_run_is_bit_identical(tmp_path, arguments):
     out, uninterrupted = str(tmp_path / "out"), str(tmp_path / "uninterrupted")
     for epochs in ("1", "3", "3"):
@@ -360,6 +361,7 @@ def test_resumed_run_is_bit_identical(tmp_path, arguments):
 
 
 @pytest.mark.one_backend
+@pytest.mark.slow
 def test_wrong_and_damaged_checkpoints(tmp_path, arguments, capsys):
     out = tmp_path / "out"
     folder, text = out / "checkpoints", Path(arguments[1])
@@ -403,6 +405,7 @@ def test_wrong_and_damaged_checkpoints(tmp_path, arguments, capsys):
     assert f"{folder} must have an intact checkpoint of ScratchLSTM" in message
 
 
+@pytest.mark.slow
 def test_non_finite_epoch_is_not_saved(tmp_path, arguments, monkeypatch):
     """Of two layers, one fails in its third epoch; the other is trained."""
     out = tmp_path / "out"
@@ -465,6 +468,7 @@ def mount(tmp_path):
 
 
 @pytest.mark.one_backend
+@pytest.mark.slow
 def test_full_disk(arguments, mount):
     disk = mount("size=4m")
     out = disk / "out"

@@ -72,6 +72,7 @@ def test_report(book, out, capsys):
     assert (out / "perplexity.svg").read_text().count("<svg") == 1
 
 
+@pytest.mark.slow
 def test_model_learns_and_generates(text, out, capsys):
     text.write_text("abcdefgh" * 200)
     arguments = ["--text", str(text), "--out", str(out), *SMALL, "--epochs", "40"]
@@ -136,6 +137,7 @@ def test_states_are_reset_at_each_epoch(text, out, monkeypatch, sampling):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="d2l's loop needs tensorflow")
+@pytest.mark.slow
 def test_compare_d2l(text, out, capsys):
     pytest.importorskip("d2l.tensorflow", reason="the extra `d2l` is not installed")
     text.write_text("a traveller in time " * 50)
