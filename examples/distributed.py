@@ -32,7 +32,6 @@ if __name__ == "__main__":
     parse_arguments()  # Answer --help before the imports below, which take seconds.
 
 import contextlib
-import inspect
 import json
 
 import keras
@@ -83,8 +82,6 @@ def check(args):
         raise ExampleError(
             "--cluster and sequential --sampling need KERAS_BACKEND=jax."
         )
-    if "synchronization" not in inspect.signature(keras.Variable).parameters:
-        raise ExampleError("keras>=3.10 is needed for the metrics of several replicas.")
 
 
 @contextlib.contextmanager
