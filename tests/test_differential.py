@@ -285,5 +285,7 @@ def test_fit_matches_builtin(case, known_shape, xla):
         ours, theirs = (
             fit(layer, case, data, known_shape, jit_compile) for layer in both
         )
+    # Training that diverges amplifies rounding errors without bounds.
+    assume(all(abs(value).max() < 1e3 for value in theirs[0]))
     assert_close(ours[0], theirs[0], case["policy"])
     assert_close_weights(ours[1], theirs[1], case["policy"])
