@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import keras
 import numpy as np
 from gradients import BACKEND, double_precision, with_gradients
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from keras import layers, ops
