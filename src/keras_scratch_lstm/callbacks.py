@@ -153,7 +153,7 @@ def _cross_entropies(model):
     losses = _keras.compiled_losses(model)
     names = [loss.name for loss in losses]
     found = {
-        f"{name}_perplexity": (f"{name}_loss", 1)  # without penalties and weights
+        f"{name}_perplexity": (f"{name}_loss", 1)  # no added losses, no weights
         for name, (_, loss, _, _) in zip(names, losses, strict=True)
         if _is_cross_entropy(loss) and names.count(name) == 1
     }
