@@ -4,9 +4,6 @@
 binding of cuDNN, and a metric is not passed the mask that `get_keras_mask` returns.
 """
 
-import inspect
-
-import keras
 from keras.src.backend import get_keras_mask, lstm
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
@@ -16,7 +13,6 @@ __all__ = [
     "get_keras_mask",
     "lstm",
     "minimize",
-    "running_callback_list",
     "sublayers",
 ]
 
@@ -34,14 +30,3 @@ def minimize(metric):
 def compiled_losses(model):
     """Return the losses of a compiled model: tuples `(path, loss, weight, name)`."""
     return getattr(model._compile_loss, "_flat_losses", None) or []
-
-
-def running_callback_list():
-    """Return the running `CallbackList`, found on the call stack."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, keras.callbacks.CallbackList):
-            return caller
-        frame = frame.f_back
-    return None

@@ -28,7 +28,8 @@ CROSS_ENTROPIES = (
 class PerplexityLogger(keras.callbacks.Callback):
     """Add perplexity and training speed to the logs of each epoch.
 
-    All other callbacks see them, wherever this one is in the list:
+    `History`, the progress bar and the callbacks after this one see them, so pass it
+    before `CSVLogger` and others that read the logs:
 
     - `perplexity` and `val_perplexity`: the exponential of the loss, if this is a mean
       (sparse) categorical cross-entropy. With several outputs: `<output>_perplexity`.
@@ -64,8 +65,6 @@ class PerplexityLogger(keras.callbacks.Callback):
     ['loss', 'perplexity', 'tokens_per_sec']
     """
 
-    _rank = 0  # see `_sort_callbacks`
-
     def __init__(self, verbose: int = 1) -> None:
         super().__init__()
         self.verbose = verbose
@@ -78,10 +77,8 @@ class PerplexityLogger(keras.callbacks.Callback):
         self._tokens = 0
         self._start: Any = None
         self._epoch_seconds: float | None = 0.0
-        self._warned: set[str] = set()
 
     def on_train_begin(self, logs: Logs = None) -> None:
-        _sort_callbacks()
         self._reset()
         self._counter = _count_predictions(self.model)
 
@@ -110,7 +107,7 @@ class PerplexityLogger(keras.callbacks.Callback):
             self.tokens_per_sec = self._tokens / self.seconds
             parts.append(f"{self.tokens_per_sec:.1f} tokens/sec")
         else:
-            self._warn(
+            _warn(
                 "`tokens_per_sec` is not logged, since the model's `train_step` does "
                 "not call `compute_metrics`. Call it to have the tokens counted."
             )
@@ -133,16 +130,16 @@ class PerplexityLogger(keras.callbacks.Callback):
                 if weight:
                     logs[prefix + name] = _exp(logs[prefix + loss] / weight)
                 else:
-                    self._warn(
+                    _warn(
                         f"`{name}` is not logged, since the loss includes more than "
                         "the cross-entropy, such as regularization losses. Compile "
                         "the model with `metrics=[Perplexity()]` to log it."
                     )
 
-    def _warn(self, message):
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=2)
+
+def _warn(message):
+    """Warn; by default, Python shows equal warnings once."""
+    warnings.warn(message, stacklevel=3)
 
 
 def _cross_entropies(model):
@@ -226,9 +223,8 @@ def _device_of(model):
 class GateMonitor(keras.callbacks.Callback):
     """Add statistics of the gates of a model's LSTMs to the logs of each epoch.
 
-    At the end of each epoch, the gates are traced on fixed inputs. All other
-    callbacks, wherever this one is in the list, and `History` see for an LSTM named
-    `lstm`:
+    At the end of each epoch, the gates are traced on fixed inputs. `History` and the
+    callbacks after this one see for an LSTM named `lstm`:
 
     - `"saturation"`: `lstm/i_left_saturated` and `lstm/i_right_saturated`, and
       likewise for `f` and `o`: the fractions of time steps and units at which the
@@ -268,8 +264,6 @@ class GateMonitor(keras.callbacks.Callback):
     - [Karpathy, Johnson and Li, 2015](https://arxiv.org/abs/1506.02078)
     """
 
-    _rank = 1  # see `_sort_callbacks`
-
     def __init__(
         self, probe: Any, layer: Any = None, metrics: Sequence[str] = METRICS
     ) -> None:
@@ -283,70 +277,56 @@ class GateMonitor(keras.callbacks.Callback):
         # A dataset may be shuffled, and an iterator has each batch once.
         batches = read_batches(probe, argument="probe")
         self._probe = [check_inputs(batch, "probe")[0] for batch in batches]
-        self._values: dict[str, float] = {}
 
     def on_train_begin(self, logs: Logs = None) -> None:
-        hide = keras.callbacks.LambdaCallback(on_epoch_end=self._remove)
-        hide._rank = 3
-        _sort_callbacks(hide)
-        names = [lstm.name for layer in self._layers() for lstm in self._find(layer)]
+        layers = self.layer
+        if layers is None:
+            layers = capture.find_all(self.model)
+        if not layers or not isinstance(layers, list | tuple):
+            layers = [self.layer]
+        self._lstms = [
+            (layer, capture.find_lstms(self.model, layer)[1]) for layer in layers
+        ]
+        names = [lstm.name for _, lstms in self._lstms for lstm in lstms]
         if len(set(names)) < len(names):
             raise _validation.invalid("layer", names, "LSTMs with different names")
         if self.model.built:
             self._compute()  # Raises an error for an invalid probe before training.
+        self._hide_from_progress_bar()
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         self._values = self._compute()
         if logs is not None:
             logs.update(self._values)
 
-    def _remove(self, epoch, logs):
-        for name in self._values:
-            logs.pop(name, None)
+    def on_train_end(self, logs: Logs = None) -> None:
+        vars(self.model.history).pop("on_epoch_end", None)
 
-    def _layers(self):
-        if self.layer is None:
-            return capture.find_all(self.model) or [None]
-        return self.layer if isinstance(self.layer, list | tuple) else [self.layer]
+    def _hide_from_progress_bar(self):
+        # Keras runs `History` last, but for the progress bar.
+        history = self.model.history
+        record = history.on_epoch_end
 
-    def _find(self, layer):
-        return capture.find_lstms(self.model, layer)[1]
+        def record_and_remove(epoch, logs=None):
+            record(epoch, logs)
+            for name in self._values:
+                logs.pop(name, None)
+
+        history.on_epoch_end = record_and_remove
 
     def _compute(self):
         values = {}
-        for layer in self._layers():
-            for lstm, saturation in zip(
-                self._find(layer), self._saturations(layer), strict=False
-            ):
-                for gate, sides in saturation.items():
-                    for side, fractions in sides._asdict().items():
-                        name = f"{lstm.name}/{gate}_{side}_saturated"
-                        values[name] = float(fractions.mean())
-            for lstm in self._find(layer) if "weight_norms" in self.metrics else ():
+        for layer, lstms in self._lstms:
+            if "saturation" in self.metrics:
+                dataset = ((batch,) for batch in self._probe)
+                trace = trace_gates(self.model, dataset, layer, batches=None)
+                for lstm, one in zip(lstms, (trace, trace.backward), strict=False):
+                    for gate, sides in one.saturation().items():
+                        for side, fractions in sides._asdict().items():
+                            name = f"{lstm.name}/{gate}_{side}_saturated"
+                            values[name] = float(fractions.mean())
+            for lstm in lstms if "weight_norms" in self.metrics else ():
                 for name, weight in named_weights(lstm.cell):
                     norm = np.linalg.norm(ops.convert_to_numpy(weight))
                     values[f"{lstm.name}/{name}_norm"] = float(norm)
         return values
-
-    def _saturations(self, layer):
-        if "saturation" not in self.metrics:
-            return []
-        dataset = ((batch,) for batch in self._probe)
-        trace = trace_gates(self.model, dataset, layer, batches=None)
-        return [one.saturation() for one in (trace, trace.backward) if one]
-
-
-def _sort_callbacks(*more):
-    """Run the callbacks by rank.
-
-    0 for `PerplexityLogger`, 1 for `GateMonitor`, 2 for others, 3 for the removal of
-    the gate statistics from the logs, 4 for the progress bar.
-    """
-
-    def rank(callback):
-        is_progress_bar = isinstance(callback, keras.callbacks.ProgbarLogger)
-        return getattr(callback, "_rank", 4 if is_progress_bar else 2)
-
-    running = _keras.running_callback_list()
-    if running is not None:
-        running.callbacks = sorted([*running.callbacks, *more], key=rank)
