@@ -222,17 +222,19 @@ def test_invalid_arguments(arguments, message):
 @pytest.mark.parametrize(
     ("y_true", "y_pred", "sample_weight", "message"),
     [
-        ((4, 7), (4, 6, 5), None, r"`y_true` must be integer tokens, .* \(4, 6\)"),
-        ((4, 7, 5), (4, 7, 5), None, r"Received: y_true.shape=\(4, 7, 5\)"),
-        ((4,), (4, 7, 5), None, r"Received: y_true.shape=\(4,\)"),
-        ((4, 7), (4, 7, 5), (3,), r"`sample_weight` must be one .* \(4, 7\)"),
-        ((4, 7), (4, 7, 5), (4, 6), r"Received: sample_weight.shape=\(4, 6\)"),
-        ((4, 7), (4, 7, 5), (4, 7, 5), r"Received: sample_weight.shape=\(4, 7, 5\)"),
+        ((4, 7), (4, 6, 5), None, r"same shape up until the last dim.*\(?4, 7"),
+        ((4, 7, 5), (4, 7, 5), None, r"target.shape=.*4, 7, 5"),
+        ((4,), (4, 7, 5), None, r"target.shape=.*4"),
+        ((4, 7), (4, 7, 5), (3,), "[Ss]hape|size|broadcast"),
+        ((4, 7), (4, 7, 5), (4, 6), "[Ss]hape|size|broadcast"),
+        ((4, 7), (4, 7, 5), (4, 7, 5), "[Ss]hape|size|broadcast"),
     ],
 )
-def test_wrong_shapes(y_true, y_pred, sample_weight, message):
+def test_wrong_shapes_raise_the_error_of_keras_or_the_backend(
+    y_true, y_pred, sample_weight, message
+):
     metric = Perplexity()
     weight = None if sample_weight is None else np.ones(sample_weight, "float32")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(Exception, match=message):
         metric.update_state(np.zeros(y_true, "int32"), np.zeros(y_pred), weight)
     assert value(metric) == 0

@@ -82,31 +82,26 @@ class Perplexity(keras.metrics.Metric):
         y_pred = ops.cast(y_pred, dtype)
         if len(y_true.shape) == len(y_pred.shape) and y_true.shape[-1] == 1:
             y_true = ops.squeeze(y_true, -1)
-        _check_shape("y_true", "integer tokens", y_true.shape, y_pred.shape[:-1])
-
-        weights = ops.ones_like(y_true, dtype=dtype)
-        for name, factor in (("sample_weight", sample_weight), ("mask", mask)):
-            if factor is not None:
-                factor = _expand(ops.cast(factor, dtype), len(y_true.shape))
-                rule = "one value per sample or token"
-                _check_shape(name, rule, factor.shape, y_true.shape, True)
-                weights = weights * factor
-        if self.ignore_class is not None:
-            ignored = ops.equal(y_true, ops.cast(self.ignore_class, y_true.dtype))
-            weights = ops.where(ignored, 0, weights)
         # Targets out of range are an error on one backend, zeros on another.
-        vocabulary = ops.cast(ops.shape(y_pred)[-1], y_true.dtype)
-        in_range = ops.logical_and(y_true >= 0, y_true < vocabulary)
-        token = ops.cast(ops.where(in_range, y_true, 0), "int32")
-        valid = ops.logical_and(
-            in_range, ops.equal(ops.cast(token, y_true.dtype), y_true)
-        )
-
+        token = ops.cast(y_true, "int32")
+        is_integer = ops.equal(ops.cast(token, y_true.dtype), y_true)
+        in_range = ops.logical_and(token >= 0, token < ops.shape(y_pred)[-1])
+        valid = ops.logical_and(is_integer, in_range)
         if not self.from_logits:
             y_pred = ops.log(ops.clip(y_pred, keras.config.epsilon(), 1))
         cross_entropy = ops.sparse_categorical_crossentropy(
-            token, y_pred, from_logits=True
+            ops.where(valid, token, 0), y_pred, from_logits=True
         )
+        weights = ops.ones_like(cross_entropy)
+        for factor in (sample_weight, mask):
+            if factor is not None:
+                factor = ops.cast(factor, dtype)
+                while 0 < len(factor.shape) < len(weights.shape):
+                    factor = ops.expand_dims(factor, -1)
+                weights = weights * ops.broadcast_to(factor, ops.shape(weights))
+        if self.ignore_class is not None:
+            ignored = ops.logical_and(is_integer, ops.equal(token, self.ignore_class))
+            weights = ops.where(ignored, 0, weights)
         cross_entropy = ops.where(valid, cross_entropy, float("nan"))
         # Predictions that are not counted may be NaN.
         cross_entropy = ops.where(ops.equal(weights, 0), 0, cross_entropy * weights)
@@ -156,30 +151,8 @@ def _convert_targets(y_true):
         y_true = np.asarray(y_true)
         if y_true.dtype.kind in "iu":
             # JAX would wrap 64-bit integers around to 32 bits.
-            limits = np.iinfo("int32")
-            fits = np.all((y_true >= limits.min) & (y_true <= limits.max))
+            fits = np.all(y_true == y_true.astype("int32"))
             y_true = y_true.astype("int32" if fits else "float32")
-    dtype = keras.backend.standardize_dtype(y_true.dtype)
-    if "float" in dtype:
-        return ops.convert_to_tensor(y_true)
-    return ops.cast(y_true, "int64" if dtype in ("int64", "uint64") else "int32")
-
-
-def _expand(weights, ndim):
-    """Append dimensions of size 1, but keep scalars."""
-    while 0 < len(weights.shape) < ndim:
-        weights = ops.expand_dims(weights, -1)
-    return weights
-
-
-def _check_shape(argument, rule, shape, expected, broadcast=False):
-    """Raise an error unless a shape, perhaps partly unknown, matches another."""
-    fits = len(shape) == len(expected) or (broadcast and not len(shape))
-    if not fits or not all(
-        size == want or None in (size, want) or (broadcast and size == 1)
-        for size, want in zip(shape, expected, strict=False)
-    ):
-        raise ValueError(
-            f"`{argument}` must be {rule}, of shape {tuple(expected)}. "
-            f"Received: {argument}.shape={tuple(shape)}"
-        )
+    # On TensorFlow, `ops.equal` compares uint64 modulo 2**32.
+    is_uint64 = keras.backend.standardize_dtype(y_true.dtype) == "uint64"
+    return ops.cast(y_true, "int64") if is_uint64 else ops.convert_to_tensor(y_true)
