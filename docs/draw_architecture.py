@@ -16,6 +16,7 @@ LAYERS = (
     ("_types", "_validation", "_keras"),
     ("per_gate",),
     ("cell", "recurrence", "_bidirectional"),
+    ("_litert",),
     ("layer",),
     ("convert", "tracing", "metrics"),
     ("plotting", "callbacks"),

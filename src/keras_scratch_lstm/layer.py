@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_scratch_lstm import recurrence
+from keras_scratch_lstm import _litert, recurrence
 from keras_scratch_lstm._bidirectional import BidirectionalGuard
 from keras_scratch_lstm._types import Activation, Choice, Config, Shape, Tensor
 from keras_scratch_lstm.cell import ScratchLSTMCell
@@ -182,6 +182,7 @@ class ScratchLSTM(BidirectionalGuard):
         return [*super().variables, *(self.states or [])]
 
     def build(self, input_shape: Shape) -> None:
+        # Keras 3.16 exports no ONNX of free time if this argument is `sequences_shape`.
         batch_size, _, features = input_shape = self._batch_major(input_shape)
         if self.stateful and self.states is None and batch_size is not None:
             # Keras would give both the same path. Not tracked, as they are not weights.
@@ -234,6 +235,8 @@ class ScratchLSTM(BidirectionalGuard):
         mask: Tensor | None,
         training: bool = False,
     ) -> Any:
+        if recurrence.exports_to_litert() and not self.unroll:
+            _litert.check(self, sequences, initial_state, mask)
         cell, implementations = self.cell, {}
         drops_h = training and cell.recurrent_dropout
         if cell.is_standard and not drops_h and not self.unroll:

@@ -28,6 +28,8 @@ import importlib
 
 import keras
 
+from keras_scratch_lstm import _keras
+
 _forced = contextvars.ContextVar("forced", default=None)  # per thread
 
 
@@ -41,14 +43,15 @@ def implementations(use_cudnn="auto"):
     backend = _backend()
     if backend is None:
         return {}
+    if exports_to_litert():
+        return {"litert": importlib.import_module(f"{__name__}.litert").lstm}
     found = {}
     if use_cudnn and backend.has_gpu():
         cudnn = importlib.import_module(f"{__name__}.cudnn")
         found["cudnn"] = getattr(backend, "lstm_in_cudnn", cudnn.lstm)
     if use_cudnn is not True:
         found[keras.backend.backend()] = backend.lstm
-    forced = _forced.get()
-    return {name: lstm for name, lstm in found.items() if forced in (None, name)}
+    return {name: found[name] for name in found if forced() in (None, name)}
 
 
 @contextlib.contextmanager
@@ -58,12 +61,27 @@ def force(name):
     Args:
         name: `"loop"` (the reference loop), `"tensorflow"`, `"jax"`, `"torch"` or
             `"cudnn"`. Where that one does not apply, the reference loop runs.
+            `"litert"` is the fused op of an exported LiteRT model; where it does not
+            apply, the layer raises an error.
     """
     token = _forced.set(name)
     try:
         yield
     finally:
         _forced.reset(token)
+
+
+def forced():
+    """The name passed to `force`, or `None`."""
+    return _forced.get()
+
+
+def exports_to_litert():
+    """Whether layers must run the implementation that becomes LiteRT's fused op."""
+    if keras.backend.backend() != "tensorflow" or forced() not in (None, "litert"):
+        return False
+    exports = forced() == "litert" or _keras.is_exported_to_litert()
+    return exports and not _keras.is_default_signature()
 
 
 def supports_jit(use_cudnn="auto"):
