@@ -3,12 +3,12 @@ import re
 import keras
 import numpy as np
 import pytest
-from keras import layers
+from keras import layers, ops
 from reference import NAMES, fuse, label, lstm_step, sigmoid, weights_of
 
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, recurrence
 
-numpy = keras.ops.convert_to_numpy
+numpy = ops.convert_to_numpy
 
 
 def pair(wrap=lambda cell: cell, **arguments):
@@ -88,10 +88,6 @@ def drawn_by_numpy(shape, dtype=None):
         {"use_bias": False},
         {"unit_forget_bias": False},
         {"bias_initializer": keras.initializers.RandomNormal(seed=3)},
-        {
-            "bias_initializer": keras.initializers.RandomNormal(seed=3),
-            "unit_forget_bias": False,
-        },
         {"kernel_initializer": "he_normal", "recurrent_initializer": "random_uniform"},
         {"kernel_initializer": drawn_by_numpy},
         {"recurrent_initializer": None},
@@ -117,13 +113,6 @@ def test_same_seed_gives_the_same_weights(arguments, of_layers):
 
 
 WRAPPERS = {
-    "plain": layers.RNN,
-    "sequences": lambda cell: layers.RNN(cell, return_sequences=True),
-    "states": lambda cell: layers.RNN(cell, return_state=True),
-    "backwards": lambda cell: layers.RNN(
-        cell, go_backwards=True, return_sequences=True
-    ),
-    "unrolled": lambda cell: layers.RNN(cell, unroll=True, return_sequences=True),
     "stateful": lambda cell: layers.RNN(cell, stateful=True, return_sequences=True),
     "stacked": lambda cell: layers.RNN(
         layers.StackedRNNCells([cell, type(cell)(4)]), return_state=True
@@ -148,50 +137,26 @@ def test_outputs_match_the_built_in_cell_in_every_wrapper(draw, wrapper, masked)
     assert states_are_kept == (wrapper == "stateful")
 
 
-def test_initial_states_and_other_activations_match_the_built_in_cell(draw):
-    activations = {"activation": "relu", "recurrent_activation": "hard_sigmoid"}
-    ours, theirs = pair(lambda cell: layers.RNN(cell, return_state=True), **activations)
-    x, states = draw(3, 7, 5), [draw(3, 6) for _ in "hc"]
-    assert_equal(ours(x), theirs(x))
-    outputs = ours(x, initial_state=states), theirs(x, initial_state=states)
-    assert_equal(*outputs)
-    assert not np.allclose(flat(outputs[0])[0], flat(ours(x))[0])
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"dropout": 0.4},
-        {"recurrent_dropout": 0.4},
-        {"dropout": 0.4, "recurrent_dropout": 0.3},
-        {"dropout": 1.0, "recurrent_dropout": 1.0},
-    ],
-    ids=str,
-)
-def test_same_seed_gives_the_same_dropout_masks(draw, arguments):
+@pytest.mark.parametrize("rate", [0.4, 1.0])
+def test_same_seed_gives_the_same_dropout_masks(draw, rate):
     ours, theirs = pair(
-        lambda cell: layers.RNN(cell, return_sequences=True), seed=11, **arguments
+        lambda cell: layers.RNN(cell, return_sequences=True),
+        seed=11,
+        dropout=rate,
+        recurrent_dropout=rate,
     )
-    x = draw(3, 7, 5)
+    x = ops.convert_to_tensor(draw(3, 7, 5))
+    before = numpy(x).copy()
     try:
         expected = theirs(x, training=True)
     except ValueError:
         pytest.skip("this version of Keras rejects a dropout of 1")
-    dropped = ours(x, training=True)
+    dropped, kept = ours(x, training=True), ours(x)
     assert_equal(dropped, expected)
-    assert_equal(ours(x), theirs(x))
+    assert_equal(kept, theirs(x))
     # In the built-in cell, 1 drops nothing.
-    has_effect = not np.allclose(numpy(dropped), numpy(ours(x)))
-    assert has_effect == (1.0 not in arguments.values())
-
-
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-def test_mixed_precision_matches_the_built_in_cell(draw, dtype_policy, policy):
-    dtype_policy(policy)
-    ours, theirs = pair(lambda cell: layers.RNN(cell, return_sequences=True))
-    x = draw(3, 7, 5)
-    assert_equal(ours(x), theirs(x))
-    assert {weight.dtype for weight in ours.weights} == {"float32"}
+    assert np.allclose(numpy(dropped), numpy(kept)) == (rate == 1)
+    np.testing.assert_array_equal(numpy(x), before)  # not dropped in place
 
 
 class SubclassedModel(keras.Model):
@@ -205,28 +170,15 @@ class SubclassedModel(keras.Model):
         return self.rnn(x)
 
 
-@pytest.mark.parametrize(
-    ("wrap", "arguments"),
-    [
-        (layers.RNN, {"dropout": 0.4, "recurrent_dropout": 0.3, "seed": 11}),
-        (layers.RNN, {"kernel_regularizer": "l2", "bias_constraint": "non_neg"}),
-        (SubclassedModel, {}),
-    ],
-    ids=["dropout", "regularizer and constraint", "subclassed model"],
-)
-def test_training_gives_the_built_in_cells_weights(draw, wrap, arguments):
+def test_training_of_a_subclassed_model_gives_the_built_in_cells_weights(draw):
     x, y, results = draw(8, 7, 5), draw(8, 6), []
-    for model in pair(wrap, **arguments):
-        if wrap is layers.RNN:
-            model = keras.Sequential([keras.Input((7, 5)), model])
+    for model in pair(SubclassedModel):
         model.compile(keras.optimizers.SGD(1.0), "mse")
         model.fit(x, y, epochs=2, batch_size=4, shuffle=False, verbose=0)
-        weights = model.trainable_variables
-        results.append(([numpy(weight) for weight in weights], numpy(model(x))))
-    (ours, our_outputs), (theirs, their_outputs) = results
+        results.append([numpy(weight) for weight in model.trainable_variables])
+    ours, theirs = results
     for one, other in zip(fuse(ours), theirs, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
-    assert_equal(our_outputs, their_outputs)
 
 
 # --- per gate ----------------------------------------------------------------
@@ -272,7 +224,7 @@ class CoupledPeepholeCell(ScratchLSTMCell):
         self.p_i = self.add_weight(name="p_i", shape=(self.units,))
 
     def gates(self, x, h, c):
-        i = keras.ops.sigmoid(x @ self.W_xi + h @ self.W_hi + c * self.p_i + self.b_i)
+        i = ops.sigmoid(x @ self.W_xi + h @ self.W_hi + c * self.p_i + self.b_i)
         return super().gates(x, h, c)._replace(i=i, f=1 - i)
 
 
@@ -306,27 +258,23 @@ def test_custom_gates_may_return_a_plain_sequence(draw, kind):
     np.testing.assert_allclose(numpy(output), np.tanh(numpy(c)), atol=1e-6)
 
 
-@pytest.mark.parametrize("dropout", [{}, {"recurrent_dropout": 0.5}], ids=str)
+@pytest.mark.parametrize("rate", [0.0, 0.5])
 @pytest.mark.parametrize(
     ("change", "received"),
     [
         (lambda gates: gates[:3], "tuple of length 3"),
-        (lambda gates: (*gates, gates.i), "tuple of length 5"),
         (lambda gates: None, "NoneType"),
-        (lambda gates: 0.5, "float"),
-        (lambda gates: gates.i, r"\w*(Tensor|Tracer|Array)\w*"),
+        (lambda gates: gates.i, r"\w*(Tensor|Tracer|Array)\w*"),  # of four samples
         (lambda gates: gates._asdict(), "dict"),
     ],
-    ids=["three", "five", "nothing", "number", "tensor", "dict"],
+    ids=["three", "nothing", "tensor", "dict"],
 )
-def test_wrong_return_value_of_custom_gates(draw, change, received, dropout):
-    cell = returning(change)
-    cell.recurrent_dropout = dropout.get("recurrent_dropout", 0.0)
-    cell.dropout_mask_count = 4
+def test_wrong_return_value_of_custom_gates(draw, change, received, rate):
+    cell = type(returning(change))(6, recurrent_dropout=rate)
     cell.build((None, 5))
-    states = [keras.ops.convert_to_tensor(draw(4, 6)) for _ in "hc"]
+    states = [ops.convert_to_tensor(draw(4, 6)) for _ in "hc"]
     message = r"`gates` must return `Gates\(i, f, o, c_tilde\)`\. Received: " + received
-    with pytest.raises(ValueError, match=message):  # four samples, as four gates
+    with pytest.raises(ValueError, match=message):
         cell(draw(4, 5), states, training=True)
 
 
@@ -349,7 +297,6 @@ class CallsSuper(ScratchLSTMCell):
         (ScratchLSTMCell(6, keras.activations.tanh, recurrent_dropout=0.5), True),
         (ScratchLSTMCell(6, activation="relu"), False),
         (ScratchLSTMCell(6, recurrent_activation="hard_sigmoid"), False),
-        (ScratchLSTMCell(6, activation=None), False),
         (CoupledPeepholeCell(6), False),
         (CallsSuper(6), False),
     ],
@@ -362,26 +309,17 @@ def test_is_standard(cell, expected):
 # --- configuration -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("implementation", [0, 1, 2])
 @pytest.mark.parametrize("make", [ScratchLSTMCell, ScratchLSTM])
-def test_implementation_is_accepted_and_ignored(draw, make, implementation):
-    x, results = draw(3, 7, 5), []
-    config = make(6).get_config() | {"implementation": implementation}
-    for create in (
-        lambda: make(6),
-        lambda: make(6, implementation=implementation),
-        lambda: make.from_config(config),
-    ):
-        keras.utils.set_random_seed(7)
-        layer = create()
-        assert "implementation" not in layer.get_config()
-        rnn = layer if make is ScratchLSTM else layers.RNN(layer)
-        results.append(numpy(rnn(x)))
-    np.testing.assert_array_equal(results[0], results[1])
-    np.testing.assert_array_equal(results[0], results[2])
+def test_implementation_is_accepted_and_ignored(make):
+    config = make(6, implementation=1).get_config()
+    assert "implementation" not in config
+    assert make.from_config(config | {"implementation": 2}).get_config() == config
 
 
 # --- errors ------------------------------------------------------------------
+
+
+GATE_KEYS = "The keys of `{}` must be among 'i', 'f', 'o' and 'c'. Received: {!r}"
 
 
 @pytest.mark.parametrize(
@@ -389,24 +327,16 @@ def test_implementation_is_accepted_and_ignored(draw, make, implementation):
     [
         *(
             ({"units": units}, "`units` must be a positive integer. Received: units=")
-            for units in (0, -3, 2.5, "6", None, True)
+            for units in (0, 2.5, "6", True)
         ),
         *(
             ({name: value}, f"`{name}` must be a number from 0 to 1. Received: {name}=")
             for name in ("dropout", "recurrent_dropout")
-            for value in (-0.1, 1.5, "a", float("nan"))
+            for value in (-0.1, "a", float("nan"))
         ),
         *(
-            (
-                {name: {"i": None, gate: None}},
-                f"The keys of `{name}` must be among 'i', 'f', 'o' and 'c'. Received: "
-                f"{gate!r}",
-            )
-            for name, gate in [
-                ("kernel_initializer", "g"),
-                ("bias_regularizer", "c_tilde"),
-                ("recurrent_constraint", 0),
-            ]
+            ({name: {"i": None, gate: None}}, GATE_KEYS.format(name, gate))
+            for name, gate in [("kernel_initializer", "g"), ("bias_regularizer", 0)]
         ),
     ],
     ids=str,
@@ -417,17 +347,16 @@ def test_invalid_arguments(arguments, message):
             make(**{"units": 6, **arguments})
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_weight_of_an_unbuilt_cell(name):
+def test_weight_of_an_unbuilt_cell():
     for cell in (ScratchLSTMCell(6, name="one"), ScratchLSTM(6).cell):
-        assert not hasattr(cell, name)
-        message = rf"`{name}` does not exist until `{cell.name}` is built\. Call"
-        with pytest.raises(AttributeError, match=message):
-            getattr(cell, name)
+        for name in NAMES:
+            message = rf"`{name}` does not exist until `{cell.name}` is built\. Call"
+            with pytest.raises(AttributeError, match=message):
+                getattr(cell, name)
         with pytest.raises(AttributeError, match="W_hg"):
             _ = cell.W_hg
         cell.build((None, 5))
-        assert getattr(cell, name).shape[-1] == 6
+        assert [getattr(cell, name).shape[-1] for name in NAMES] == [6] * 12
 
 
 @pytest.mark.parametrize("use_bias", [True, False])

@@ -1,7 +1,5 @@
 """The fast implementations against the reference loop of `keras.layers.RNN`."""
 
-import itertools
-
 import keras
 import numpy as np
 import pytest
@@ -17,6 +15,14 @@ MASKS = {
     "padded": [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]],
     "gaps": [[0, 0, 1, 0, 1], [0, 1, 1, 1, 0], [0, 0, 0, 0, 0]],
 }
+MASKS = {name: mask and np.array(mask, bool) for name, mask in MASKS.items()}
+RETURNS = {"return_sequences": True, "return_state": True}
+each_fast = pytest.mark.parametrize("fast", FAST)
+each_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+both_biases = pytest.mark.parametrize("use_bias", [True, False], ids=["bias", "no_bias"])
+in_training = pytest.mark.parametrize(
+    "training", [True, False], ids=["training", "inference"]
+)
 
 
 def layer_with(rng, units=4, features=3, **arguments):
@@ -27,11 +33,11 @@ def layer_with(rng, units=4, features=3, **arguments):
     return layer
 
 
-def all_gradients(layer, mask, rng, time=5, batch=3, training=True):
-    """The gradients of a loss on all outputs by the weights, inputs and states."""
-    dtype = layer.compute_dtype
-    shapes = [(batch, time, 4), (batch, 4), (batch, 4)]
-    y, y_h, y_c = (rng.normal(size=shape) for shape in shapes)
+def all_gradients(layer, mask, rng, shape=(3, 5, 3), training=True):
+    """Outputs, and gradients of a loss on them by the weights, inputs and states."""
+    batch, time, _ = shape
+    dtype, state = layer.compute_dtype, (batch, 4)
+    y, y_h, y_c = (rng.normal(size=size) for size in [(batch, time, 4), state, state])
 
     def loss(x, h, c):
         outputs, *states = layer(x, initial_state=[h, c], mask=mask, training=training)
@@ -41,109 +47,71 @@ def all_gradients(layer, mask, rng, time=5, batch=3, training=True):
         )
         return total, (outputs, *states)
 
-    return with_gradients(loss, layer.cell.trainable_variables)
+    inputs = [rng.normal(size=size).astype(dtype) for size in (shape, state, state)]
+    outputs, gradients = with_gradients(loss, layer.cell.trainable_variables)(*inputs)
+    assert len(gradients) == len(layer.cell.weights) + 3
+    return [*outputs, *gradients]
 
 
-@pytest.mark.parametrize("use_bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("go_backwards", [False, True], ids=["forwards", "backwards"])
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("fast", FAST)
-def test_outputs_and_gradients_match_the_loop(rng, fast, mask, go_backwards, use_bias):
-    if fast == "cudnn" and (mask != "unmasked" or not use_bias):
+def compare_with_the_loop(rng, fast, mask, shape=(3, 5, 3), training=True, **arguments):
+    """In float64, if the backend can."""
+    if fast == "cudnn" and (mask is not None or not arguments.get("use_bias")):
         pytest.skip("not supported by cuDNN")
-    arguments = {"go_backwards": go_backwards, "use_bias": use_bias}
-    mask = MASKS[mask] and np.array(MASKS[mask], bool)
     with double_precision():
-        layer = layer_with(
-            rng, dtype="float64", return_sequences=True, return_state=True, **arguments
-        )
-        inputs = [rng.normal(size=size) for size in [(3, 5, 3), (3, 4), (3, 4)]]
-        results = {}
-        state = rng.bit_generator.state
+        layer = layer_with(rng, dtype="float64", **RETURNS, **arguments)
+        results, state = [], rng.bit_generator.state
         for used in (fast, "loop"):
             rng.bit_generator.state = state
             with recurrence.force(used):
-                results[used] = all_gradients(layer, mask, rng)(*inputs)
+                results.append(all_gradients(layer, mask, rng, shape, training))
             assert layer.recurrence == used
-    outputs, gradients = results[fast]
-    assert len(gradients) == (12 if use_bias else 8) + 3
-    for one, other in zip(
-        [*outputs, *gradients], itertools.chain(*results["loop"]), strict=True
-    ):
-        assert np.ptp(other) > 0
+    for one, other in zip(*results, strict=True):
         # On JAX, some of Keras's ops compute in float32.
         tolerance = 1e-5 if BACKEND == "jax" else 1e-12
         np.testing.assert_allclose(one, other, atol=tolerance)
+    return results[1]
 
 
-in_training = pytest.mark.parametrize(
-    "training", [True, False], ids=["training", "inference"]
-)
+@both_biases
+@pytest.mark.parametrize("go_backwards", [False, True], ids=["forwards", "backwards"])
+@each_mask
+@each_fast
+def test_outputs_and_gradients_match_the_loop(rng, fast, mask, go_backwards, use_bias):
+    arguments = {"go_backwards": go_backwards, "use_bias": use_bias}
+    for values in compare_with_the_loop(rng, fast, mask, **arguments):
+        assert np.ptp(values) > 0
 
 
-@pytest.mark.parametrize("use_bias", [True, False], ids=["bias", "no_bias"])
+@both_biases
 @in_training
 @pytest.mark.parametrize(
     ("batch", "time"),
     [(1, 1), (1, 7), (3, 1), (3, 2), (3, 4), (3, 6), (3, 10), (2, 13)],
 )
-@pytest.mark.parametrize("fast", FAST)
+@each_fast
 def test_batches_and_sequences_of_many_sizes(
     rng, fast, batch, time, training, use_bias
 ):
     """Around the unroll factor of TensorFlow, and the single sample of JAX."""
-    mask = rng.random((batch, time)) < 0.8
-    if fast == "cudnn":
-        mask = None
-        if not use_bias:
-            pytest.skip("not supported by cuDNN")
-    with double_precision():
-        layer = layer_with(
-            rng,
-            dtype="float64",
-            return_sequences=True,
-            return_state=True,
-            use_bias=use_bias,
-        )
-        shapes = [(batch, time, 3), (batch, 4), (batch, 4)]
-        inputs = [rng.normal(size=shape) for shape in shapes]
-        results = []
-        state = rng.bit_generator.state
-        for used in (fast, "loop"):
-            rng.bit_generator.state = state
-            with recurrence.force(used):
-                gradient = all_gradients(layer, mask, rng, time, batch, training)
-                outputs, gradients = gradient(*inputs)
-            assert layer.recurrence == used
-            results.append([*outputs, *gradients])
-    for one, other in zip(*results, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5 if BACKEND == "jax" else 1e-12)
+    mask = None if fast == "cudnn" else rng.random((batch, time)) < 0.8
+    shape = (batch, time, 3)
+    compare_with_the_loop(rng, fast, mask, shape, training, use_bias=use_bias)
 
 
 @in_training
-@pytest.mark.parametrize("fast", FAST)
+@each_fast
 def test_second_derivatives_match_the_loop(rng, fast, training):
     """As in a gradient penalty: the gradient of the squared gradient."""
     if fast == "cudnn":
         pytest.skip("cuDNN has no second derivative")
-    layer = layer_with(rng)
+    penalty = {"tensorflow": _tf_penalty, "jax": _jax_penalty, "torch": _torch_penalty}
+    layer, results = layer_with(rng), []
     x = rng.normal(size=(3, 5, 3)).astype("float32")
-
-    def penalty(x):
-        return {
-            "tensorflow": _tf_penalty,
-            "jax": _jax_penalty,
-            "torch": _torch_penalty,
-        }[BACKEND](lambda x: layer(x, training=training), layer.cell.weights, x)
-
-    results = {}
     for used in (fast, "loop"):
         with recurrence.force(used):
-            results[used] = penalty(x)
+            results.append(penalty[BACKEND](layer, training, x))
         assert layer.recurrence == used
-    for one, other in zip(results[fast], results["loop"], strict=True):
-        assert np.ptp(other) > 0
-        np.testing.assert_allclose(one, other, atol=1e-4)
+    assert_trees_close(*results, atol=1e-4)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow: XLA is optional")
@@ -151,30 +119,20 @@ def test_second_derivatives_match_the_loop(rng, fast, training):
 @pytest.mark.parametrize("time", [7, None])
 @pytest.mark.slow
 def test_second_derivatives_compiled_by_xla(rng, time, training):
-    layer = layer_with(rng)
+    layer, results = layer_with(rng), []
     x = rng.normal(size=(3, 7, 3)).astype("float32")
-    results = []
-    for used, jit_compile in ((FAST[0], True), ("loop", False)):
+    for used in (FAST[0], "loop"):
+        compiled = {"shape": (None, time, 3), "jit_compile": used != "loop"}
         with recurrence.force(used):
-            results.append(
-                _tf_penalty(
-                    lambda x: layer(x, training=training),
-                    layer.cell.weights,
-                    x,
-                    shape=(None, time, 3),
-                    jit_compile=jit_compile,
-                )
-            )
+            results.append(_tf_penalty(layer, training, x, **compiled))
         assert layer.recurrence == used
-    for one, other in zip(*results, strict=True):
-        assert np.ptp(other) > 0
-        np.testing.assert_allclose(one, other, atol=1e-4)
+    assert_trees_close(*results, atol=1e-4)
 
 
-def _tf_penalty(call, weights, x, shape=None, jit_compile=False):
+def _tf_penalty(layer, training, x, shape=None, jit_compile=False):
     import tensorflow as tf
 
-    weights = [weight.value for weight in weights]
+    weights = [weight.value for weight in layer.weights]
     signature = [tf.TensorSpec(shape or x.shape)]
 
     @tf.function(input_signature=signature, jit_compile=jit_compile)
@@ -182,46 +140,41 @@ def _tf_penalty(call, weights, x, shape=None, jit_compile=False):
         with tf.GradientTape() as outer:
             with tf.GradientTape() as inner:
                 inner.watch(x)
-                loss = tf.reduce_sum(call(x) ** 2)
+                loss = tf.reduce_sum(layer(x, training=training) ** 2)
             penalty = tf.reduce_sum(inner.gradient(loss, x) ** 2)
         return outer.gradient(penalty, weights)
 
-    return [gradient.numpy() for gradient in penalty(tf.constant(x))]
+    return penalty(tf.constant(x))
 
 
-def _jax_penalty(call, weights, x):
+def _jax_penalty(layer, training, x):
     import jax
 
     def loss(x, values):
-        pairs = list(zip(weights, values, strict=True))
+        pairs = list(zip(layer.weights, values, strict=True))
         with keras.StatelessScope(pairs):
-            return ops.sum(call(x) ** 2)
+            return ops.sum(layer(x, training=training) ** 2)
 
     def penalty(values):
         return ops.sum(jax.grad(loss)(x, values) ** 2)
 
-    values = [weight.value for weight in weights]
-    return [np.asarray(gradient) for gradient in jax.jit(jax.grad(penalty))(values)]
+    return jax.jit(jax.grad(penalty))([weight.value for weight in layer.weights])
 
 
-def _torch_penalty(call, weights, x):
+def _torch_penalty(layer, training, x):
     import torch
 
     x = torch.tensor(x, requires_grad=True)
-    weights = [weight.value for weight in weights]
-    loss = (call(x) ** 2).sum()
+    loss = (layer(x, training=training) ** 2).sum()
     (dx,) = torch.autograd.grad(loss, x, create_graph=True)
-    gradients = torch.autograd.grad((dx**2).sum(), weights)
-    return [gradient.numpy() for gradient in gradients]
+    weights = [weight.value for weight in layer.weights]
+    return torch.autograd.grad((dx**2).sum(), weights)
 
 
 # --- transformations ---------------------------------------------------------
 
 on_jax = pytest.mark.skipif(BACKEND != "jax", reason="transformations of JAX")
 on_torch = pytest.mark.skipif(BACKEND != "torch", reason="transformations of torch")
-with_and_without_mask = pytest.mark.parametrize("mask", MASKS)
-
-
 def with_built_in(rng, **arguments):
     """Our layer and the built-in one, with the same random weights."""
     layer = layer_with(rng, **arguments)
@@ -244,122 +197,110 @@ def assert_trees_close(ours, theirs, atol=1e-5):
 @on_jax
 @pytest.mark.parametrize("mask", ["unmasked", "gaps"])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("transformation", ["jvp", "jacfwd", "jacrev", "hessian"])
-def test_jax_derivatives_match_the_built_in_layer(rng, transformation, batch, mask):
+@pytest.mark.parametrize(
+    ("transformation", "implementation"),
+    [
+        *((name, None) for name in ("jvp", "jacfwd", "jacrev", "hessian")),
+        *((name, "loop") for name in ("linearize", "jit jvp", "jvp jit")),
+    ],
+)
+def test_jax_derivatives_match_the_built_in_layer(
+    rng, transformation, implementation, batch, mask
+):
     import jax
 
     x, dx = rng.normal(size=(2, batch, 5, 3)).astype("float32")
-    mask = MASKS[mask] and np.array(MASKS[mask], bool)[:batch]
-    results = []
-    for layer in with_built_in(rng, return_sequences=True):
-        transform = {
-            "jvp": lambda call: jax.jvp(call, (x,), (dx,)),
-            "jacfwd": lambda call: jax.jacfwd(call)(x),
-            "jacrev": lambda call: jax.jit(jax.jacrev(call))(x),
-            "hessian": lambda call: jax.hessian(lambda x: ops.sum(call(x) ** 2))(x),
-        }[transformation]
-        results.append(transform(lambda x, layer=layer: layer(x, mask=mask)))
+    mask = None if mask == "unmasked" else MASKS[mask][:batch]
+    transform = {
+        "jvp": lambda call: jax.jvp(call, (x,), (dx,)),
+        "jacfwd": lambda call: jax.jacfwd(call)(x),
+        "jacrev": lambda call: jax.jit(jax.jacrev(call))(x),
+        "hessian": lambda call: jax.hessian(lambda x: ops.sum(call(x) ** 2))(x),
+        "linearize": lambda call: jax.linearize(call, x)[1](dx),
+        "jit jvp": lambda call: jax.jit(lambda x: jax.jvp(call, (x,), (dx,)))(x),
+        "jvp jit": lambda call: jax.jvp(jax.jit(call), (x,), (dx,)),
+    }[transformation]
+    with recurrence.force(implementation):
+        results = [
+            transform(lambda x, layer=layer: layer(x, mask=mask))
+            for layer in with_built_in(rng, return_sequences=True)
+        ]
     assert_trees_close(*results, atol=1e-4 if transformation == "hessian" else 1e-5)
 
 
 @on_jax
-@pytest.mark.parametrize("mask", ["unmasked", "gaps"])
-@pytest.mark.parametrize("transformation", ["linearize", "jit jvp", "jvp jit"])
-def test_forced_loop_supports_all_jax_transformations(rng, transformation, mask):
-    import jax
-
-    x, dx = rng.normal(size=(2, 3, 5, 3)).astype("float32")
-    mask = MASKS[mask] and np.array(MASKS[mask], bool)
-    results = []
-    for layer in with_built_in(rng):
-        transform = {
-            "linearize": lambda call: jax.linearize(call, x)[1](dx),
-            "jit jvp": lambda call: jax.jit(lambda x: jax.jvp(call, (x,), (dx,)))(x),
-            "jvp jit": lambda call: jax.jvp(jax.jit(call), (x,), (dx,)),
-        }[transformation]
-        with recurrence.force("loop"):
-            results.append(transform(lambda x, layer=layer: layer(x, mask=mask)))
-    assert_trees_close(*results)
-
-
-@on_jax
-@with_and_without_mask
+@each_mask
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_strict_dtype_promotion_on_jax(rng, policy, batch, mask):
     import jax
 
-    layer = layer_with(rng, dtype=policy, return_sequences=True, return_state=True)
-    mask = MASKS[mask] and np.array(MASKS[mask], bool)[:batch]
-    inputs = [rng.normal(size=size) for size in [(batch, 5, 3), (batch, 4), (batch, 4)]]
-    inputs = [value.astype("float32") for value in inputs]
-    results = []
-    state = rng.bit_generator.state
+    layer = layer_with(rng, dtype=policy, **RETURNS)
+    mask = None if mask is None else mask[:batch]
+    results, state = [], rng.bit_generator.state
     for promotion in ("strict", "standard"):
         rng.bit_generator.state = state
         with jax.numpy_dtype_promotion(promotion):
-            results.append(all_gradients(layer, mask, rng, batch=batch)(*inputs))
+            results.append(all_gradients(layer, mask, rng, (batch, 5, 3)))
         assert layer.recurrence == "jax"
     assert_trees_close(*results, atol=1e-6)
 
 
 @on_torch
-@with_and_without_mask
+@each_mask
 @pytest.mark.parametrize("map_over", ["torch.func.vmap", "vectorized_map"])
-@pytest.mark.parametrize("use_bias", [True, False], ids=["bias", "no_bias"])
+@both_biases
 def test_vmap_matches_the_batch(rng, map_over, mask, use_bias):
     import torch
 
     layer = layer_with(rng, return_sequences=True, use_bias=use_bias)
-    x = torch.tensor(rng.normal(size=(3, 5, 3)).astype("float32"))
-    mask = torch.tensor(np.array(MASKS[mask] or np.ones((3, 5)), bool))
-    masked = not bool(mask.all())
+    inputs = [torch.tensor(rng.normal(size=(3, 5, 3)).astype("float32"))]
+    inputs += [] if mask is None else [torch.tensor(mask)]
 
     def call(inputs):
-        x, mask = inputs
-        return layer(x[None], mask=mask[None] if masked else None)[0]
+        x, *mask = (value[None] for value in inputs)
+        return layer(x, mask=mask[0] if mask else None)[0]
 
     if map_over == "vectorized_map":
-        outputs = ops.vectorized_map(call, (x, mask))
+        outputs = ops.vectorized_map(call, inputs)
     else:
-        outputs = torch.func.vmap(lambda x, mask: call((x, mask)))(x, mask)
-    assert_trees_close(outputs, layer(x, mask=mask if masked else None), atol=1e-6)
+        outputs = torch.func.vmap(lambda *inputs: call(inputs))(*inputs)
+    assert_trees_close(outputs, layer(inputs[0], mask=mask), atol=1e-6)
 
 
 @on_torch
-@with_and_without_mask
+@each_mask
 @pytest.mark.filterwarnings("ignore:.*There is a performance drop:UserWarning")
 def test_per_sample_gradients_match_single_samples(rng, mask):
     """By the weights and the inputs, as in differentially private training."""
     import torch
 
     layer = layer_with(rng)
-    x = torch.tensor(rng.normal(size=(3, 5, 3)).astype("float32"))
-    mask = torch.tensor(np.array(MASKS[mask] or np.ones((3, 5)), bool))
-    masked = not bool(mask.all())
+    inputs = [torch.tensor(rng.normal(size=(3, 5, 3)).astype("float32"))]
+    inputs += [] if mask is None else [torch.tensor(mask)]
     values = [weight.value.detach() for weight in layer.weights]
 
-    def loss(values, x, mask):
-        pairs = list(zip(layer.weights, values, strict=True))
-        with keras.StatelessScope(pairs):
-            return (layer(x[None], mask=mask[None] if masked else None) ** 2).sum()
+    def loss(values, x, mask=None):
+        mask = None if mask is None else mask[None]
+        with keras.StatelessScope(list(zip(layer.weights, values, strict=True))):
+            return (layer(x[None], mask=mask) ** 2).sum()
 
     gradient = torch.func.grad(loss, argnums=(0, 1))
-    gradients = torch.func.vmap(gradient, in_dims=(None, 0, 0))(values, x, mask)
+    axes = (None, *[0] * len(inputs))
+    gradients = torch.func.vmap(gradient, in_dims=axes)(values, *inputs)
     for k in range(3):
+        x, *mask_k = (value[k].clone() for value in inputs)
+        by = [value.clone().requires_grad_() for value in (*values, x)]
         with recurrence.force("loop"):
-            x_k = x[k].clone().requires_grad_()
-            weights = [value.clone().requires_grad_() for value in values]
-            expected = torch.autograd.grad(
-                loss(weights, x_k, mask[k]), [*weights, x_k], materialize_grads=True
-            )
+            single = loss(by[:-1], by[-1], *mask_k)
+            expected = torch.autograd.grad(single, by, materialize_grads=True)
         ours = [gradient[k] for gradient in keras.tree.flatten(gradients)]
         for one, other in zip(ours, expected, strict=True):
             np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @on_torch
-@with_and_without_mask
+@each_mask
 @pytest.mark.parametrize(("dtype", "atol"), [("bfloat16", 4e-2), ("float16", 5e-3)])
 def test_autocast_on_a_cpu(rng, dtype, atol, mask):
     """Outputs and gradients within the precision of the dtype."""
@@ -367,7 +308,6 @@ def test_autocast_on_a_cpu(rng, dtype, atol, mask):
 
     layer = layer_with(rng, return_sequences=True)
     x = torch.tensor(rng.normal(size=(3, 5, 3)).astype("float32"))
-    mask = MASKS[mask] and np.array(MASKS[mask], bool)
     weights = [weight.value for weight in layer.weights]
     results = []
     for enabled in (True, False):
@@ -405,7 +345,7 @@ def trained(fast, rng, **compiled):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("fast", FAST)
+@each_fast
 def test_compiled_training_matches_the_loop(rng, fast, compiled):
     if BACKEND == "torch" and compiled == {"jit_compile": True}:
         pytest.skip("torch.compile needs a C++ compiler")
@@ -418,7 +358,7 @@ def test_compiled_training_matches_the_loop(rng, fast, compiled):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="JAX reports the memory")
+@on_jax  # which reports the memory
 @pytest.mark.parametrize("batch", [32, 128])
 def test_training_takes_no_more_memory_than_the_built_in(batch):
     """In one compiled training step, without the weights and the data."""
@@ -427,13 +367,8 @@ def test_training_takes_no_more_memory_than_the_built_in(batch):
     def memory(layer):
         x = np.zeros((batch, 35, 28), "float32")
         layer.build(x.shape)
-        trainable, others = (
-            [variable.value for variable in variables]
-            for variables in (
-                layer.trainable_variables,
-                layer.non_trainable_variables,
-            )
-        )
+        trainable = [variable.value for variable in layer.trainable_variables]
+        others = [variable.value for variable in layer.non_trainable_variables]
 
         def loss(trainable, x):
             outputs, _ = layer.stateless_call(trainable, others, x, training=True)
@@ -452,13 +387,6 @@ def test_training_takes_no_more_memory_than_the_built_in(batch):
 # --- the choice of an implementation -----------------------------------------
 
 
-def test_fast_implementation_is_the_default(rng):
-    layer = ScratchLSTM(4)
-    assert layer.recurrence is None
-    layer(rng.normal(size=(3, 5, 3)).astype("float32"))
-    assert layer.recurrence == FAST[0]
-
-
 class Halved(ScratchLSTMCell):
     def gates(self, x, h, c):
         gates = super().gates(x, h, c)
@@ -466,54 +394,31 @@ class Halved(ScratchLSTMCell):
 
 
 @pytest.mark.parametrize(
-    ("make", "training"),
+    ("make", "training", "is_fast"),
     [
-        (lambda: ScratchLSTM(4, activation="relu"), False),
-        (lambda: ScratchLSTM(4, recurrent_activation="hard_sigmoid"), False),
-        (lambda: ScratchLSTM(4, recurrent_dropout=0.5), True),
-        (lambda: ScratchLSTM(4, unroll=True), False),
-        (lambda: ScratchLSTM(cell=Halved(4)), False),
+        (lambda: ScratchLSTM(4), True, True),
+        (lambda: ScratchLSTM(4, activation="relu"), False, False),
+        (lambda: ScratchLSTM(4, recurrent_activation="hard_sigmoid"), False, False),
+        (lambda: ScratchLSTM(4, recurrent_dropout=0.5), True, False),
+        (lambda: ScratchLSTM(4, recurrent_dropout=0.5), False, True),
+        (lambda: ScratchLSTM(4, unroll=True), False, False),
+        (lambda: ScratchLSTM(cell=Halved(4)), False, False),
     ],
-    ids=["activation", "recurrent_activation", "recurrent_dropout", "unroll", "gates"],
 )
-def test_unsupported_layers_run_the_loop(rng, make, training):
+def test_choice_of_the_implementation(rng, make, training, is_fast):
     layer = make()
+    assert layer.recurrence is None
     layer(rng.normal(size=(3, 5, 3)).astype("float32"), training=training)
-    assert layer.recurrence == "loop"
+    assert layer.recurrence == (FAST[0] if is_fast else "loop")
 
 
-def test_recurrent_dropout_is_fast_in_inference(rng):
-    layer = ScratchLSTM(4, recurrent_dropout=0.5)
-    layer(rng.normal(size=(3, 5, 3)).astype("float32"))
-    assert layer.recurrence == FAST[0]
+def test_bidirectional_is_fast(rng):
+    both = keras.layers.Bidirectional(ScratchLSTM(4))
+    both(rng.normal(size=(3, 5, 3)).astype("float32"), mask=MASKS["gaps"])
+    assert both.forward_layer.recurrence == both.backward_layer.recurrence == FAST[-1]
 
 
-@pytest.mark.parametrize("mask", MASKS)
-def test_bidirectional_is_fast(rng, mask):
-    """`Bidirectional` returns zeros for masked time time."""
-    mask = MASKS[mask] and np.array(MASKS[mask], bool)
-    both = keras.layers.Bidirectional(ScratchLSTM(4, return_sequences=True))
-    x = rng.normal(size=(3, 5, 3)).astype("float32")
-    fast = ops.convert_to_numpy(both(x, mask=mask))
-    assert both.forward_layer.recurrence == both.backward_layer.recurrence == FAST[0]
-    with recurrence.force("loop"):
-        loop = ops.convert_to_numpy(both(x, mask=mask))
-    np.testing.assert_allclose(fast, loop, atol=1e-6)
-    assert mask is None or not fast[~mask].any()
-
-
-def test_unknown_batch_size_and_time(rng):
-    layer = ScratchLSTM(4, return_sequences=True)
-    model = keras.Sequential([keras.Input((None, 3)), layer])
-    for shape in [(3, 5, 3), (2, 9, 3), (1, 1, 3)]:
-        x = rng.normal(size=shape).astype("float32")
-        fast = model.predict(x, verbose=0)
-        with recurrence.force("loop"):
-            loop = ops.convert_to_numpy(layer(x))
-        np.testing.assert_allclose(fast, loop, atol=1e-6)
-
-
-@pytest.mark.parametrize("fast", FAST)
+@each_fast
 def test_training_with_unknown_time_matches_the_loop(rng, fast):
     if fast == "cudnn":
         pytest.skip("cuDNN does not support masks")
