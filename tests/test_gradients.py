@@ -9,6 +9,7 @@ from reference import NAMES
 
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, recurrence
 
+
 def tanh():
     """On JAX, `keras.activations.tanh` computes in float32."""
     if BACKEND != "jax":

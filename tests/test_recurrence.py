@@ -19,7 +19,9 @@ MASKS = {name: mask and np.array(mask, bool) for name, mask in MASKS.items()}
 RETURNS = {"return_sequences": True, "return_state": True}
 each_fast = pytest.mark.parametrize("fast", FAST)
 each_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-both_biases = pytest.mark.parametrize("use_bias", [True, False], ids=["bias", "no_bias"])
+both_biases = pytest.mark.parametrize(
+    "use_bias", [True, False], ids=["bias", "no_bias"]
+)
 in_training = pytest.mark.parametrize(
     "training", [True, False], ids=["training", "inference"]
 )
@@ -175,6 +177,8 @@ def _torch_penalty(layer, training, x):
 
 on_jax = pytest.mark.skipif(BACKEND != "jax", reason="transformations of JAX")
 on_torch = pytest.mark.skipif(BACKEND != "torch", reason="transformations of torch")
+
+
 def with_built_in(rng, **arguments):
     """Our layer and the built-in one, with the same random weights."""
     layer = layer_with(rng, **arguments)
