@@ -19,6 +19,7 @@ import re
 import struct
 import sys
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import h5py
@@ -175,8 +176,19 @@ CALLS = {
     from_torch: every(lstm_or_state_dict=ANYTHING | STATE_DICT),
     TRACE.to_html: every(path=PATH, tokens=TOKENS, sample=SAMPLE),
     TRACE.save: every(path=PATH),
-    TRACE.to_dataframe: every(tokens=TOKENS | st.tuples(TOKENS, st.just("abc"))),
 }
+if find_spec("pandas"):
+    CALLS[TRACE.to_dataframe] = every(tokens=TOKENS)
+if find_spec("matplotlib"):
+    from keras_scratch_lstm import plotting
+
+    FOR_PLOT = {"tokens": TOKENS, "sample": SAMPLE, "steps": ANYTHING, "path": PATH}
+    ARRAY_NAME = st.sampled_from(ARRAYS) | ANYTHING
+    CALLS |= {
+        plotting.plot_gates: every(units=SAMPLE, **FOR_PLOT),
+        plotting.plot_heatmap: some(array=ARRAY_NAME, ax=ANYTHING, **FOR_PLOT),
+        plotting.plot_text: every(unit=SAMPLE, array=ARRAY_NAME, **FOR_PLOT),
+    }
 # What else an error may name; "" if Keras checks the arguments.
 OTHER_NAMES = {
     ScratchLSTMCell: [""],
@@ -190,40 +202,16 @@ OTHER_NAMES = {
 @pytest.mark.parametrize("function", CALLS, ids=lambda function: function.__name__)
 def test_random_arguments(function, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if function == TRACE.to_dataframe:
-        pytest.importorskip("pandas")
+    is_plot = function.__name__.startswith("plot_")
+    call = functools.partial(function, TRACE) if is_plot else function
 
     @fuzz
     @given(CALLS[function])
     def check(given):
         names = [f"`{name}" for name in given] + OTHER_NAMES.get(function, [])
-        outcome(lambda: function(**given), *names)
+        outcome(lambda: call(**given), *names)
 
     check()
-
-
-@fuzz
-@given(
-    which=st.sampled_from(["gates", "heatmap", "saturation", "text"]),
-    given=some(
-        units=st.integers(0, 3) | ANYTHING,
-        unit=st.integers(0, 3) | ANYTHING,
-        name=st.sampled_from(ARRAYS) | ANYTHING,
-        tokens=TOKENS,
-        sample=SAMPLE,
-        steps=ANYTHING,
-        ax=ANYTHING,
-        path=st.none() | NUMBERS | st.binary(max_size=3),
-    ),
-)
-def test_random_arguments_of_plots(which, given):
-    pytest.importorskip("matplotlib")
-    from keras_scratch_lstm import plotting
-
-    function = getattr(plotting, f"plot_{which}")
-    names = inspect.signature(function).parameters
-    given = {name: value for name, value in given.items() if name in names}
-    outcome(lambda: function(TRACE, **given), *names)
 
 
 # --- random configurations and conversions -----------------------------------
@@ -364,12 +352,9 @@ PAYLOADS = {
 }
 PLACES = [
     ("layer", "activation"),
-    ("layer", "kernel_initializer"),
     ("layer", "bias_initializer", "f"),
-    ("layer", "activity_regularizer"),
     ("layer", "dtype"),
     ("layer", "cell"),
-    ("rnn", "cell"),
     ("rnn", "cell", "config", "bias_constraint"),
 ]
 
@@ -428,50 +413,36 @@ def memory_below(size):
     assert resident("VmHWM") - before < size
 
 
-def replace_weights(path, select, **arguments):
-    """Replace datasets of a file of weights."""
-    with h5py.File(path, "r+") as file:
-        names = []
-        file.visit(names.append)
-        datasets = [name for name in names if isinstance(file[name], h5py.Dataset)]
-        for name in filter(select, datasets):
-            del file[name]
-            file.create_dataset(name, **arguments)
-
-
 @pytest.mark.parametrize(
-    "arguments",
+    ("number", "arguments", "limit"),
     [
-        {"data": np.zeros((4, 3), "float32")},
-        {"data": np.zeros((3, 5), "float32")},
-        {"data": np.float32(0)},
-        {"shape": (0, 4), "dtype": "float32"},
-        {"data": np.array([[b"a"] * 4] * 3)},
+        (1, {"data": np.zeros((4, 3), "float32")}, 100),
+        (1, {"data": np.zeros((3, 5), "float32")}, 100),
+        (1, {"shape": (0, 4), "dtype": "float32"}, 100),
+        (1, {"data": np.array([[b"a"] * 4] * 3)}, 100),
         # A few bytes that declare 4 TB.
-        {"shape": (10**6, 10**6), "dtype": "float32", "chunks": (1, 1)},
+        (1, {"shape": (10**6, 10**6), "dtype": "float32", "chunks": (1, 1)}, 100),
+        # Twelve arrays of 64 MB, of which at most a few may be in memory.
+        (12, {"shape": (16, MB), "dtype": "float32", "compression": "gzip"}, 8 * 64),
     ],
-    ids=["transposed", "wider", "scalar", "empty", "text", "bomb"],
+    ids=["transposed", "wider", "empty", "text", "bomb", "large"],
 )
-def test_invalid_weights(arguments, tmp_path):
+def test_invalid_weights(number, arguments, limit, tmp_path):
     path, model = tmp_path / "model.weights.h5", make_model()
     model.save_weights(path)
     before = model.layers[0].get_weights()
-    first = re.compile("layer.*/0$").search
-    replace_weights(path, first, **arguments)
-    with memory_below(100 * MB), pytest.raises((ValueError, TypeError)):
+    with h5py.File(path, "r+") as file:
+        names = []
+        file.visit(names.append)
+        for name in [name for name in names if re.search(r"layer.*/\d+$", name)][
+            :number
+        ]:
+            del file[name]
+            file.create_dataset(name, **arguments)
+    with memory_below(limit * MB), pytest.raises((ValueError, TypeError)):
         model.load_weights(path)
     for weight, old in zip(model.layers[0].get_weights(), before, strict=True):
         np.testing.assert_array_equal(weight, old)
-
-
-def test_weights_are_read_one_at_a_time(tmp_path):
-    path, model = tmp_path / "model.weights.h5", make_model()
-    model.save_weights(path)
-    large = {"shape": (16, MB), "dtype": "float32", "compression": "gzip"}
-    replace_weights(path, lambda name: "seed" not in name, **large)
-    # Two layers with twelve arrays of 64 MB each.
-    with memory_below(8 * 64 * MB), pytest.raises(ValueError, match="shape"):
-        model.load_weights(path)
 
 
 # --- hostile trace files -----------------------------------------------------
@@ -485,12 +456,6 @@ class Payload:
         return open, (str(self.path), "w")
 
 
-def npy(array, pickled=False):
-    file = io.BytesIO()
-    np.save(file, array, allow_pickle=pickled)
-    return file.getvalue()
-
-
 def header(shape, dtype="<f4"):
     """Return the header of an array, which may declare more than follows."""
     text = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}, }}\n"
@@ -500,15 +465,14 @@ def header(shape, dtype="<f4"):
 def hostile_files(members, canary):
     """Yield names, and the content of files that are no trace."""
     pickled = pickle.dumps(Payload(canary))
-    objects = npy(np.array([Payload(canary)], dtype=object), pickled=True)
-    for name in ("f.npy", "format.npy", "layer.npy", "mask.npy", "more.npy"):
-        yield f"object array as {name}", members | {name: objects}
-        if name != "more.npy":
-            yield f"pickle as {name}", members | {name: pickled}
+    file = io.BytesIO()
+    np.save(file, np.array([Payload(canary)], dtype=object), allow_pickle=True)
+    for name in ("f.npy", "format.npy", "layer.npy", "mask.npy"):
+        yield f"object array as {name}", members | {name: file.getvalue()}
+        yield f"pickle as {name}", members | {name: pickled}
     yield "pickle", pickled
-    yield "object array", objects
+    yield "object array", file.getvalue()
     yield "array of 4 TB", header(f"({10**12},)")
-    yield "array of 1 GB", header(f"({2**28},)") + bytes(64)
     code = "__import__('os').mkdir('x')"
     shapes = f"({10**12}, 3, 4)", f"({2**28}, 1, 1)", "(2, 3, -4)", "(2,) * 9**9", code
     for shape in shapes:
@@ -537,7 +501,7 @@ def test_hostile_trace_files(tmp_path, canary, monkeypatch):
         else:
             path.write_bytes(content)
         check(what)
-    bomb = members | {"f.npy": npy(np.zeros((1, 2**24, 1), "float32"))}
+    bomb = members | {"f.npy": header(f"(1, {2**24}, 1)") + bytes(2**26)}
     for compression in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
         write_archive(path, bomb, compression)
         check(f"bomb {compression}")
@@ -568,11 +532,16 @@ def test_randomly_damaged_trace_file(tmp_path_factory, data):
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(0, len(content)))
+        if data.draw(st.booleans()) and start < len(content):
+            content[start] ^= 1 << data.draw(st.integers(0, 7))
+            continue
         size = data.draw(st.integers(0, 400))
         new = data.draw(st.binary(max_size=8) | st.just(content[start : start + 100]))
         content[start : start + size] = new
     path.write_bytes(content)
-    check_loaded(outcome(lambda: GateTrace.load(path), "`path`"))
+    trace = outcome(lambda: GateTrace.load(path), "`path`")
+    if trace is not None:  # only bytes without effect, such as of a date, are changed
+        np.testing.assert_array_equal(trace.c, F)
 
 
 @fuzz
@@ -588,9 +557,5 @@ def test_random_arrays_in_trace_file(tmp_path_factory, arrays):
     TRACE.save(path)
     with np.load(path) as file:
         np.savez(path, **dict(file) | arrays)
-    check_loaded(outcome(lambda: GateTrace.load(path), "`path`"))
-
-
-def check_loaded(trace):
-    if trace is not None:
-        assert all(getattr(trace, name).shape == trace.h.shape for name in ARRAYS)
+    trace = outcome(lambda: GateTrace.load(path), "`path`")
+    assert trace is None or {getattr(trace, name).ndim for name in ARRAYS} == {3}

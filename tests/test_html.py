@@ -23,10 +23,8 @@ HOSTILE = [
     "\u2028\u2029",
     "\x00\x1b[31m",
     "\u202egpj.exe",
-    "\u2066\u200f",
     "\ud800",
     "{{ data }}{{ layer }}",
-    "\\u003c/script\\u003e",
     "&lt;img src=x onerror=alert(1)&gt;",
     "",
 ]
@@ -76,20 +74,18 @@ def read_report(path):
 
 def assert_close(values, trace, sample, data):
     """Check that the error is at most half a quantization step."""
-    tolerance = {
-        name: np.ptp(getattr(trace, name)[sample], axis=0) / data["levels"] / 2 + 1e-6
-        for name in ARRAYS
-    }
+    expected = {name: getattr(trace, name)[sample] for name in ARRAYS}
+    step = {name: np.ptp(expected[name], axis=0) / data["levels"] for name in ARRAYS}
     if "h" not in data["stored"]:
-        tolerance["h"] = tolerance["o"] + tolerance["c"]
+        step["h"] = step["o"] + step["c"]
     for name in ARRAYS:
-        error = np.abs(values[name] - getattr(trace, name)[sample])
-        assert (error <= tolerance[name]).all(), name
+        error = np.abs(values[name] - expected[name])
+        assert (error <= step[name] / 2 + 1e-6).all(), name
 
 
 @pytest.mark.parametrize(
     ("time", "units", "is_lstm", "levels"),
-    [(50, 5, True, 254), (50, 5, False, 254), (2000, 256, False, 31)],
+    [(50, 5, True, 254), (2000, 256, False, 31)],
 )
 def test_quantized_values_match_trace(time, units, is_lstm, levels, rng, path):
     tokens = ["".join(rng.choice(list("abc d\n"), time)) for _ in range(2)]
@@ -122,43 +118,19 @@ def test_report_keeps_masked_and_infinite_values_apart(rng, path):
     assert data["variance"]["o"][0] == data["variance"]["i"][4] == 0
 
 
-def test_correlations_of_report_match_numpy(rng, path):
-    trace = make_trace(rng, len(TEXT), masked=[3, 40])
-    trace.c[:, :, 2] = 0.7
-    trace.to_html(path, TEXT, sample=1)
+def test_correlations_of_report_are_those_of_the_trace(rng, path):
+    trace = make_trace(rng, len(TEXT), samples=1, masked=[3, 40])
+    trace.to_html(path, TEXT)
     data, _ = read_report(path)
     vowel = np.isin(list(TEXT), list("aeiouAEIOU"))
-    mask = trace.mask[1]
     for name in ARRAYS:
-        values = getattr(trace, name)[1, mask]
-        for unit, r in enumerate(data["correlations"][name]["vowel"]):
-            if name == "c" and unit == 2:
-                assert data["variance"]["c"][2] == 0
-                continue
-            assert abs(r - np.corrcoef(values[:, unit], vowel[mask])[0, 1]) < 6e-4
+        (expected,) = trace.correlate({"vowel": vowel}, name).values()
+        found = data["correlations"][name]["vowel"]
+        np.testing.assert_allclose(found, expected, atol=6e-4)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "features"),
-    [
-        (None, []),
-        (np.arange(12) / 12, []),
-        (
-            ["The", "time", ",", "it", "was", ".", "Mr", "H", ".", "In", "it", "."],
-            ["capitalized", "punctuation", "token length", "position in sentence"],
-        ),
-    ],
-    ids=["none", "numbers", "words"],
-)
-def test_features_of_report_fit_the_tokens(tokens, features, rng, path):
-    make_trace(rng, 12).to_html(path, tokens)
-    data, _ = read_report(path)
-    assert [*data["correlations"]["c"]] == features
-    assert data["separate"]
-
-
-@pytest.mark.parametrize("layer", HOSTILE, ids=ascii)
-def test_hostile_names_and_tokens_are_escaped(layer, rng, path):
+def test_hostile_names_and_tokens_are_escaped(rng, path):
+    layer = "".join(HOSTILE)
     make_trace(rng, len(HOSTILE), layer=layer).to_html(path, HOSTILE)
     page = path.read_text("utf-8")
     assert page.count("<script") == page.count("</script>") == 2
@@ -189,11 +161,9 @@ def browser():
     executable = next(filter(None, map(shutil.which, names)), None)
     if executable is None:
         pytest.skip("Chromium is not installed")
+    options = {"executable_path": executable, "args": ["--no-sandbox"]}  # in containers
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=executable,
-            args=["--no-sandbox"],  # containers may not allow it
-        )
+        browser = playwright.chromium.launch(**options)
         yield browser
         browser.close()
 
@@ -201,22 +171,17 @@ def browser():
 @pytest.fixture
 def visit(browser, path):
     """Open a trace's report; no error and no request to elsewhere may occur."""
-    contexts, errors = [], []
+    contexts, errors, requests = [], [], []
 
     def visit(trace, tokens=None, width=1200, scheme="light", **kwargs):
         trace.to_html(path, tokens)
-        context = browser.new_context(
-            viewport={"width": width, "height": 800}, color_scheme=scheme, **kwargs
-        )
-        contexts.append(context)
-        page = context.new_page()
+        kwargs |= {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
+        contexts.append(browser.new_context(**kwargs))
+        page = contexts[-1].new_page()
         page.set_default_timeout(20_000)
         for event in ("console", "pageerror", "dialog"):
             page.on(event, lambda event: errors.append(str(event)))
-        page.on(
-            "request",
-            lambda request: request.url == path.as_uri() or errors.append(request.url),
-        )
+        page.on("request", lambda request: requests.append(request.url))
         page.goto(path.as_uri())
         page.wait_for_selector("html[data-ready]")
         return page
@@ -225,6 +190,7 @@ def visit(browser, path):
     for context in contexts:
         context.close()
     assert errors == []
+    assert set(requests) == {path.as_uri()}
 
 
 def token(page, step):
@@ -246,23 +212,18 @@ def assert_shows(page, trace, step, unit):
     assert page.inner_text("#where").endswith(f", unit {unit}")
 
 
-def contrast(a, b):
-    def luminance(color):
-        x = np.array(color) / 255
-        linear = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
-        return linear @ [0.2126, 0.7152, 0.0722]
-
-    bright, dark = sorted((luminance(a), luminance(b)), reverse=True)
-    return (bright + 0.05) / (dark + 0.05)
+def luminance(color):
+    x = np.array(color) / 255
+    linear = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+    return linear @ [0.2126, 0.7152, 0.0722]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["i", "f", "o", "c"])
+@pytest.mark.parametrize("name", ["f", "c"])
 def test_color_key_matches_token_colors(name, scheme, visit, rng):
     image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
-    is_gate = name != "c"
     trace = make_trace(rng, 5)
-    low, high = (0, 1) if is_gate else (-2, 2)
+    low, high = (0, 1) if name == "f" else (-2, 2)
     getattr(trace, name)[0, :, 0] = np.linspace(low, high, 5)
     page = visit(trace, "abcde", scheme=scheme)
     page.check(f"input[value={name}]")
@@ -273,15 +234,17 @@ def test_color_key_matches_token_colors(name, scheme, visit, rng):
         return np.array(re.findall(r"\d+", token(page, step).evaluate(style)), int)[:3]
 
     colors = np.array([color(step, "backgroundColor") for step in range(5)])
-    zero = [255] * 3 if scheme == "light" else [20, 23, 27]
-    positive = [0, 114, 178] if scheme == "light" else [86, 180, 233]
-    negative = [213, 94, 0] if scheme == "light" else [240, 130, 50]
-    ends = [zero, positive] if is_gate else [negative, zero, positive]
+    negative, zero, positive = {
+        "light": ([213, 94, 0], [255, 255, 255], [0, 114, 178]),
+        "dark": ([240, 130, 50], [20, 23, 27], [86, 180, 233]),
+    }[scheme]
+    ends = [zero, positive] if name == "f" else [negative, zero, positive]
     share = np.linspace(0, len(ends) - 1, 5)
     expected = [np.interp(share, range(len(ends)), rgb) for rgb in np.transpose(ends)]
     np.testing.assert_allclose(colors, np.transpose(expected), atol=2)
-    for step in range(5):
-        assert contrast(colors[step], color(step, "color")) > 4.5
+    for step in range(5):  # the contrast that WCAG requires
+        pair = [luminance(colors[step]), luminance(color(step, "color"))]
+        assert (max(pair) + 0.05) / (min(pair) + 0.05) > 4.5
 
     png = image.open(io.BytesIO(page.locator("#bar").screenshot())).convert("RGB")
     bar = np.asarray(png)[png.height // 2]
@@ -320,9 +283,8 @@ def test_keyboard_navigation(visit, trace):
 def test_sorting_of_units(visit, rng):
     trace = make_trace(rng, len(TEXT))
     vowel = np.isin(list(TEXT), list("aeiouAEIOU"))
-    digit = np.char.isdigit(list(TEXT))
     trace.f[0, :, 3] = np.where(vowel, 0.9, 0.1)
-    trace.f[0, :, 1] = np.where(digit, 0.4, 0.6)
+    trace.f[0, :, 1] = np.where(np.char.isdigit(list(TEXT)), 0.4, 0.6)
     trace.f[0, :, 2] = 0.5
     page = visit(trace, TEXT)
     page.check("input[value=f]")
@@ -330,15 +292,15 @@ def test_sorting_of_units(visit, rng):
     def listed(order):
         page.select_option("#order", order)
         script = "(options) => options.map((o) => [Number(o.value), o.text])"
-        rows = page.eval_on_selector_all("#unit option", script)
-        units, texts = zip(*rows, strict=True)
+        units, texts = zip(
+            *page.eval_on_selector_all("#unit option", script), strict=True
+        )
         assert page.input_value("#unit") == str(units[0])
         return units, [text.split(maxsplit=1)[-1] for text in texts]
 
     units, labels = listed("strongest correlation")
-    found = dict(zip(units, labels, strict=True))
     assert {*units[:2]} == {1, 3}
-    assert (found[3], found[1]) == ("+1.00 vowel", "−1.00 digit")
+    assert {*labels[:2]} == {"+1.00 vowel", "−1.00 digit"}
     assert (units[-1], labels[-1]) == (2, "constant")
     units, labels = listed("vowel")
     r = [abs(number(label)) for label in labels[:-1]]

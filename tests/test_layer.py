@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gradients import BACKEND, with_gradients
 from keras import layers, ops
-from reference import NAMES, fuse, label, lstm, weights_of
+from reference import NAMES, label, lstm, weights_of
 
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, recurrence
 

@@ -53,8 +53,8 @@ def random_weights(layer, rng):
     return layer
 
 
-def model_of(*middle, name=None):
-    return keras.Sequential([keras.Input((TIME, FEATURES)), *middle], name=name)
+def model_of(*middle):
+    return keras.Sequential([keras.Input((TIME, FEATURES)), *middle])
 
 
 def built(layer):
@@ -122,8 +122,7 @@ def all_arguments():
     config |= {"dropout": 0.25, "recurrent_dropout": 0.125, "seed": 5}
     config |= {"activity_regularizer": "l2", "unroll": True, "name": "my_lstm"}
     config |= {"return_sequences": True, "return_state": True, "go_backwards": True}
-    config |= {"use_cudnn": False}
-    return layers.LSTM(6, **config)
+    return layers.LSTM(6, **config, use_cudnn=False)
 
 
 def bidirectional():
@@ -138,7 +137,6 @@ def sequential():
         layers.BatchNormalization(),
         layers.LSTM(6),
         layers.Dense(2, name="logits"),
-        name="sequential",
     )
 
 
@@ -165,11 +163,8 @@ CASES = {
     "all arguments": all_arguments,
     "no bias": lambda: layers.LSTM(6, use_bias=False, return_sequences=True),
     "mixed precision": lambda: layers.LSTM(6, dtype="mixed_float16"),
-    "RNN": lambda: layers.RNN(layers.LSTMCell(6), return_sequences=True),
     "stacked": lambda: layers.RNN(
-        layers.StackedRNNCells(
-            [layers.LSTMCell(6), layers.GRUCell(4), layers.LSTMCell(2)]
-        )
+        [layers.LSTMCell(6), layers.GRUCell(4), layers.LSTMCell(2)]
     ),
     "Bidirectional": bidirectional,
     "TimeDistributed": lambda: layers.TimeDistributed(layers.LSTM(6)),
@@ -203,15 +198,10 @@ def test_round_trip_keeps_outputs_weights_and_config(rng, case):
 # Operations that share their name with a layer, and the layer's arguments.
 SHARED_NAMES = {
     "Add": ((), lambda x: x + 1.5),
-    "Average": ((), lambda x: ops.average(x, axis=1)),
     "Concatenate": ((), lambda x: ops.concatenate([x, x])),
     "Dot": ((-1,), lambda x: ops.dot(x, np.ones(FEATURES))),
-    "Maximum": ((), lambda x: ops.maximum(x, 0.0)),
-    "Minimum": ((), lambda x: ops.minimum(x, 0.0)),
-    "Multiply": ((), lambda x: x * 1.5),
     "Reshape": (((-1, 2),), lambda x: ops.reshape(x, (-1, 2))),
     "Softmax": ((), ops.softmax),
-    "Subtract": ((), lambda x: x - 1.5),
 }
 
 
@@ -226,23 +216,6 @@ def test_layers_beside_operations_of_the_same_name_are_converted(rng, x):
         assert (cls.__name__, issubclass(cls, layers.Layer)) == (name, False)
         outputs += [layers.LSTM(2)(by_layer), by_operation]
     assert_round_trip(random_weights(keras.Model(inputs, outputs), rng), [x])
-
-
-def test_a_tagger_with_masks_and_concatenated_embeddings_is_converted(rng):
-    words, tags = keras.Input((None,), name="words"), keras.Input((None,), name="tags")
-    x = [layers.Embedding(9, 3, mask_zero=True)(inputs) for inputs in (words, tags)]
-    lower = layers.LSTM(4, return_sequences=True, return_state=True)
-    x, *states = layers.Bidirectional(lower)(layers.Concatenate()(x))
-    y = layers.LSTM(4, return_sequences=True)(x, initial_state=states[:2])
-    x = ops.concatenate([x, y], axis=-1)
-    builtin = keras.Model([words, tags], layers.Dense(5)(x))
-    tokens = rng.integers(1, 5, (2, BATCH, TIME))
-    tokens[:, 0, 2:] = tokens[:, 1, 4:] = 0
-    inputs = [[ops.convert_to_tensor(row) for row in tokens]]
-    assert_round_trip(random_weights(builtin, rng), inputs)
-    unmasked = [[ops.convert_to_tensor(np.maximum(row, 1)) for row in tokens]]
-    masked, full = call(builtin, inputs)[0], call(builtin, unmasked)[0]
-    assert abs(masked[0, 0] - full[0, 0]).max() > 1e-4  # the mask takes effect
 
 
 class Multiply(layers.Layer):
@@ -265,17 +238,13 @@ def test_custom_layers_need_not_be_registered(rng, x, module, monkeypatch):
     assert_same_call(to_scratch(builtin), builtin, x)
 
 
-@pytest.mark.parametrize("case", ["cell", "layer", "Bidirectional", "model"])
+@pytest.mark.parametrize("case", ["cell", "layer", "Bidirectional"])
 def test_unbuilt_layers_are_converted_without_weights(case):
-    make_it = CASES.get(case, lambda: keras.Sequential([layers.LSTM(6)]))
-    builtin = make_it()
+    builtin = CASES[case]()
     scratch = to_scratch(builtin)
     assert not scratch.built
     assert not scratch.weights
-    again = to_builtin(scratch)
-    assert config_of(again) == config_of(builtin)
-    again.build((None, FEATURES) if case == "cell" else (None, TIME, FEATURES))
-    assert count(again, BUILTIN) == count(builtin, BUILTIN)
+    assert config_of(to_builtin(scratch)) == config_of(builtin)
 
 
 def test_layers_of_the_target_class_are_copied(rng, x):
@@ -287,13 +256,12 @@ def test_layers_of_the_target_class_are_copied(rng, x):
     assert_same_call(copy, both, x)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed_float16"])
-def test_a_given_cell_becomes_arguments_of_the_built_in_layer(rng, x, dtype):
-    cell = ScratchLSTMCell(6, activation="relu", bias_regularizer="l2", dtype=dtype)
-    scratch = built(ScratchLSTM(cell=cell, return_sequences=True))
+def test_a_given_cell_becomes_arguments_of_the_built_in_layer(rng, x):
+    options = {"activation": "relu", "bias_regularizer": "l2", "dtype": "mixed_float16"}
+    scratch = built(ScratchLSTM(cell=ScratchLSTMCell(6, **options)))
     builtin = to_builtin(random_weights(scratch, rng))
     assert type(builtin) is layers.LSTM
-    assert builtin.cell.dtype_policy.name == dtype
+    assert builtin.cell.dtype_policy.name == "mixed_float16"
     assert_same_call(builtin, scratch, x, 2e-3)
     np.testing.assert_equal(to_scratch(builtin).get_weights(), scratch.get_weights())
 
@@ -318,8 +286,10 @@ def test_trainable_flags_are_copied(rng, case):
     again = to_builtin(scratch)
     assert_equal_weights(again, builtin)
     assert attributes_of(again) == attributes_of(builtin)
-    trainable = [model.trainable_weights for model in (scratch, builtin)]
-    sizes = [sum(np.prod(weight.shape) for weight in weights) for weights in trainable]
+    sizes = [
+        sum(np.prod(weight.shape) for weight in model.trainable_weights)
+        for model in (scratch, builtin)
+    ]
     assert sizes[0] == sizes[1]
 
 
@@ -398,16 +368,15 @@ def test_vocabulary_is_copied():
     assert_same_call(scratch, builtin, ops.convert_to_tensor(texts))
 
 
-# --- Bidirectional and weights of the built-in layer -------------------------
+# --- Bidirectional -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("with_backward_layer", [False, True])
-def test_bidirectional_of_a_converted_layer_raises(rng, with_backward_layer):
+def test_bidirectional_of_a_converted_layer_raises(rng):
     scratch = to_scratch(make("layer", rng)[0])
     backward = to_scratch(built(layers.LSTM(6, go_backwards=True)))
-    options = {"backward_layer": backward} if with_backward_layer else {}
-    with pytest.raises(ValueError, match="would lose its converted weights"):
-        layers.Bidirectional(scratch, **options)
+    for options in ({}, {"backward_layer": backward}):
+        with pytest.raises(ValueError, match="would lose its converted weights"):
+            layers.Bidirectional(scratch, **options)
 
 
 def test_converted_bidirectional_models_can_be_saved_and_copied(rng, x, tmp_path):
@@ -422,18 +391,6 @@ def test_converted_bidirectional_models_can_be_saved_and_copied(rng, x, tmp_path
         assert_same_call(model, builtin, x)
 
 
-def test_weights_of_the_built_in_layer_raise_an_error_with_the_remedy(tmp_path):
-    builtin = model_of(layers.LSTM(6))
-    builtin.save_weights(tmp_path / "built_in.weights.h5")
-    scratch = to_scratch(builtin)
-    before = scratch.get_weights()
-    with pytest.raises(ValueError, match="`to_scratch`"):
-        scratch.layers[0].set_weights(builtin.layers[0].get_weights())
-    with pytest.raises(ValueError, match="`to_scratch`"):
-        scratch.load_weights(tmp_path / "built_in.weights.h5")
-    np.testing.assert_equal(scratch.get_weights(), before)
-
-
 # --- regularizers, constraints and initializers ------------------------------
 
 
@@ -442,28 +399,25 @@ def test_weights_of_the_built_in_layer_raise_an_error_with_the_remedy(tmp_path):
     [
         {"kernel_regularizer": "l1", "bias_regularizer": "l2"},
         {"recurrent_regularizer": regularizers.L1L2(0.1, 0.2)},
-        {"kernel_constraint": constraints.MaxNorm(0.5)},
+        {"kernel_constraint": constraints.MaxNorm(0.5), "bias_constraint": "non_neg"},
         {"recurrent_constraint": constraints.MinMaxNorm(0.2, 0.4, rate=0.5)},
         {"kernel_constraint": constraints.UnitNorm(axis=[0])},
-        {"bias_constraint": "non_neg", "kernel_constraint": "non_neg"},
     ],
     ids=label,
 )
 def test_converted_regularizers_and_constraints_act_the_same(rng, arguments):
     builtin = random_weights(built(layers.LSTM(6, **arguments)), rng)
     scratch = to_scratch(builtin)
-    assert config_of(to_builtin(scratch)) == config_of(builtin)
     losses = [layer.losses or [0.0] for layer in (scratch, builtin)]
     np.testing.assert_allclose(*(numpy(sum(values)) for values in losses), rtol=1e-5)
     before = builtin.get_weights()
-    for layer in (builtin, scratch):
-        for weight in layer.weights:
-            if weight.constraint is not None:
-                weight.assign(weight.constraint(weight))
+    for weight in [*builtin.weights, *scratch.weights]:
+        if weight.constraint is not None:
+            weight.assign(weight.constraint(weight))
     after = builtin.get_weights()
     changed = not all(map(np.array_equal, before, after))
     assert changed == any("constraint" in argument for argument in arguments)
-    for one, other in zip(fuse(scratch.cell.get_weights()), after, strict=True):
+    for one, other in zip(fuse(scratch.get_weights()), after, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 

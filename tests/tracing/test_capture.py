@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from reference import label
 from trace_reference import (
     BATCH,
     FEATURES,
@@ -46,53 +47,41 @@ def test_layers_of_a_stack(kind, tokens):
 
 def test_nested_functional_model_with_several_inputs(x, states):
     sequences = keras.Input((TIME, FEATURES), name="x")
-    state_inputs = [keras.Input((UNITS,), name=name) for name in "hc"]
-    inner = keras.Model(
-        [sequences, *state_inputs],
-        keras.layers.LSTM(UNITS, name="deep")(sequences, initial_state=state_inputs),
-    )
+    h, c = (keras.Input((UNITS,), name=name) for name in "hc")
+    layer = keras.layers.LSTM(UNITS, name="deep")
+    inner = keras.Model([sequences, h, c], layer(sequences, initial_state=[h, c]))
     shift = keras.Input((1,), name="shift")
-    outputs = inner([sequences + shift[:, None], *state_inputs])
-    h, c = state_inputs
     inputs = {"x": sequences, "h": h, "c": c, "shift": shift}
-    model = keras.Model(inputs, keras.layers.Dense(1)(outputs))
-    h, c = states[:2]
-    s = states[2][:, :1]
-    trace = trace_gates(model, {"x": x, "h": h, "c": c, "shift": s}, batch_size=2)
-    layer = inner.get_layer("deep")
-    assert_close(trace, numpy_trace(layer, x + s[:, None], h=h, c=c))
+    model = keras.Model(inputs, inner([sequences + shift[:, None], h, c]))
+    h, c, s, _ = states
+    inputs = {"x": x, "h": h, "c": c, "shift": s[:, :1]}
+    trace = trace_gates(model, inputs, batch_size=2)
+    assert_close(trace, numpy_trace(layer, x + s[:, None, :1], h=h, c=c))
     assert trace.layer == "deep"
 
 
+class Subclassed(keras.Model):
+    """Calls its first LSTM twice and its last one never."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = keras.layers.LSTM(FEATURES, return_sequences=True, name="first")
+        self.second = ScratchLSTM(UNITS, name="second")
+        self.unused = make("LSTM", name="unused")
+
+    def call(self, inputs, training=False):
+        return self.second(self.first(self.first(inputs)))
+
+
 def test_subclassed_model(x):
-    class Subclassed(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.stack = [
-                keras.layers.LSTM(FEATURES, return_sequences=True, name="first"),
-                ScratchLSTM(UNITS, name="second"),
-            ]
-            self.head = keras.layers.Dense(2)
-
-        def call(self, inputs, training=False):
-            for layer in self.stack:
-                inputs = layer(inputs, training=training)
-            return self.head(inputs)
-
     model = Subclassed()
     model(x)
-    first, second = model.stack
-    assert_close(trace_gates(model, x, "first"), numpy_trace(first, x))
-    x_second = ops.convert_to_numpy(first(x))
-    assert_close(trace_gates(model, x, "second"), numpy_trace(second, x_second))
-
-
-def test_first_call_of_a_shared_layer_is_traced(x):
-    layer = make("ScratchLSTM", return_sequences=True)
-    dense = keras.layers.Dense(FEATURES)
-    inputs = keras.Input((TIME, FEATURES))
-    model = keras.Model(inputs, layer(dense(layer(inputs))))
-    assert_close(trace_gates(model, x), numpy_trace(layer, x))
+    assert_close(trace_gates(model, x, "first"), numpy_trace(model.first, x))
+    x_second = ops.convert_to_numpy(model.first(model.first(x)))
+    expected = numpy_trace(model.second, x_second)
+    assert_close(trace_gates(model, x, "second"), expected)
+    match = "must be called in the model's forward pass.*'unused'"
+    check_error(match, model, x, "unused")
 
 
 def test_samples_folded_into_several_rows(rng):
@@ -121,13 +110,10 @@ def test_stateful_model_starts_from_its_states_and_keeps_them(kind, samples, x):
     )
     lower, traced = model.layers
     model(x)  # states other than zero
-
-    def states():
-        return [ops.convert_to_numpy(s) for s in [*lower.states, *traced.states]]
-
-    before = [np.copy(state) for state in states()]
+    states = [*lower.states, *traced.states]
+    before = [ops.convert_to_numpy(state).copy() for state in states]
     trace = trace_gates(model, x[:samples], "traced", batch_size=2)
-    np.testing.assert_equal(states(), before)
+    np.testing.assert_equal(list(map(ops.convert_to_numpy, states)), before)
     x_traced = ops.convert_to_numpy(lower(x))[:samples]
     h, c = (state[:samples] for state in before[2:])
     assert_close(trace, numpy_trace(traced, x_traced, h=h, c=c))
@@ -167,12 +153,10 @@ def test_error_in_the_forward_pass_changes_no_state(x):
     fails.fails = True
     with pytest.raises(RuntimeError, match="before the LSTM"):
         trace_gates(model, x, "traced")
-    assert all(np.all(ops.convert_to_numpy(state) == 0) for state in lower.states)
-    assert "call" not in vars(traced)
+    assert not any(ops.convert_to_numpy(state).any() for state in lower.states)
     fails.fails = False
-    assert_close(
-        trace_gates(model, x, 1), numpy_trace(traced, ops.convert_to_numpy(lower(x)))
-    )
+    expected = numpy_trace(traced, ops.convert_to_numpy(lower(x)))
+    assert_close(trace_gates(model, x, 1), expected)
 
 
 def test_trace_has_no_side_effects(x):
@@ -190,24 +174,14 @@ def test_trace_has_no_side_effects(x):
             sorted(vars(lstm)),
         )
 
-    def next_name():
-        name = ScratchLSTM(1).name.removeprefix("scratch_lstm").strip("_")
-        return int(name or 0)
-
-    number, before = next_name(), observe()
+    keras.backend.clear_session()  # names start from "scratch_lstm"
+    before = observe()
     trace_gates(model, x)
     assert observe() == before
-    assert next_name() == number + 1
+    assert ScratchLSTM(1).name == "scratch_lstm"
 
 
 # --- errors ------------------------------------------------------------------
-
-
-@pytest.fixture
-def stack():
-    lower = keras.layers.LSTM(2, return_sequences=True, name="lower")
-    upper = keras.layers.Bidirectional(ScratchLSTM(2, name="lstm"), name="upper")
-    return sequential(lower, upper)
 
 
 @pytest.mark.parametrize(
@@ -216,15 +190,21 @@ def stack():
         (None, "None"),
         ("middle", "'middle'"),
         (2, "2"),
-        (-3, "-3"),
         (keras.layers.Dense(1, name="other"), "other"),
         (["lower"], r"\['lower'\]"),
         (0.0, r"0\.0"),
     ],
+    ids=str,
 )
-def test_invalid_layer(layer, received, stack, tokens):
+def test_invalid_layer(layer, received, tokens):
+    lower = keras.layers.LSTM(2, return_sequences=True, name="lower")
+    upper = keras.layers.Bidirectional(ScratchLSTM(2, name="lstm"), name="upper")
     match = rf"Pass `layer=` to choose one of: 'lower', 'upper'\. .*layer={received}$"
-    check_error(match, stack, tokens, layer)
+    check_error(match, sequential(lower, upper), tokens, layer)
+
+
+class CustomCell(keras.layers.LSTMCell):
+    pass
 
 
 @pytest.mark.parametrize(
@@ -235,10 +215,13 @@ def test_invalid_layer(layer, received, stack, tokens):
         (keras.Sequential(name="a"), "must be or contain a `ScratchLSTM`, .*: 'a'"),
         (keras.layers.GRU(2, name="a"), "must be or contain a `ScratchLSTM`"),
         (keras.layers.LSTM(2), r"must be built\. .* on data, or add `keras.Input`"),
-        (keras.Sequential([keras.layers.LSTM(2)]), "must be built"),
+        (
+            keras.layers.RNN(CustomCell(2), name="a"),
+            "Received: 'a' with a 'CustomCell'",
+        ),
         ("missing.keras", "File not found"),
     ],
-    ids=str,
+    ids=label,
 )
 def test_invalid_model(model, match, x):
     check_error(match, model, x)
@@ -254,30 +237,6 @@ def test_ambiguous_layer_name(x):
     model = keras.Model(inputs, branch(inputs) + branch(inputs))
     check_error("2 LSTMs of 'functional.*' have the same name", model, x, "same")
     assert_close(trace_gates(model, x, 1), numpy_trace(find_all(model)[1], x))
-
-
-def test_subclass_of_built_in_cell(x):
-    class CustomCell(keras.layers.LSTMCell):
-        pass
-
-    layer = keras.layers.RNN(CustomCell(2))
-    layer(x)
-    check_error("Received: 'rnn.*' with a 'CustomCell'", layer, x)
-
-
-def test_layer_that_is_not_called(x):
-    class Unused(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.lstm = make("LSTM", name="unused")
-            self.head = keras.layers.Dense(1)
-
-        def call(self, inputs):
-            return self.head(inputs)
-
-    model = Unused()
-    model(x)
-    check_error("must be called in the model's forward pass.*'unused'", model, x)
 
 
 @pytest.mark.skipif(

@@ -17,15 +17,10 @@ def change(trace, **changes):
     return GateTrace(**vars(trace) | changes)
 
 
-ZEROS = [np.zeros((2, 3, 4))] * 6
-
-
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
         ({"f": None}, "`f` must be a float32 or float64 array. Received: f=None"),
-        ({"f": [[[0.5]]]}, "`f` must be a float32 or float64 array"),
-        ({"f": np.zeros((2, 3, 4), int)}, "`f` must be .*dtype int64"),
         ({"f": np.zeros((2, 3, 4), "float16")}, "`f` must be .*dtype float16"),
         ({"f": np.zeros((2, 2, 4))}, r"`f` must be of shape \(batch, time, units\)"),
         (dict.fromkeys(ARRAYS, np.zeros((3, 4))), r"`i` must be of .* shape \(3, 4\)"),
@@ -33,16 +28,16 @@ ZEROS = [np.zeros((2, 3, 4))] * 6
         ({"mask": np.ones((2, 2), bool)}, r"`mask` must be a boolean array of shape"),
         ({"layer": b"lstm"}, "`layer` must be a string"),
         ({"backward": 3}, "`backward` must be a `GateTrace` without `backward`"),
-        ({"backward": GateTrace(*ZEROS, backward=GateTrace(*ZEROS))}, "without `back"),
     ],
 )
 def test_invalid_attributes(changes, match, trace):
     with pytest.raises(ValueError, match=match):
         change(trace, **changes)
+    with pytest.raises(ValueError, match="without `backward`"):
+        change(trace, backward=change(trace, backward=trace))
 
 
 def test_repr(trace):
-    assert repr(trace) == "GateTrace(layer='lstm', batch=2, time=3, units=4)"
     masked = change(trace, mask=np.ones((2, 3), bool), layer="", backward=trace)
     expected = "GateTrace(layer='', batch=2, time=3, units=4, masked, backward=…)"
     assert repr(masked) == expected
@@ -54,18 +49,14 @@ def test_repr(trace):
 def test_saturation(trace):
     trace.f[:] = 0.5
     trace.f[0, :, 0] = [0.05, 0.95, 0.99]
-    trace.f[1, :, 0] = [0.1, 0.9, 0.0]  # the thresholds themselves do not count
-    for side in trace.saturation()["f"]:
-        np.testing.assert_allclose(side, [2 / 6, 0, 0, 0])
-    assert list(trace.saturation()) == ["i", "f", "o"]
-    assert trace.saturation()["o"].left.shape == (4,)
+    trace.f[1, :, 0] = [0.1, 0.9, np.nan]  # the thresholds themselves do not count
     mask = np.array([[True] * 3, [True, True, False]])
-    trace.f[1, 2] = np.nan
-    masked = change(trace, mask=mask)
-    np.testing.assert_allclose(masked.saturation()["f"].left, [1 / 5, 0, 0, 0])
-    np.testing.assert_allclose(masked.saturation()["f"].right, [2 / 5, 0, 0, 0])
-    mask[:] = False
-    assert np.isnan(masked.saturation()["f"].right).all()
+    saturation = change(trace, mask=mask).saturation()
+    assert list(saturation) == ["i", "f", "o"]
+    np.testing.assert_allclose(saturation["f"].left, [1 / 5, 0, 0, 0])
+    np.testing.assert_allclose(saturation["f"].right, [2 / 5, 0, 0, 0])
+    np.testing.assert_allclose(trace.saturation()["f"].right, [2 / 6, 0, 0, 0])
+    assert np.isnan(change(trace, mask=mask & False).saturation()["f"].right).all()
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -73,9 +64,8 @@ def test_saturation(trace):
 def test_correlate_matches_numpy(masked, array, rng):
     shape = 3, 50, 4
     arrays = {name: rng.normal(size=shape).astype("float32") for name in ARRAYS}
-    mask = rng.random(shape[:2]) < 0.7 if masked else None
-    unmasked = np.ones(shape[:2], bool) if mask is None else mask
-    arrays[array][~unmasked] = np.nan
+    mask = rng.random(shape[:2]) < (0.7 if masked else 1)
+    arrays[array][~mask] = np.nan
     arrays[array][..., 3] = np.float32(0.1)  # constant
     features = {
         "boolean": rng.random(shape[:2]) < 0.3,
@@ -83,21 +73,16 @@ def test_correlate_matches_numpy(masked, array, rng):
         "constant": np.full(50, 0.1),
         "list": [float(t % 7) for t in range(50)],
     }
-    trace = GateTrace(**arrays, mask=mask)
-    args = () if array == "c" else (array,)
-    correlations = trace.correlate(features, *args)
+    trace = GateTrace(**arrays, mask=mask if masked else None)
+    correlations = trace.correlate(features, *([] if array == "c" else [array]))
     assert list(correlations) == list(features)
     for name, feature in features.items():
-        feature = np.broadcast_to(feature, shape[:2])[unmasked].astype("float64")
-        found = correlations[name]
-        assert found.shape == (4,)
-        assert found.dtype == "float64"
-        assert np.isnan(found[3])
-        assert np.isnan(found).all() == (name == "constant")
+        feature = np.broadcast_to(feature, shape[:2])[mask].astype("float64")
+        expected = np.full(4, np.nan)
         for unit in range(0 if name == "constant" else 3):
-            values = arrays[array][..., unit][unmasked].astype("float64")
-            expected = np.corrcoef(feature, values)[0, 1]
-            np.testing.assert_allclose(found[unit], expected, rtol=1e-9, atol=1e-12)
+            values = arrays[array][..., unit][mask].astype("float64")
+            expected[unit] = np.corrcoef(feature, values)[0, 1]
+        np.testing.assert_allclose(correlations[name], expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -118,10 +103,11 @@ def test_invalid_features(features, array, match, trace):
     [
         (["abc", ["x", "", "<unk>"]], ["a", "b", "c", "x", "", "<unk>"]),
         ("aba", ["a", "b", "a"] * 2),  # one sample's, for all samples
+        (None, [np.nan] * 6),
     ],
 )
 def test_dataframe_has_a_row_per_value(tokens, expected, trace):
-    pd = pytest.importorskip("pandas", reason="pandas is not installed")
+    pytest.importorskip("pandas", reason="pandas is not installed")
     frame = trace.to_dataframe(tokens=tokens)
     assert list(frame) == ["sample", "step", "token", "unit", "gate", "value"]
     assert len(frame) == 2 * 3 * 4 * 6
@@ -129,12 +115,8 @@ def test_dataframe_has_a_row_per_value(tokens, expected, trace):
         one = frame[frame.gate == name].set_index(["sample", "step", "unit"]).value
         values = getattr(trace, name)
         assert all(one[index] == values[index] for index in np.ndindex(values.shape))
-    assert frame.drop_duplicates(["sample", "step"]).token.tolist() == expected
-    without_tokens = trace.to_dataframe()
-    assert without_tokens.token.isna().all()
-    pd.testing.assert_frame_equal(
-        without_tokens.drop(columns="token"), frame.drop(columns="token")
-    )
+    found = frame.drop_duplicates(["sample", "step"]).token.tolist()
+    assert list(map(str, found)) == list(map(str, expected))
     with pytest.raises(ValueError, match="`tokens` must have 3 tokens"):
         trace.to_dataframe("ab")
 
@@ -208,10 +190,9 @@ def test_files_keep_links_and_mode(write, mode, links, trace, tmp_path):
 
 
 @both
-@pytest.mark.parametrize("length", [1, 246, 255])
 @pytest.mark.parametrize("kind", ["new", "existing", "hard link"])
-def test_long_file_names_and_hard_links(write, length, kind, trace, tmp_path):
-    paths = [tmp_path / ("x" * length)]
+def test_long_file_names_and_hard_links(write, kind, trace, tmp_path):
+    paths = [tmp_path / ("x" * 255)]
     if kind != "new":
         paths[0].touch()
     if kind == "hard link":
@@ -224,17 +205,16 @@ def test_long_file_names_and_hard_links(write, length, kind, trace, tmp_path):
 
 
 @both
-@pytest.mark.parametrize("symlink", [False, True])
-def test_device_is_written_to_and_not_replaced(write, symlink, trace, tmp_path):
-    path = tmp_path / "device" if symlink else "/dev/null"
-    if symlink:
-        path.symlink_to("/dev/null")
+def test_device_is_written_to_and_not_replaced(write, trace, tmp_path):
+    link = tmp_path / "device"
+    link.symlink_to("/dev/null")
     before = os.stat("/dev/null")
-    write(trace, path)
-    after = os.stat("/dev/null")
-    assert stat.S_ISCHR(after.st_mode)
-    assert (after.st_rdev, after.st_mode) == (before.st_rdev, before.st_mode)
-    assert not symlink or os.readlink(path) == "/dev/null"
+    for path in (link, "/dev/null"):
+        write(trace, path)
+        after = os.stat("/dev/null")
+        assert stat.S_ISCHR(after.st_mode)
+        assert (after.st_rdev, after.st_mode) == (before.st_rdev, before.st_mode)
+    assert os.readlink(link) == "/dev/null"
 
 
 @both
@@ -259,10 +239,8 @@ def test_named_pipe_and_descriptor_are_written_to(write, trace, tmp_path):
     [
         ("folder", IsADirectoryError, "folder"),
         ("missing/file", FileNotFoundError, "missing"),
-        ("x" * 256, OSError, "too long"),
         ("loop", OSError, "symbolic links"),
         (3, ValueError, "`path` must be"),
-        (None, ValueError, "`path` must be"),
         (b"trace.npz", ValueError, "`path` must be"),
         ("a\0b", ValueError, "`path` must be"),
     ],
@@ -330,28 +308,24 @@ def test_load_of_an_invalid_path(path, error, tmp_path, monkeypatch):
         GateTrace.load(path)
 
 
-def broken_files(trace, folder, rng):
+def damaged_files(trace, folder):
+    """Yield names, and the content of files that are no trace."""
     path = folder / "whole.npz"
     trace.save(path)
     content = path.read_bytes()
-    arrays = {"format": np.array(files._FORMAT), **trace._to_arrays("")}
     yield "empty", b""
     yield "text", b"no trace"
-    for length in rng.integers(1, len(content), 5):
-        yield f"cut at {length}", content[:length]
-
+    yield "cut", content[:-1]
+    with np.load(path) as file:
+        arrays = dict(file)
     for what, changes in {
         "other format": {"format": np.array("other")},
         "no format": {"format": None},
         "no gate": {"f": None},
         "no layer": {"layer": None},
-        "number as layer": {"layer": np.array(3)},
         "list as layer": {"layer": np.array(["a", "b"])},
         "other shape": {"f": trace.f[:, :2]},
-        "two axes": dict.fromkeys(ARRAYS, trace.f[0]),
-        "integers": {"f": trace.f.astype(int)},
         "strings": {"f": trace.f.astype(str)},
-        "wrong mask": {"mask": np.ones((2, 2), bool)},
         "half of a backward trace": {"backward_i": trace.i},
         "pickle": {"f": np.array([print], dtype=object)},
     }.items():
@@ -364,32 +338,11 @@ def broken_files(trace, folder, rng):
     yield "one array", path.with_suffix(".npy").read_bytes()
 
 
-def load_or_error(path, content):
-    path.write_bytes(content)
-    try:
-        return GateTrace.load(path), ""
-    except ValueError as error:
-        return None, str(error)
-
-
-def test_load_of_damaged_and_foreign_files(trace, tmp_path, rng):
+def test_load_of_damaged_and_foreign_files(trace, tmp_path):
     path = tmp_path / "broken.npz"
-    rule = "`path` must be an undamaged file written by `GateTrace.save`"
-    for what, content in list(broken_files(trace, tmp_path, rng)):
-        loaded, error = load_or_error(path, content)
-        assert loaded is None, what
-        assert error.startswith(rule), what
-
-
-def test_load_of_a_file_with_flipped_bits(trace, tmp_path, rng):
-    path = tmp_path / "trace.npz"
-    trace.save(path)
-    content = path.read_bytes()
-    for position in rng.integers(0, len(content), 200):
-        damaged = bytearray(content)
-        damaged[position] ^= 1 << int(rng.integers(8))
-        loaded, error = load_or_error(path, damaged)
-        if loaded is None:
-            assert error.startswith("`path` must be")
-        else:  # a byte without effect, such as one of a date
-            np.testing.assert_array_equal(loaded.c, trace.c)
+    rule = "^`path` must be an undamaged file written by `GateTrace.save`"
+    for what, content in damaged_files(trace, tmp_path):
+        path.write_bytes(content)
+        print(what)
+        with pytest.raises(ValueError, match=rule):
+            GateTrace.load(path)

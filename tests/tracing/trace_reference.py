@@ -111,6 +111,7 @@ def assert_close(trace, expected, rtol=1e-4, atol=1e-5):
 
 
 def check_error(match, *args, **kwargs):
+    """Check that `trace_gates` raises one short line."""
     with pytest.raises(ValueError, match=match) as error:
         trace_gates(*args, **kwargs)
     assert len(str(error.value)) <= 300
