@@ -82,7 +82,7 @@ def plot_gates(
     """
     sample, steps, tokens = _select(trace, sample, steps, tokens)
     size = trace.i.shape[-1]
-    units = list(units) if isinstance(units, Iterable) else [units]
+    units = list(units) if isinstance(units, Iterable) and np.ndim(units) else [units]
     units = [_validation.index("units", unit, size) for unit in units]
     if not units:
         raise _validation.invalid("units", units, "one or more integers")
