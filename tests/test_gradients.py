@@ -65,33 +65,15 @@ def assert_gradients(function, variables, tensors, rng):
         np.testing.assert_allclose((gradient * direction).sum(), slope, atol=1e-8)
 
 
-@pytest.mark.parametrize("cell", [ScratchLSTMCell, PeepholeCell])
-@pytest.mark.parametrize("use_bias", [True, False])
-def test_gradients_of_a_cell(rng, cell, use_bias):
-    with double_precision():
-        cell = cell(3, tanh(), use_bias=use_bias, dtype="float64")
-        cell.build((None, 2))
-        tensors = [rng.normal(size=(3, size)) for size in (2, 3, 3)]
-        weights = [rng.normal(size=(3, 3)) for _ in "hc"]
-
-        def loss(x, h, c):
-            _, states = cell(x, [h, c])
-            return weighted_sum(states, weights)
-
-        assert_gradients(loss, cell.trainable_variables, tensors, rng)
-
-
 GAPS = np.array([[1, 0, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1]], bool)
 CASES = {
     "masked": {"mask": GAPS},
-    "masked loop": {"mask": GAPS, "activation": tanh(), "implementation": "loop"},
-    "backwards": {"go_backwards": True, "mask": GAPS},
-    "no bias": {"use_bias": False},
+    "backwards loop": {"mask": GAPS, "go_backwards": True, "implementation": "loop"},
+    "no bias": {"use_bias": False, "return_sequences": False},
     "time-major": {"time_major": True, "mask": GAPS},
     "stateful": {"stateful": True},
-    "unrolled": {"unroll": True, "activation": tanh()},
-    "peephole": {"cell": PeepholeCell},
-    "last time step": {"return_sequences": False},
+    "unrolled": {"unroll": True},
+    "custom cell": {"cell": PeepholeCell},
 }
 
 
@@ -101,13 +83,12 @@ def test_gradients_of_a_layer(rng, case):
     arguments = {"return_sequences": True, **CASES[case]}
     implementation = arguments.pop("implementation", None)
     mask = arguments.pop("mask", None)
-    cell = arguments.pop("cell", None)
+    cell = arguments.pop("cell", ScratchLSTMCell)
+    use_bias = arguments.pop("use_bias", True)
     with double_precision(), recurrence.force(implementation):
-        if cell:
-            arguments["cell"] = cell(3, tanh(), dtype="float64")
-        else:
-            arguments["units"] = 3
-        layer = ScratchLSTM(**arguments, return_state=True, dtype="float64")
+        activation = "tanh" if case in ("masked", "no bias") else tanh()
+        cell = cell(3, activation, use_bias=use_bias, dtype="float64")
+        layer = ScratchLSTM(cell=cell, **arguments, return_state=True, dtype="float64")
         x = rng.normal(size=(3, 4, 2))
         if layer.time_major:
             x, mask = x.swapaxes(0, 1), mask.swapaxes(0, 1)

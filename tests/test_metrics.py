@@ -24,22 +24,6 @@ def random_tokens(rng, *shape):
     return rng.integers(0, VOCABULARY, shape), logits
 
 
-def batches_of_different_sizes(rng):
-    """Batches of different sizes and lengths, with token weights."""
-    for batch, time in [(4, 7), (1, 7), (3, 2), (5, 1), (2, 30)]:
-        y_true, logits = random_tokens(rng, batch, time)
-        weights = rng.uniform(0, 2, (batch, time)) * (rng.random((batch, time)) < 0.8)
-        yield y_true, 3 * logits, weights.astype("float32")
-
-
-def sample_weight_of(kind, weights):
-    """Return a `sample_weight` of a kind, and the weight it gives each token."""
-    sample = weights[:, :1]
-    given = {"none": None, "token": weights, "column": sample, "sample": sample[:, 0]}
-    of_token = {"none": np.ones(()), "token": weights}.get(kind, sample)
-    return given[kind], np.broadcast_to(of_token, weights.shape)
-
-
 @pytest.mark.parametrize(
     ("kind", "ignore_class", "from_logits"),
     [
@@ -47,38 +31,34 @@ def sample_weight_of(kind, weights):
         ("token", 4, True),
         ("sample", -1, True),
         ("none", -1, False),
-        ("token", None, False),
         ("column", 4, False),
     ],
 )
 def test_exact_over_batches_of_different_sizes(rng, kind, ignore_class, from_logits):
     metric = Perplexity(from_logits=from_logits, ignore_class=ignore_class)
-    losses, counted = [], []
-    for y_true, logits, weights in batches_of_different_sizes(rng):
-        if not from_logits:
-            logits = logits / 3  # probabilities below 1e-7 are clipped
+    total = tokens = 0
+    for shape in [(4, 7), (1, 7), (3, 2), (5, 1), (2, 30), (9,)]:
+        y_true, logits = random_tokens(rng, *shape)
         if ignore_class == -1:
-            y_true = np.where(rng.random(y_true.shape) < 0.3, -1, y_true)
-        sample_weight, w = sample_weight_of(kind, weights)
+            y_true = np.where(rng.random(shape) < 0.3, -1, y_true)
+        w = rng.uniform(0, 2, shape) * (rng.random(shape) < 0.8)
+        if kind == "none":
+            w, sample_weight = np.ones(shape), None
+        elif kind == "token" or len(shape) == 1:
+            sample_weight = w
+        else:
+            sample_weight = w[:, :1] if kind == "column" else w[:, 0]
+            w = np.broadcast_to(w[:, :1], shape)
         y_pred = logits
         if not from_logits:
             y_pred = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         metric.update_state(y_true, y_pred, sample_weight)
-        ignored = y_true == ignore_class
-        losses.append(cross_entropy(np.where(ignored, 0, y_true), logits).ravel())
-        counted.append((w * ~ignored).ravel())
-    losses, counted = map(np.concatenate, (losses, counted))
-    expected = np.exp((losses * counted).sum() / counted.sum())
-    np.testing.assert_allclose(value(metric), expected, rtol=1e-5)
+        w = w * (y_true != ignore_class)
+        total += (cross_entropy(np.maximum(y_true, 0), logits) * w).sum()
+        tokens += w.sum()
+    np.testing.assert_allclose(value(metric), np.exp(total / tokens), rtol=1e-5)
     metric.reset_state()
     assert value(metric) == 0
-
-
-def test_one_prediction_per_sample(rng):
-    y_true, logits = random_tokens(rng, 9)
-    expected = np.exp(cross_entropy(y_true, logits).mean())
-    for y in (y_true, y_true[:, None]):
-        assert perplexity(y, logits) == pytest.approx(expected, rel=1e-5)
 
 
 def test_predictions_with_zero_weight_may_be_nan(rng):
@@ -104,21 +84,6 @@ def test_long_epochs_are_exact():
     np.testing.assert_allclose(value(metric), expected, rtol=3e-7)
 
 
-def masked_model(**compile_arguments):
-    keras.utils.set_random_seed(0)
-    model = keras.Sequential(
-        [
-            keras.Input((6,)),
-            keras.layers.Embedding(VOCABULARY, 4, mask_zero=True),
-            keras.layers.LSTM(5, return_sequences=True),
-            keras.layers.Dense(VOCABULARY, kernel_initializer="random_normal"),
-        ]
-    )
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.SGD(0.0), loss, **compile_arguments)
-    return model
-
-
 @pytest.mark.parametrize("method", ["fit", "evaluate", "evaluate with weights"])
 def test_masks_and_smaller_last_batch(rng, method):
     weighted = method == "evaluate with weights"
@@ -129,9 +94,18 @@ def test_masks_and_smaller_last_batch(rng, method):
     if method == "fit" and keras.backend.backend() == "jax":
         lengths[:] = 6  # `fit` on JAX does not pass the mask to metrics
     x[np.arange(6) >= lengths] = 0
-    w = rng.uniform(0, 2, (37, 6)).astype("float32") if weighted else None
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Embedding(VOCABULARY, 4, mask_zero=True),
+            keras.layers.LSTM(5, return_sequences=True),
+            keras.layers.Dense(VOCABULARY, kernel_initializer="random_normal"),
+        ]
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     where = "weighted_metrics" if weighted else "metrics"
-    model = masked_model(**{where: [Perplexity()]})
+    model.compile(keras.optimizers.SGD(0.0), loss, **{where: [Perplexity()]})
+    w = rng.uniform(0, 2, (37, 6)).astype("float32") if weighted else None
     arguments = {"sample_weight": w, "batch_size": 8, "verbose": 0}
     if method == "fit":
         stop = keras.callbacks.EarlyStopping(monitor="perplexity", patience=0)
@@ -139,7 +113,7 @@ def test_masks_and_smaller_last_batch(rng, method):
         assert stop.monitor_op(0, 1)  # lower is better
     else:
         logs = model.evaluate(x, y, return_dict=True, **arguments)
-    logits = keras.ops.convert_to_numpy(model(x))  # the learning rate is 0
+    logits = keras.ops.convert_to_numpy(model(x))
     weights = (np.arange(6) < lengths) * (w if weighted else 1)
     expected = np.exp((cross_entropy(y, logits) * weights).sum() / weights.sum())
     np.testing.assert_allclose(logs["perplexity"], expected, rtol=1e-5)
@@ -203,38 +177,28 @@ def test_low_precision_counts_beyond_its_range(dtype):
     assert perplexity(y_true, logits, dtype=dtype) == pytest.approx(3, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"ignore_class": "pad"}, "`ignore_class` must be an integer"),
-        ({"ignore_class": 1.5}, "Received: ignore_class=1.5"),
-        ({"ignore_class": True}, "Received: ignore_class=True"),
-        ({"ignore_class": 2**70}, "to 2147483647"),
-        ({"dtype": "float31"}, "float31"),
-    ],
-    ids=str,
-)
-def test_invalid_arguments(arguments, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        Perplexity(**arguments)
+@pytest.mark.parametrize("ignore_class", ["pad", 1.5, True, 2**70])
+def test_invalid_arguments(ignore_class):
+    message = (
+        f"`ignore_class` must be an integer .*Received: ignore_class={ignore_class!r}"
+    )
+    with pytest.raises(ValueError, match=message):
+        Perplexity(ignore_class=ignore_class)
 
 
 @pytest.mark.parametrize(
-    ("y_true", "y_pred", "sample_weight", "message"),
+    ("y_true", "sample_weight", "message"),
     [
-        ((4, 7), (4, 6, 5), None, r"same shape up until the last dim.*\(?4, 7"),
-        ((4, 7, 5), (4, 7, 5), None, r"target.shape=.*4, 7, 5"),
-        ((4,), (4, 7, 5), None, r"target.shape=.*4"),
-        ((4, 7), (4, 7, 5), (3,), "[Ss]hape|size|broadcast"),
-        ((4, 7), (4, 7, 5), (4, 6), "[Ss]hape|size|broadcast"),
-        ((4, 7), (4, 7, 5), (4, 7, 5), "[Ss]hape|size|broadcast"),
+        ((4, 6), (), r"same shape up until the last dim.*\(?4, 6"),
+        ((4,), (), r"target.shape=.*4"),
+        ((4, 7), (3,), "[Ss]hape|size|broadcast"),
+        ((4, 7), (4, 7, 5), "[Ss]hape|size|broadcast"),
     ],
 )
 def test_wrong_shapes_raise_the_error_of_keras_or_the_backend(
-    y_true, y_pred, sample_weight, message
+    y_true, sample_weight, message
 ):
-    metric = Perplexity()
-    weight = None if sample_weight is None else np.ones(sample_weight, "float32")
+    metric, weights = Perplexity(), np.ones(sample_weight, "float32")
     with pytest.raises(Exception, match=message):
-        metric.update_state(np.zeros(y_true, "int32"), np.zeros(y_pred), weight)
+        metric.update_state(np.zeros(y_true, "int32"), np.zeros((4, 7, 5)), weights)
     assert value(metric) == 0

@@ -12,6 +12,7 @@ from keras import layers
 from reference import fuse
 
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
+from keras_scratch_lstm._keras import sublayers
 
 BACKEND = keras.backend.backend()
 BATCH, TIME, FEATURES, UNITS = 3, 5, 2, 4
@@ -19,8 +20,6 @@ BATCH, TIME, FEATURES, UNITS = 3, 5, 2, 4
 INPUT = (BATCH, TIME, FEATURES)
 # `LSTM` and `LSTMCell` are ours or the built-in ones.
 MODELS = {
-    "stateless": lambda LSTM, _: [LSTM(UNITS, name="lstm")],
-    "stateful": lambda LSTM, _: [LSTM(UNITS, stateful=True, name="lstm")],
     "stacked": lambda LSTM, _: [
         LSTM(UNITS, stateful=True, return_sequences=True, name="lower"),
         LSTM(UNITS, stateful=True, name="upper"),
@@ -51,7 +50,7 @@ def make_model(kind, *classes):
 
 
 def reset_states(model):
-    for layer in model._flatten_layers():
+    for layer in sublayers(model, recursive=True):
         if isinstance(layer, layers.RNN) and layer.stateful:
             layer.reset_state()
 
@@ -100,7 +99,7 @@ def test_state_tree_restores_weights_states_and_optimizer(kind, batches):
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided when restoring")
-@pytest.mark.parametrize("kind", ["stateful", "bidirectional", "submodel"])
+@pytest.mark.parametrize("kind", ["stacked", "bidirectional", "submodel"])
 def test_orbax_checkpoint_restores_weights_and_states(kind, batches, tmp_path):
     pytest.importorskip("orbax.checkpoint", reason="orbax-checkpoint is not installed")
     model = make_model(kind)

@@ -96,8 +96,6 @@ def test_concurrent_results_match_one_thread(functions, layer, rng):
 
 def test_force_is_limited_to_its_thread():
     def implementations(name):
-        if name is None:
-            return sorted(recurrence.implementations())
         with recurrence.force(name):
             return sorted(recurrence.implementations())
 

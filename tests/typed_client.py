@@ -45,7 +45,6 @@ def layers() -> None:
         activation=keras.activations.relu,
         kernel_initializer={"i": "zeros", "f": keras.initializers.Orthogonal()},
         recurrent_regularizer={"f": "l2"},
-        seed=3,
         name="cell",
     )
     assert_type(cell.get_config(), dict[str, Any])
@@ -55,7 +54,6 @@ def layers() -> None:
     print(layer.cell.W_hf.shape, ScratchLSTM(cell=CoupledCell(4)))
 
     ScratchLSTMCell("4")  # type: ignore[arg-type]
-    ScratchLSTMCell(4, use_bias="no")  # type: ignore[arg-type]
     ScratchLSTM(4, use_cudnn="always")  # type: ignore[arg-type]
     ScratchLSTM(cell="a cell")  # type: ignore[arg-type]
 

@@ -26,20 +26,20 @@ def assert_report(out, printed, characters, units=6):
         with Image.open(out / name) as image:
             assert image.width > 900
     assert "</html>" in (out / "gates.html").read_text("utf-8")
-    pattern = r"^unit (\d+): c correlates with (.*) \(r = (.*)\)$"
-    lines = re.findall(pattern, printed, re.M)
-    assert len(lines) == 5
     features = token_features(characters)
-
-    def correlate(unit, name):
-        return np.corrcoef(trace.c[0, :, unit].astype("float64"), features[name])[0, 1]
-
-    for unit, name, r in lines:
-        assert float(r) == pytest.approx(correlate(int(unit), name), abs=0.006)
-    found = [abs(float(r)) for _, _, r in lines]
-    assert found == sorted(found, reverse=True)
-    strongest = max(abs(correlate(k, name)) for k in range(units) for name in features)
-    assert found[0] == pytest.approx(strongest, abs=0.006)
+    strongest = {}
+    for unit in range(units):
+        for name, values in features.items():
+            r = np.corrcoef(trace.c[0, :, unit].astype("float64"), values)[0, 1]
+            strongest[unit] = max(strongest.get(unit, (0, "", 0)), (abs(r), name, r))
+    lines = re.findall(
+        r"^unit (\d+): c correlates with (.*) \(r = (.*)\)$", printed, re.M
+    )
+    expected = sorted(strongest.values(), reverse=True)[:5]
+    assert len(lines) == 5
+    for (unit, name, r), (_, _, expected_r) in zip(lines, expected, strict=True):
+        assert float(r) == pytest.approx(expected_r, abs=0.006)
+        assert strongest[int(unit)][1] == name
     return trace
 
 
@@ -48,11 +48,6 @@ def test_trained_model_and_its_report(text, out, capsys):
     assert run("--text", text, "--out", out, *SMALL) == 0
     characters = text.read_text()
     trace = assert_report(out, capsys.readouterr().out, characters[:150])
-    # The saved model is the traced one.
-    again = out / "again"
-    assert run(out / "model.keras", "--text", text, "--out", again, *SMALL) == 0
-    same = assert_report(again, capsys.readouterr().out, characters[:150])
-    np.testing.assert_allclose(same.c, trace.c, rtol=1e-5, atol=1e-6)
     model = keras.saving.load_model(out / "model.keras")
     tokens = Vocabulary(characters).encode(characters)[None, :150]
     np.testing.assert_allclose(trace.h, trace_gates(model, tokens).h, atol=1e-5)
@@ -77,21 +72,6 @@ def test_stateful_model_of_time_machine(text, out, capsys):
         np.testing.assert_allclose(trace.h[0, step], h, rtol=1e-4, atol=1e-5)
 
 
-def test_units_are_ranked_by_correlation(rng, capsys):
-    text = "".join(rng.choice(list("ab e\n"), 400))
-    features = token_features(text)
-    c = rng.normal(size=(1, 400, 8)).astype("float32")
-    c[0, :, 3] = 1 - 2 * features["vowel"]
-    c[0, :, 6] = features["space"] + rng.normal(scale=0.3, size=400)
-    c[0, :, 0] = 0.25  # constant
-    trace = GateTrace(i=c, f=c, o=c, c_tilde=c, c=c, h=c, layer="lstm")
-    units = look_inside.print_selective_units(trace, text)
-    assert units[:2] == [3, 6]
-    assert 0 not in units
-    printed = capsys.readouterr().out
-    assert printed.startswith("unit 3: c correlates with vowel (r = -1.00)\nunit 6: ")
-
-
 def save(path, *layers, shape=(None,)):
     model = keras.Sequential([keras.Input(shape, dtype="int32"), *layers])
     model.save(path)
@@ -112,12 +92,9 @@ def test_unusable_models_and_texts(tmp_path, text, out):
         save(tmp_path / "other.keras", embedding(99, 2), keras.layers.LSTM(2)): (
             "must start with an Embedding of .*own.txt.* Received: 99 tokens"
         ),
-        save(tmp_path / "gru.keras", embedding(size, 2), keras.layers.GRU(2)): "LSTM",
         save(tmp_path / "stack.keras", embedding(size, 2), *stack): "'a', 'b'",
     }
     for model, message in models.items():
         answer = run(tmp_path / model, "--text", text, "--out", out, *SMALL)
         assert re.match(r"look_inside\.py: error: [^\n]+$", answer)
         assert re.search(message, answer), answer
-    answer = run("--text", tmp_path / "none.txt", "--out", out)
-    assert "none.txt cannot be read" in answer

@@ -8,7 +8,6 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-import report
 import time_machine
 from PIL import Image
 
@@ -33,35 +32,29 @@ def read(out):
 
 def test_report(book, out, capsys):
     assert time_machine.main(["--text", str(book), "--out", str(out), *SMALL]) == 0
-    printed = capsys.readouterr()
+    printed = capsys.readouterr().out
     runs, history = read(out)
     names = ["ScratchLSTMCell", "LSTMCell", "ScratchLSTM"]
     assert [run["layer"] for run in runs] == names
     for run in runs:
         name = run["layer"]
-        assert run["backend"] == BACKEND
-        assert run["epochs"] == 3
-        assert run["failure"] is None
+        assert (run["backend"], run["epochs"], run["failure"]) == (BACKEND, 3, None)
         assert run["text"] == {"source": str(book), "is_the_book": True}
-        # 500 characters are 24 batches of 4 x 5 at the latest offset.
         rows = [row for row in history if row["layer"] == name]
         assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+        # 500 characters are 24 batches of 4 x 5 at the latest offset.
         seconds = sum(24 * 20 / float(row["tokens_per_sec"]) for row in rows)
-        assert run["seconds"] == pytest.approx(seconds)
         assert run["tokens_per_sec"] == pytest.approx(3 * 24 * 20 / seconds)
         assert float(rows[-1]["perplexity"]) == run["perplexity"]
         line = f"perplexity {run['perplexity']:.1f}, {run['tokens_per_sec']:.1f} "
         assert re.fullmatch(line + r"tokens/sec on /[CG]PU:0", run["closing_line"])
-        assert f"{name}: {run['closing_line']}\n" in printed.out
+        assert f"{name}: {run['closing_line']}\n" in printed
         model = keras.saving.load_model(out / f"{name}.keras")
         assert model.get_layer("rnn").cell.units == 8
         for prefix in ("time traveller", "traveller"):
-            sample = run["samples"][prefix]
-            assert sample.startswith(prefix)
-            assert f"    {sample}\n" in printed.out
+            assert run["samples"][prefix].startswith(prefix)
+            assert f"    {run['samples'][prefix]}\n" in printed
         assert "</html>" in (out / f"{name}.html").read_text()
-    assert "epoch 3: time traveller" in printed.out + printed.err
-    assert "do not compare" not in printed.out
     # The same initial weights and batches give the same numbers.
     cell, builtin, layer = (run["perplexity"] for run in runs)
     assert cell == pytest.approx(builtin, rel=1e-4)
@@ -69,7 +62,6 @@ def test_report(book, out, capsys):
         assert cell == pytest.approx(layer, rel=1e-4)
     with Image.open(out / "perplexity.png") as image:
         assert min(image.size) > 500
-    assert (out / "perplexity.svg").read_text().count("<svg") == 1
 
 
 @pytest.mark.slow
@@ -86,31 +78,6 @@ def test_model_learns_and_generates(text, out, capsys):
     assert time_machine.generate(model, vocabulary, "abc", 10) == "abcdefghabcde"
     for prefix, sample in run["samples"].items():
         assert time_machine.generate(model, vocabulary, prefix) == sample
-
-
-def test_plot_shows_the_history():
-    histories = {"ScratchLSTMCell": [20.0, 9.0, 2.0], "LSTMCell": [19.0, 3.0]}
-    figure = report.plot_perplexity(
-        [
-            {
-                "layer": name,
-                "text": {"source": "", "is_the_book": True},
-                "history": {"perplexity": perplexity},
-            }
-            for name, perplexity in histories.items()
-        ]
-    )
-    (ax,) = figure.axes
-    report.plt.close(figure)
-    curves = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
-    assert curves == {
-        name: [[k, p] for k, p in enumerate(perplexity, 1)]
-        for name, perplexity in histories.items()
-    }
-    assert ax.get_yscale() == "log"
-    assert ax.get_xlabel() == "epoch"
-    legend = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert legend == list(histories)
 
 
 @pytest.mark.parametrize("sampling", ["sequential", "random"])
@@ -165,17 +132,13 @@ def test_compare_d2l_without_d2l(text, out, monkeypatch):
         (["--units", "0"], "--units: must be a positive integer. Received: '0'"),
         (["--batch-size", "1.5"], "must be a positive integer. Received: '1.5'"),
         (["--learning-rate", "nan"], "must be a positive number. Received: 'nan'"),
-        (["--learning-rate", "inf"], "must be a positive number. Received: 'inf'"),
         (["--seed", "-1"], "must be an integer in [0, 2**32). Received: '-1'"),
-        (["--layer", "GRU"], "argument --layer: invalid choice: 'GRU'"),
-        (["--colour"], "unrecognized arguments: --colour"),
     ],
     ids=" ".join,
 )
 def test_invalid_arguments(arguments, message, out, capsys):
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit, match="2"):
         time_machine.main([*arguments, "--out", str(out)])
-    assert exit.value.code == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
 
@@ -202,21 +165,13 @@ def test_unusable_text(arguments, message, out, text):
 )
 def test_help_does_not_import_keras(name):
     code = f"""
-import runpy, sys
+import atexit, runpy, sys
+atexit.register(lambda: print("keras" in sys.modules or "numpy" in sys.modules))
 sys.argv = ["{name}.py", "--help"]
-try:
-    runpy.run_path("{EXAMPLE.with_name(name + ".py")}", run_name="__main__")
-except SystemExit as exit:
-    assert not exit.code
-assert "keras" not in sys.modules and "numpy" not in sys.modules
+runpy.run_path("{name}.py", run_name="__main__")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=EXAMPLE.parent,
-        env={"PYTHONPATH": str(EXAMPLE.parent), "KERAS_BACKEND": BACKEND},
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=EXAMPLE.parent)
     assert done.returncode == 0, done.stderr
     assert f"python examples/{name}.py" in done.stdout
-    assert (name == "time_machine") == ("--epochs 20" in done.stdout)
+    assert done.stdout.endswith("False\n")
