@@ -26,20 +26,21 @@ def assert_report(out, printed, characters, units=6):
         with Image.open(out / name) as image:
             assert image.width > 900
     assert "</html>" in (out / "gates.html").read_text("utf-8")
-    features = token_features(characters)
-    strongest = {}
-    for unit in range(units):
-        for name, values in features.items():
-            r = np.corrcoef(trace.c[0, :, unit].astype("float64"), values)[0, 1]
-            strongest[unit] = max(strongest.get(unit, (0, "", 0)), (abs(r), name, r))
-    lines = re.findall(
-        r"^unit (\d+): c correlates with (.*) \(r = (.*)\)$", printed, re.M
-    )
-    expected = sorted(strongest.values(), reverse=True)[:5]
-    assert len(lines) == 5
-    for (unit, name, r), (_, _, expected_r) in zip(lines, expected, strict=True):
-        assert float(r) == pytest.approx(expected_r, abs=0.006)
-        assert strongest[int(unit)][1] == name
+    correlations = {
+        (unit, name): np.corrcoef(trace.c[0, :, unit].astype("float64"), values)[0, 1]
+        for unit in range(units)
+        for name, values in token_features(characters).items()
+    }
+    strongest = [
+        max(abs(r) for (k, _), r in correlations.items() if k == unit)
+        for unit in range(units)
+    ]
+    pattern = r"^unit (\d+): c correlates with (.*) \(r = (.*)\)$"
+    lines = re.findall(pattern, printed, re.M)
+    expected = sorted(strongest, reverse=True)[:5]
+    for (unit, name, r), absolute in zip(lines, expected, strict=True):
+        assert float(r) == pytest.approx(correlations[int(unit), name], abs=0.006)
+        assert abs(float(r)) == pytest.approx(absolute, abs=0.006)
     return trace
 
 
