@@ -31,6 +31,7 @@ def test_public_names():
     assert set(keras_scratch_lstm.__all__) == {
         *("ScratchLSTM", "ScratchLSTMCell", "Gates", "GateTrace", "trace_gates"),
         *("Perplexity", "PerplexityLogger", "GateMonitor"),
+        *("Edit", "run_with_edits"),
         *("from_torch", "to_torch", "to_builtin", "to_scratch"),
     }
     assert all(hasattr(keras_scratch_lstm, name) for name in keras_scratch_lstm.__all__)

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from keras_scratch_lstm import (
+    Edit,
     GateMonitor,
     Gates,
     GateTrace,
@@ -19,6 +20,7 @@ from keras_scratch_lstm import (
     ScratchLSTM,
     ScratchLSTMCell,
     from_torch,
+    run_with_edits,
     to_builtin,
     to_scratch,
     to_torch,
@@ -85,6 +87,13 @@ def tracing(model: Any, x: np.ndarray) -> None:
     trace_gates("model.keras", x, layer=-1, batches=None)
     trace_gates(model, x, batch_size="all")  # type: ignore[arg-type]
     print(trace.saturation().f)  # type: ignore[attr-defined]
+
+
+def experiments(model: Any, x: np.ndarray, trace: GateTrace) -> None:
+    edits = [Edit("h", 0.0, units=[3]), Edit("c", trace, steps=slice(5, None))]
+    edits += [Edit("o", scale=2), Edit("f", lambda gates, t: 1 - gates.i)]
+    assert_type(run_with_edits(model, x, edits, layer="lstm")[1], GateTrace)
+    Edit("h", 0.0, units=1.5)  # type: ignore[arg-type]
 
 
 def plotting(trace: GateTrace) -> None:

@@ -15,6 +15,7 @@ except ModuleNotFoundError as error:
 from keras_scratch_lstm.callbacks import GateMonitor, PerplexityLogger
 from keras_scratch_lstm.cell import Gates, ScratchLSTMCell
 from keras_scratch_lstm.convert import from_torch, to_builtin, to_scratch, to_torch
+from keras_scratch_lstm.experiments import Edit, run_with_edits
 from keras_scratch_lstm.layer import ScratchLSTM
 from keras_scratch_lstm.metrics import Perplexity
 from keras_scratch_lstm.tracing import GateTrace, trace_gates
@@ -22,6 +23,7 @@ from keras_scratch_lstm.tracing import GateTrace, trace_gates
 __version__: str = version("keras-scratch-lstm")
 
 __all__ = [
+    "Edit",
     "GateMonitor",
     "GateTrace",
     "Gates",
@@ -30,6 +32,7 @@ __all__ = [
     "ScratchLSTM",
     "ScratchLSTMCell",
     "from_torch",
+    "run_with_edits",
     "to_builtin",
     "to_scratch",
     "to_torch",

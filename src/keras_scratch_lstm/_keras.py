@@ -12,6 +12,7 @@ from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 __all__ = [
     "DropoutRNNCell",
+    "compiled_loss",
     "compiled_losses",
     "get_keras_mask",
     "is_default_signature",
@@ -30,6 +31,11 @@ def sublayers(layer, recursive=False):
 def minimize(metric):
     """Declare that lower is better, for `mode="auto"` of `EarlyStopping` and others."""
     metric._direction = "down"
+
+
+def compiled_loss(model):
+    """Return the function `(y_true, y_pred)` of a compiled model's loss, or `None`."""
+    return getattr(model, "_compile_loss", None)
 
 
 def compiled_losses(model):

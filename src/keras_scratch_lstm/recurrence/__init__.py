@@ -90,6 +90,14 @@ def supports_jit(use_cudnn="auto"):
     return not (is_tensorflow and use_cudnn and _backend().has_gpu())
 
 
+def compiled(function):
+    """Compile a function of tensors, whose last argument is constant and hashable.
+
+    On other backends than JAX, this would not save time, and returns the function.
+    """
+    return getattr(_backend(), "compiled", _identity)(function)
+
+
 def repeat_masked_outputs(outputs, mask):
     """Repeat the previous output at masked time steps, where Keras's loop does not.
 
@@ -100,8 +108,8 @@ def repeat_masked_outputs(outputs, mask):
     return getattr(_backend(), "repeat_masked_outputs", _identity)(outputs, mask)
 
 
-def _identity(outputs, mask):
-    return outputs
+def _identity(value, *_):
+    return value
 
 
 def _backend():

@@ -1,0 +1,261 @@
+"""A recurrent layer's loop over time, in which every array can be changed."""
+
+import contextlib
+import threading
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_scratch_lstm import _keras, recurrence
+from keras_scratch_lstm.cell import ScratchLSTMCell
+from keras_scratch_lstm.per_gate import GATES, named_weights
+from keras_scratch_lstm.tracing import GateTrace, capture
+from keras_scratch_lstm.tracing.inputs import check_inputs
+from keras_scratch_lstm.tracing.trace import ARRAYS
+
+_LOCK = threading.RLock()
+
+
+class Step(NamedTuple):
+    """The arrays of one time step, each of shape `(batch, units)`.
+
+    Until `c` and `h` are computed, they are those of the previous time step. A
+    `SimpleRNN` has only `h`.
+    """
+
+    i: Any
+    f: Any
+    o: Any
+    c_tilde: Any
+    c: Any
+    h: Any
+
+
+class Call(NamedTuple):
+    """A recurrent layer in a model, and the arguments that the model calls it with."""
+
+    model: Any
+    inputs: Any
+    layer: Any
+    sequences: np.ndarray
+    h: np.ndarray
+    c: np.ndarray
+    mask: np.ndarray | None
+
+    @property
+    def shape(self):
+        """The shape of the arrays of a trace: `(batch, time, units)`."""
+        return *self.sequences.shape[:2], self.layer.cell.units
+
+
+def find_call(model_or_layer, inputs, layer=None):
+    """Find the LSTM that `layer` selects, and capture its first call.
+
+    Args:
+        model_or_layer: See `trace_gates`.
+        inputs: One batch: an array, a tensor or a nested list, or a list or dict of
+            these.
+        layer: See `trace_gates`; one LSTM, not a `Bidirectional` layer.
+
+    Returns:
+        A `Call`.
+
+    Raises:
+        ValueError: If an argument is invalid, or if the layer is never called.
+    """
+    model = capture.load(model_or_layer)
+    target, lstms = capture.find_lstms(model, layer)
+    if len(lstms) > 1:
+        names = " or ".join(repr(lstm.name) for lstm in lstms)
+        raise ValueError(
+            f"`layer` must be one direction of the `Bidirectional` layer. Pass {names}."
+            f" Received: {target.name!r}"
+        )
+    (lstm,) = lstms
+    if not (model.built and lstm.cell.built):
+        raise ValueError(
+            f"`model_or_layer` must be built. Received: {model.name!r}. Call it once "
+            "on data, or add `keras.Input`."
+        )
+    is_scratch = isinstance(lstm.cell, ScratchLSTMCell)
+    if is_scratch and type(lstm.cell).call is not ScratchLSTMCell.call:
+        raise ValueError(
+            f"`layer` must have a cell that overrides `gates` only, so that its states "
+            f"can be edited. Received: {lstm.name!r} with a "
+            f"{type(lstm.cell).__name__!r}, which overrides `call`"
+        )
+    time_major = getattr(model, "time_major", False)
+    inputs, samples = check_inputs(inputs, time_major=time_major)
+    arguments = next(capture.capture_calls(model, target, inputs, samples))[lstm]
+    return Call(model, inputs, lstm, **({"mask": None} | arguments))
+
+
+def run(call, visit, inputs=None, sequences=None, record=False):
+    """Run the model with a loop over time that calls `visit` for every array.
+
+    The first call of the layer is changed. Variables keep their values.
+
+    Args:
+        call: A `Call`.
+        visit: Function `(name, step, t)` that returns the new values of the array
+            `name` of a `Step`. `t` is the time step, in the order of the inputs.
+        inputs: Inputs of the model. Default: `None`, those of the call.
+        sequences: Tensor that replaces the inputs of the layer. Default: `None`.
+        record: Boolean, whether to return a `GateTrace`.
+
+    Returns:
+        `(outputs, trace)`: tensors, and a `GateTrace` or `None`.
+    """
+    steps = {}
+
+    def inner_loop(x, initial_state, mask=None):
+        x = x if sequences is None else ops.cast(sequences, x.dtype)
+        return _loop(call.layer, x, initial_state, mask, visit, steps, record)
+
+    model = call.model
+    # As in a trace: without updates of states, and on torch without gradients.
+    values = [(v, ops.stop_gradient(v.value)) for v in model.variables]
+    with keras.StatelessScope(values), _replaced(call.layer, inner_loop):
+        outputs = model(call.inputs if inputs is None else inputs, training=False)
+    return outputs, to_trace(call, steps) if record else None
+
+
+def to_trace(call, steps):
+    """Return a `GateTrace` of a dict of time step -> `Step`; `None` becomes NaN."""
+    dtype = capture.result_dtype(call.layer)
+    arrays = {}
+    for name in ARRAYS:
+        values = np.full(call.shape, np.nan, dtype)
+        for t, step in steps.items():
+            array = getattr(step, name)
+            if array is not None:
+                values[:, t] = ops.convert_to_numpy(array)
+        if call.mask is not None:
+            values[~call.mask] = np.nan
+        arrays[name] = values
+    return GateTrace(**arrays, mask=call.mask, layer=call.layer.name)
+
+
+def _loop(layer, x, initial_state, mask, visit, steps, record):
+    """Run what `keras.layers.RNN.inner_loop` does, as an eager loop."""
+    mask = mask[0] if isinstance(mask, (list, tuple)) else mask
+    mask = None if mask is None else ops.cast(mask, "bool")
+    advance = _lstm(layer, x) if len(initial_state) == 2 else _simple_rnn(layer, x)
+    h, c = (*initial_state, None)[:2]
+    step = Step(None, None, None, None, c, h)
+    # Before the first unmasked time step, Keras's scan on JAX returns the state.
+    is_scan = keras.backend.backend() == "jax" and not layer.unroll
+    output = h if is_scan else ops.zeros_like(h)
+    outputs, time = {}, x.shape[1]
+    for t in reversed(range(time)) if layer.go_backwards else range(time):
+        before, step = step, advance(visit, step, t)
+        if record:
+            steps[t] = step
+        if mask is None:
+            output = step.h
+        else:
+            unmasked = mask[:, t, None]
+            output = ops.where(unmasked, step.h, output)
+            states = [
+                None if new is None else ops.where(unmasked, new, old)
+                for new, old in ((step.c, before.c), (step.h, before.h))
+            ]
+            step = step._replace(c=states[0], h=states[1])
+        zeroed = mask is not None and layer.zero_output_for_mask
+        outputs[t] = output * ops.cast(unmasked, output.dtype) if zeroed else output
+    last = outputs[t]
+    states = [state for state in (step.h, step.c) if state is not None]
+    return last, ops.stack(list(outputs.values()), axis=1), states
+
+
+def _lstm(layer, x):
+    cell, gates = layer.cell, _gates(layer.cell, x)
+
+    def advance(visit, step, t):
+        step = step._replace(**dict(zip(ARRAYS, gates(step, t), strict=False)))
+        for name in ARRAYS[: len(GATES)]:
+            step = step._replace(**{name: visit(name, step, t)})
+        step = step._replace(c=step.f * step.c + step.i * step.c_tilde)
+        step = step._replace(c=visit("c", step, t))
+        step = step._replace(h=step.o * cell.activation(step.c))
+        return step._replace(h=visit("h", step, t))
+
+    return advance
+
+
+def _gates(cell, x):
+    """Return a function `(step, t)` that computes the gates i, f, o and c_tilde."""
+    if isinstance(cell, ScratchLSTMCell) and type(cell).gates is not (
+        ScratchLSTMCell.gates
+    ):
+        x = ops.unstack(x, axis=1)
+        return lambda step, t: cell.gates(x[t], step.h, step.c)
+    weights = dict(named_weights(cell))
+
+    def fused(prefix):
+        parts = [weights[prefix + gate] for gate in GATES]
+        return ops.cast(ops.concatenate(parts, axis=-1), cell.compute_dtype)
+
+    z = ops.matmul(ops.cast(x, cell.compute_dtype), fused("W_x"))
+    # Slices of one tensor would each have a gradient of its full size.
+    z = ops.unstack(z + fused("b_") if cell.use_bias else z, axis=1)
+    W_h, activations = fused("W_h"), (cell.recurrent_activation, cell.activation)
+    compute = recurrence.compiled(_fused_gates)
+    return lambda step, t: compute(z[t], step.h, W_h, activations)
+
+
+def _fused_gates(z, h, W_h, activations):
+    sigmoid, tanh = activations
+    z_i, z_f, z_o, z_c = ops.split(z + h @ W_h, 4, axis=-1)
+    return sigmoid(z_i), sigmoid(z_f), sigmoid(z_o), tanh(z_c)
+
+
+def _simple_rnn(layer, x):
+    x = ops.unstack(ops.cast(x, layer.cell.compute_dtype), axis=1)
+
+    def advance(visit, step, t):
+        step = step._replace(h=layer.cell(x[t], [step.h])[0])
+        return step._replace(h=visit("h", step, t))
+
+    return advance
+
+
+@contextlib.contextmanager
+def _replaced(layer, inner_loop):
+    """Replace the loop over time in the layer's next call in this thread."""
+    thread, original, calls = threading.get_ident(), layer.inner_loop, []
+
+    def replacement(sequences, initial_state, mask=None, training=False):
+        if calls or threading.get_ident() != thread:
+            return original(sequences, initial_state, mask, training)
+        calls.append(1)
+        return inner_loop(sequences, initial_state, mask)
+
+    # On a GPU, `Bidirectional` runs cuDNN instead of its layers if they allow it.
+    attributes = {"inner_loop": replacement, "use_cudnn": False}
+    with _LOCK:
+        # Keras and torch track what `__setattr__` assigns.
+        before = {k: vars(layer)[k] for k in attributes if k in vars(layer)}
+        vars(layer).update(attributes)
+        try:
+            yield
+        finally:
+            for name in attributes:
+                del vars(layer)[name]
+            vars(layer).update(before)
+
+
+def compiled_or(loss, model, argument="loss"):
+    """Return a function `(y_true, y_pred)` for a loss, or the model's compiled one."""
+    if loss is not None:
+        loss = keras.losses.get(loss)
+        return lambda y_true, y_pred: ops.mean(loss(y_true, y_pred))
+    compiled = _keras.compiled_loss(model)
+    if compiled is None:
+        raise ValueError(
+            f"`{argument}` must be given, since {model.name!r} is not compiled. "
+            f"Received: {argument}=None"
+        )
+    return compiled

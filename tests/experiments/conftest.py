@@ -1,0 +1,7 @@
+import pytest
+from edit_reference import BATCH, FEATURES, TIME
+
+
+@pytest.fixture
+def x(rng):
+    return rng.normal(size=(BATCH, TIME, FEATURES)).astype("float32")

@@ -1,0 +1,369 @@
+import keras
+import numpy as np
+import pytest
+from edit_reference import (
+    ARRAYS,
+    BATCH,
+    FEATURES,
+    LAYERS,
+    TIME,
+    UNITS,
+    apply_dense,
+    classifier,
+    make,
+    numpy_lstm,
+)
+from keras import ops
+
+from keras_scratch_lstm import (
+    Edit,
+    GateTrace,
+    ScratchLSTM,
+    ScratchLSTMCell,
+    run_with_edits,
+    to_scratch,
+    trace_gates,
+)
+
+BOTH = pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM"])
+
+
+def to_numpy(x):
+    return ops.convert_to_numpy(x)
+
+
+def assert_close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def assert_equal_traces(trace, expected):
+    for name in ARRAYS:
+        assert_close(getattr(trace, name), expected[name])
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("array", ARRAYS)
+def test_edits_match_numpy(kind, array, x, rng):
+    """A clamp, a scale and an array, at chosen samples, time steps and units."""
+    layer = make(kind, return_sequences=True)
+    model = classifier(layer)
+    value = rng.normal(size=(2, 3, 1))
+    edits = [
+        Edit(array, 0.25, units=[1, 3], steps=slice(1, 3), samples=0),
+        Edit(array, scale=0.5, steps=-1),
+        Edit(array, value, units=2, steps=[0, 2, 3], samples=[2, 0]),
+    ]
+
+    def edit(name, values, t):
+        values = values.copy()
+        if name == array:
+            if t in (1, 2):
+                values[0, [1, 3]] = 0.25
+            if t == TIME - 1:
+                values *= 0.5
+            if t in (0, 2, 3):
+                values[[2, 0], 2] = value[:, [0, 2, 3].index(t), 0]
+        return values
+
+    outputs, trace = run_with_edits(model, x, edits)
+    expected, h = numpy_lstm(layer, x, edit)
+    assert_equal_traces(trace, expected)
+    assert_close(outputs, apply_dense(model, h))
+
+
+def test_functions_see_the_arrays_of_the_time_step(x):
+    layer = make("LSTM", return_sequences=True)
+    outputs, trace = run_with_edits(
+        layer,
+        x,
+        [
+            Edit("f", lambda gates, t: 1 - gates.i, units=slice(2)),
+            Edit("h", lambda gates, t: gates.h + t * gates.c, steps=[1, 2]),
+        ],
+    )
+    arrays = {}
+
+    def edit(name, values, t):
+        if name == "f":
+            values = np.where(np.arange(UNITS) < 2, 1 - arrays["i"], values)
+        if name == "h" and t in (1, 2):
+            values = values + t * arrays["c"]
+        arrays[name] = values
+        return values
+
+    expected, h = numpy_lstm(layer, x, edit)
+    assert_equal_traces(trace, expected)
+    assert_close(outputs, h)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_no_edits_give_the_outputs_and_the_trace_of_the_model(kind, x):
+    model = classifier(make(kind))
+    outputs, trace = run_with_edits(model, x, [])
+    assert_close(outputs, to_numpy(model(x)))
+    assert_equal_traces(trace, vars(trace_gates(model, x)))
+
+
+def test_stock_and_scratch_models_are_equal(x):
+    model = classifier(make("LSTM"))
+    edits = [Edit("o", 0.5, units=1), Edit("c", scale=-1, steps=2)]
+    outputs, trace = run_with_edits(model, x, edits)
+    others, other = run_with_edits(to_scratch(model), x, edits)
+    assert_close(outputs, others)
+    assert_equal_traces(trace, vars(other))
+
+
+def test_open_forget_gate_and_closed_input_gate_freeze_c(x):
+    keep = {"steps": slice(2, None)}
+    _, trace = run_with_edits(
+        make("LSTM"), x, [Edit("f", 1, **keep), Edit("i", 0, **keep)]
+    )
+    frozen = np.broadcast_to(trace.c[:, 1:2], (BATCH, TIME - 1, UNITS))
+    np.testing.assert_array_equal(trace.c[:, 1:], frozen)
+
+
+@BOTH
+def test_edit_of_a_time_step_leaves_earlier_outputs(kind, x):
+    for backwards in (False, True):
+        layer = make(kind, return_sequences=True, go_backwards=backwards)
+        before, _ = run_with_edits(layer, x, [])
+        step = TIME - 1 - 3 if backwards else 3
+        after, _ = run_with_edits(layer, x, Edit("c", 2.0, steps=step))
+        np.testing.assert_array_equal(after[:, :3], before[:, :3])
+        assert (after[:, 3:] != before[:, 3:]).all()
+
+
+def test_patching_all_states_gives_the_outputs_of_the_other_run(x, rng):
+    model = classifier(make("LSTM"))
+    other = rng.normal(size=x.shape).astype("float32")
+    expected, trace = run_with_edits(model, other, [])
+    last = {"steps": TIME - 1}
+    outputs, patched = run_with_edits(model, x, [Edit(a, trace, **last) for a in "ch"])
+    assert_close(outputs, expected)
+    assert_close(patched.c[:, :-1], trace_gates(model, x).c[:, :-1])
+
+
+# --- models ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("merge", ["concat", "mul"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@BOTH
+def test_directions_of_a_bidirectional_layer(kind, direction, merge, x):
+    layers = [make(kind, return_sequences=True, name=kind)]
+    both = keras.layers.Bidirectional(layers[0], merge_mode=merge)
+    model = classifier(both)
+    layer = getattr(both, f"{direction}_layer")
+    outputs, trace = run_with_edits(model, x, Edit("h", 0.5, units=0, steps=1), layer)
+
+    def edit(name, values, t):
+        if name == "h" and t == 1:
+            values[:, 0] = 0.5
+        return values
+
+    hidden = []
+    for part in (both.forward_layer, both.backward_layer):
+        expected, h = numpy_lstm(part, x, edit if part is layer else None)
+        hidden.append(h[:, ::-1] if part.go_backwards else h)
+        if part is layer:
+            assert_equal_traces(trace, expected)
+    merged = np.concatenate(hidden, -1) if merge == "concat" else hidden[0] * hidden[1]
+    assert_close(outputs, apply_dense(model, merged))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("leading", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_masked_time_steps(kind, leading, bidirectional, x, rng):
+    mask = np.ones((BATCH, TIME), bool)
+    mask[0, :2] = not leading
+    mask[1, 3:] = False
+    mask[2, 1] = False
+    layer = make(kind, return_sequences=True)
+    inner = layer
+    if bidirectional:
+        layer = keras.layers.Bidirectional(layer)
+        inner = layer.forward_layer
+    inputs = keras.Input((TIME, FEATURES)), keras.Input((TIME,), dtype="bool")
+    outputs = layer(inputs[0], mask=inputs[1])
+    model = keras.Model(inputs, outputs)
+    unedited, _ = run_with_edits(model, [x, mask], [], inner)
+    assert_close(unedited, to_numpy(model([x, mask])))
+    outputs, trace = run_with_edits(model, [x, mask], Edit("c", 0.5, steps=1), inner)
+    expected, h = numpy_lstm(
+        inner,
+        x,
+        lambda name, values, t: values * 0 + 0.5 if (name, t) == ("c", 1) else values,
+        mask=mask,
+    )
+    assert_equal_traces(trace, expected)
+    np.testing.assert_array_equal(trace.mask, mask)
+    h = np.where(mask[..., None], h, 0) if bidirectional else h
+    assert_close(outputs[..., :UNITS], h)
+
+
+@BOTH
+def test_stateful_model_keeps_its_states(kind, x):
+    layer = make(kind, stateful=True, return_state=True)
+    layer(x)  # states other than zero
+    before = [to_numpy(state).copy() for state in layer.states]
+    (last, h, c), trace = run_with_edits(layer, x, Edit("i", 0.0))
+    expected, outputs = numpy_lstm(
+        layer, x, lambda name, values, t: values * (name != "i"), *before
+    )
+    assert_equal_traces(trace, expected)
+    assert_close(last, outputs[:, -1])
+    assert_close(h, outputs[:, -1])
+    assert_close(c, expected["c"][:, -1])
+    np.testing.assert_equal([to_numpy(state) for state in layer.states], before)
+
+
+def test_nested_model_with_stacked_layers_and_initial_states(x, rng):
+    states = [keras.Input((UNITS,)) for _ in "hc"]
+    lower = make("ScratchLSTM", return_sequences=True, name="lower")
+    upper = keras.layers.LSTM(UNITS, name="upper")
+    sequences = keras.Input((TIME, FEATURES))
+    hidden = lower(sequences, initial_state=states)
+    inner = keras.Model([sequences, *states], upper(hidden))
+    inputs = [
+        keras.Input((TIME, FEATURES)),
+        keras.Input((UNITS,)),
+        keras.Input((UNITS,)),
+    ]
+    model = keras.Model(inputs, keras.layers.Dense(3, name="logits")(inner(inputs)))
+    h, c = rng.normal(size=(2, BATCH, UNITS)).astype("float32")
+    outputs, _ = run_with_edits(model, [x, h, c], Edit("f", 0.5), "lower")
+    _, hidden = numpy_lstm(
+        lower, x, lambda name, v, t: v * 0 + 0.5 if name == "f" else v, h, c
+    )
+    _, h_upper = numpy_lstm(upper, hidden)
+    assert_close(outputs, apply_dense(model, h_upper[:, -1]))
+
+
+def test_options_of_the_layer(x):
+    """Time-major, without bias, with other activations, in half precision."""
+    layer = make("ScratchLSTM", time_major=True, return_sequences=True)
+    outputs, trace = run_with_edits(layer, x.swapaxes(0, 1), Edit("o", 1.0, samples=1))
+
+    def edit(name, values, t):
+        if name == "o":
+            values[1] = 1
+        return values
+
+    expected, h = numpy_lstm(layer, x, edit)
+    assert_equal_traces(trace, expected)
+    assert_close(outputs, h.swapaxes(0, 1))
+    for options in (
+        {"use_bias": False, "unroll": True},
+        {"activation": "relu", "recurrent_activation": "hard_sigmoid"},
+    ):
+        for kind in (keras.layers.LSTM, ScratchLSTM):
+            layer = kind(UNITS, **options)
+            expected = to_numpy(layer(x))
+            assert_close(run_with_edits(layer, x, [])[0], expected)
+    layer = keras.layers.LSTM(UNITS, dtype="mixed_bfloat16")
+    expected = to_numpy(ops.cast(layer(x), "float32"))
+    outputs, trace = run_with_edits(layer, x, [])
+    np.testing.assert_allclose(np.float32(outputs), expected, atol=0.02)
+    assert trace.c.dtype == "float32"
+
+
+def test_first_call_of_a_shared_layer_is_edited(x):
+    layer = keras.layers.LSTM(FEATURES, return_sequences=True)
+    inputs = keras.Input((TIME, FEATURES))
+    model = keras.Model(inputs, layer(layer(inputs)))
+    outputs, _ = run_with_edits(model, x, Edit("h", 0.5))
+    assert_close(outputs, to_numpy(layer(np.full_like(x, 0.5))))
+
+
+def test_model_is_unchanged_after_an_error(x):
+    model = classifier(make("LSTM"))
+    layer, before = model.layers[0], to_numpy(model(x))
+    attributes = sorted(vars(layer))
+
+    def fail(gates, t):
+        raise RuntimeError("in the edit")
+
+    with pytest.raises(RuntimeError, match="in the edit"):
+        run_with_edits(model, x, Edit("f", fail))
+    assert sorted(vars(layer)) == attributes
+    np.testing.assert_array_equal(to_numpy(model(x)), before)
+
+
+# --- errors ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("g", 1.0), r"`array` must be one of 'i', .* Received: array='g'"),
+        (("f",), "Exactly one of `value` and `scale` must be given"),
+        (("f", 1.0, 2.0), "Exactly one of `value` and `scale` must be given"),
+        (("f", None, np.nan), "`scale` must be a finite number. Received: scale=nan"),
+    ],
+)
+@pytest.mark.one_backend
+def test_invalid_edit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Edit(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (Edit("f", 1.0, units=UNITS), "`units` must be an integer, a slice or a list"),
+        (Edit("f", 1.0, units=[0, -UNITS - 1]), "that selects some of 4"),
+        (Edit("f", 1.0, steps=TIME), "`steps` .* selects some of 5. Received: steps=5"),
+        (Edit("f", 1.0, steps=slice(TIME, None)), "`steps` must be"),
+        (Edit("f", 1.0, samples=[]), "`samples` must be"),
+        (Edit("f", 1.0, units="a"), "`units` must be"),
+        (Edit("f", np.ones(UNITS + 1)), r"broadcasts to .* \(3, 5, 4\)"),
+        (Edit("f", "open"), "`value` must be a number"),
+        (Edit("f", np.nan), "`value` must be finite"),
+        (
+            Edit("f", GateTrace(*[np.zeros((BATCH, TIME + 1, UNITS))] * 6)),
+            r"`GateTrace` of shape \(3, 5, 4\), .* Received: .* \(3, 6, 4\)",
+        ),
+        ("f", "`edits` must be an `Edit` or a list of these"),
+    ],
+    ids=str,
+)
+@pytest.mark.one_backend
+def test_edit_that_does_not_fit_the_layer(edit, message, x):
+    model = classifier(make("LSTM"))
+    ran = []
+    model.layers[1].call = lambda *args, **kwargs: ran.append(1)
+    with pytest.raises(ValueError, match=message):
+        run_with_edits(model, x, edit)
+    assert not ran
+
+
+def test_layers_that_cannot_be_edited(x):
+    class Unused(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.lstm = make("LSTM")
+            self.dense = keras.layers.Dense(2)
+
+        def call(self, inputs):
+            return self.dense(inputs)
+
+    class OwnCall(ScratchLSTMCell):
+        def call(self, inputs, states, training=False):
+            return super().call(inputs, states, training)
+
+    unused = Unused()
+    unused(x)
+    both = keras.layers.Bidirectional(keras.layers.LSTM(UNITS, name="a"))
+    own_call = ScratchLSTM(cell=OwnCall(UNITS))
+    for layer in (both, own_call):
+        layer.build(x.shape)
+    for model, message in (
+        (unused, "`layer` must be called in the model's forward pass"),
+        (both, "one direction .* Pass 'forward_a' or 'backward_a'"),
+        (own_call, "overrides `gates` only"),
+        (keras.layers.LSTM(UNITS), "must be built"),
+        (classifier(keras.layers.GRU(UNITS)), "must be or contain"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_with_edits(model, x, [])
