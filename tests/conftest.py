@@ -39,6 +39,12 @@ def rng(seed):
 
 
 @pytest.fixture
+def draw(rng):
+    """Draws float32 arrays of a shape."""
+    return lambda *shape: rng.normal(size=shape).astype("float32")
+
+
+@pytest.fixture
 def book():
     """The path of the book's text."""
     if not BOOK.exists():
@@ -54,3 +60,44 @@ def dtype_policy():
     before = keras.config.dtype_policy()
     yield keras.config.set_dtype_policy
     keras.config.set_dtype_policy(before)
+
+
+@pytest.fixture
+def mocked_gpu(monkeypatch):
+    """Shapes of the inputs of cuDNN, on a host that seems to have a GPU."""
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("only TensorFlow compiles cuDNN ops by XLA")
+    import tensorflow as tf
+
+    from keras_scratch_lstm import _keras
+    from keras_scratch_lstm.recurrence import tensorflow as backend
+
+    calls, devices = [], tf.config.list_physical_devices
+
+    def lstm(x, h, c, mask, kernel, recurrent_kernel, bias, **arguments):
+        assert mask is None
+        calls.append(x.shape)
+        # Like those of cuDNN, this op has no XLA kernel.
+        x = tf.ensure_shape(tf.py_function(lambda x: x, [x], x.dtype), x.shape)
+        h_all = tf.TensorArray(x.dtype, x.shape[1])
+        for t in range(x.shape[1]):
+            z = x[:, t] @ kernel + h @ recurrent_kernel + bias
+            i, f, c_tilde, o = tf.split(z, 4, -1)
+            c = tf.sigmoid(f) * c + tf.sigmoid(i) * tf.tanh(c_tilde)
+            h = tf.sigmoid(o) * tf.tanh(c)
+            h_all = h_all.write(t, h)
+        h_all = tf.transpose(h_all.stack(), (1, 0, 2))
+        return h, tf.reshape(h_all, (-1, x.shape[1], h.shape[-1])), [h, c]
+
+    gpu = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")
+    # Keras compiles by XLA only where there is a GPU.
+    monkeypatch.setattr(
+        tf.config,
+        "list_physical_devices",
+        lambda *kind: devices(*kind) + ([] if kind else [gpu]),
+    )
+    monkeypatch.setattr(backend, "has_gpu", lambda: True)
+    monkeypatch.setattr(_keras, "lstm", lstm)
+    return calls

@@ -1,7 +1,11 @@
-"""An LSTM and a cross-entropy in NumPy, float64, as references."""
+"""References in NumPy, float64, and what most tests need to compare with them."""
 
+import os
 import re
+import subprocess
+import sys
 
+import keras
 import numpy as np
 
 NAMES = ["W_xi", "W_hi", "b_i", "W_xf", "W_hf", "b_f"]
@@ -56,3 +60,30 @@ def cross_entropy(y_true, logits):
 def label(parameter):
     """A parameter as the name of a test, without addresses, which vary by process."""
     return re.sub(r" at 0x[0-9a-f]+|(?<=\w)_\d+", "", str(parameter))
+
+
+def flat(tree):
+    """The tensors of nested lists and dicts, as float64 arrays."""
+    tensors = keras.tree.flatten(tree)
+    return [keras.ops.convert_to_numpy(one).astype("float64") for one in tensors]
+
+
+def assert_close(actual, expected, atol=1e-5, rtol=0):
+    """Compare nested tensors or arrays, of which none may be constant."""
+    actual, expected = flat(actual), flat(expected)
+    assert len(actual) == len(expected) > 0
+    for one, other in zip(actual, expected, strict=True):
+        assert np.ptp(other) > 0  # not all masked or dropped
+        np.testing.assert_allclose(one, other, rtol=rtol, atol=atol)
+
+
+def run_python(*arguments, **environment):
+    """Run Python in another process; returns what it prints."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

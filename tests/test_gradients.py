@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from custom_cells import PeepholeCell
 from gradients import BACKEND, double_precision, with_gradients
 from keras import layers, ops
 from reference import NAMES
@@ -17,20 +18,6 @@ def tanh():
     import jax
 
     return jax.numpy.tanh
-
-
-class PeepholeCell(ScratchLSTMCell):
-    """Its forget gate depends on the cell state."""
-
-    def build(self, input_shape):
-        super().build(input_shape)
-        self.p_f = self.add_weight(
-            name="p_f", shape=(self.units,), initializer="random_normal"
-        )
-
-    def gates(self, x, h, c):
-        z_f = x @ self.W_xf + h @ self.W_hf + c * self.p_f + self.b_f
-        return super().gates(x, h, c)._replace(f=ops.sigmoid(z_f))
 
 
 def weighted_sum(tensors, weights):

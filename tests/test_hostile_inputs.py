@@ -339,9 +339,6 @@ def payload_lambda(canary):
 
 PAYLOADS = {
     "lambda": payload_lambda,
-    "function": lambda canary: (
-        instance("os", "function", "system") | {"registered_name": "system"}
-    ),
     "class": lambda canary: instance(
         "subprocess", "Popen", {"args": ["touch", canary]}
     ),
@@ -414,32 +411,26 @@ def memory_below(size):
 
 
 @pytest.mark.parametrize(
-    ("number", "arguments", "limit"),
+    "arguments",
     [
-        (1, {"data": np.zeros((4, 3), "float32")}, 100),
-        (1, {"data": np.zeros((3, 5), "float32")}, 100),
-        (1, {"shape": (0, 4), "dtype": "float32"}, 100),
-        (1, {"data": np.array([[b"a"] * 4] * 3)}, 100),
+        {"data": np.zeros((4, 3), "float32")},  # transposed
+        {"data": np.array([[b"a"] * 4] * 3)},
         # A few bytes that declare 4 TB.
-        (1, {"shape": (10**6, 10**6), "dtype": "float32", "chunks": (1, 1)}, 100),
-        # Twelve arrays of 64 MB, of which at most a few may be in memory.
-        (12, {"shape": (16, MB), "dtype": "float32", "compression": "gzip"}, 8 * 64),
+        {"shape": (10**6, 10**6), "dtype": "float32", "chunks": (1, 1)},
     ],
-    ids=["transposed", "wider", "empty", "text", "bomb", "large"],
+    ids=["transposed", "text", "bomb"],
 )
-def test_invalid_weights(number, arguments, limit, tmp_path):
+def test_invalid_weights(arguments, tmp_path):
     path, model = tmp_path / "model.weights.h5", make_model()
     model.save_weights(path)
     before = model.layers[0].get_weights()
     with h5py.File(path, "r+") as file:
         names = []
         file.visit(names.append)
-        for name in [name for name in names if re.search(r"layer.*/\d+$", name)][
-            :number
-        ]:
-            del file[name]
-            file.create_dataset(name, **arguments)
-    with memory_below(limit * MB), pytest.raises((ValueError, TypeError)):
+        name = next(name for name in names if re.search("layer.*/0$", name))
+        del file[name]
+        file.create_dataset(name, **arguments)
+    with memory_below(100 * MB), pytest.raises((ValueError, TypeError)):
         model.load_weights(path)
     for weight, old in zip(model.layers[0].get_weights(), before, strict=True):
         np.testing.assert_array_equal(weight, old)

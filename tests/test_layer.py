@@ -1,41 +1,17 @@
 import inspect
 import re
-from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pytest
-from gradients import BACKEND, with_gradients
+from custom_cells import CoupledCell, ScaledCell
+from gradients import BACKEND
 from keras import layers, ops
-from reference import NAMES, label, lstm, weights_of
+from reference import NAMES, assert_close, label, lstm, weights_of
 
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, recurrence
 
 numpy = ops.convert_to_numpy
-
-
-def flat(outputs):
-    return [numpy(output) for output in keras.tree.flatten(outputs)]
-
-
-def assert_close(ours, theirs, atol=1e-5):
-    ours, theirs = flat(ours), flat(theirs)
-    assert len(ours) == len(theirs) > 0
-    for one, other in zip(ours, theirs, strict=True):
-        assert one.dtype == other.dtype
-        assert np.ptp(other) > 0  # not all masked or dropped
-        np.testing.assert_allclose(one, other, atol=atol)
-
-
-def assert_matches(outputs, expected, atol=1e-6):
-    """Tensors against arrays of the NumPy reference."""
-    for output, value in zip(outputs, expected, strict=True):
-        np.testing.assert_allclose(numpy(output), value, atol=atol)
-
-
-@pytest.fixture
-def draw(rng):
-    return lambda *shape: rng.normal(size=shape).astype("float32")
 
 
 PADDED = np.arange(7) < np.array([[7], [4], [1]])
@@ -55,7 +31,7 @@ def test_sequence_matches_numpy_reference(draw, arguments, mask):
     outputs = layer(x, mask=mask)
     if layer.go_backwards:
         x, mask = x[:, ::-1], None if mask is None else mask[:, ::-1]
-    assert_matches(outputs, lstm(x, weights_of(layer.cell), mask=mask))
+    assert_close(outputs, lstm(x, weights_of(layer.cell), mask=mask))
 
 
 @pytest.mark.parametrize("sequences", [False, True], ids=["last", "sequences"])
@@ -118,7 +94,7 @@ def test_stateful_layer_resumes_from_the_last_states(draw):
     parts = [numpy(layer(x[:, :7])), numpy(layer(x[:, 7:]))]
     expected, h, c = lstm(x, weights_of(layer.cell))
     np.testing.assert_allclose(np.concatenate(parts, 1), expected, atol=1e-6)
-    assert_matches(layer.states, [h, c])
+    assert_close(layer.states, [h, c])
     states = list(layer.states)
     for reset in (layer.reset_state, lambda: layer.build((3, 7, 5))):
         reset()
@@ -147,32 +123,7 @@ def test_states_pass_from_batch_to_batch(draw, method, policy, tolerance):
     # Three batches of three sequences are three sequences of three times the length.
     x = np.concatenate(np.split(x, 3), 1)
     _, *expected = lstm(x, weights_of(layer.cell))
-    assert_matches(layer.states, expected, tolerance)
-
-
-def test_training_a_stateful_layer_is_truncated_bptt(draw):
-    """`fit` against a layer that receives the states of each previous batch."""
-    x, y = draw(9, 7, 5), draw(9, 6)
-    model, layer = stateful_model()
-    reference = ScratchLSTM(6, return_state=True)
-    reference.build((3, 7, 5))
-    reference.set_weights(layer.get_weights())
-    model.compile(keras.optimizers.SGD(0.5), "mse")
-    model.fit(x, y, batch_size=3, shuffle=False, verbose=0)
-
-    def loss_and_states(x, y, *states):
-        output, *states = reference(x, initial_state=states)
-        return ops.mean((output - y) ** 2), states
-
-    step = with_gradients(loss_and_states, reference.trainable_variables)
-    states = [np.zeros((3, 6), "float32")] * 2
-    for start in range(0, 9, 3):
-        batch = slice(start, start + 3)
-        states, gradients = step(x[batch], y[batch], *states)
-        weights = zip(reference.get_weights(), gradients[:12], strict=True)
-        reference.set_weights([weight - 0.5 * dw for weight, dw in weights])
-    assert_matches(layer.states, states, 1e-5)
-    assert_matches(layer.weights, reference.get_weights(), 1e-5)
+    assert_close(layer.states, expected, tolerance)
 
 
 def test_states_are_variables_and_not_weights():
@@ -273,40 +224,10 @@ def test_time_major_in_bidirectional(draw):
     outputs = layer(swapped(x))
     _, h, c = lstm(x, weights_of(layer.forward_layer.cell))
     _, h_back, c_back = lstm(x[:, ::-1], weights_of(layer.backward_layer.cell))
-    assert_matches(outputs, [h + h_back, h, c, h_back, c_back])
+    assert_close(outputs, [h + h_back, h, c, h_back, c_back])
 
 
 # --- custom cells ------------------------------------------------------------
-
-
-@keras.saving.register_keras_serializable("test_layer")
-class CoupledCell(ScratchLSTMCell):
-    """Its forget gate is `1 - i`."""
-
-    def gates(self, x, h, c):
-        gates = super().gates(x, h, c)
-        return gates._replace(f=1 - gates.i)
-
-
-@keras.saving.register_keras_serializable("test_layer")
-class ScaledCell(ScratchLSTMCell):
-    """Its output is not `h`."""
-
-    def call(self, inputs, states, training=False):
-        h, states = super().call(inputs, states, training)
-        return 2 * h + 1, states
-
-
-def test_custom_cell_matches_keras_rnn(draw):
-    cell = CoupledCell(6)
-    layer = ScratchLSTM(cell=cell, **RETURNS)
-    assert layer.cell is cell
-    assert layer.units == 6
-    x = draw(3, 7, 5)
-    outputs = layer(x, mask=GAPS)
-    assert_close(outputs, layers.RNN(cell, **RETURNS)(x, mask=GAPS))
-    standard, *_ = lstm(x, weights_of(cell), mask=GAPS)
-    assert not np.allclose(standard, numpy(outputs[0]))
 
 
 @pytest.mark.parametrize("mask", [None, GAPS, PADDED, LEADING], ids=MASK_IDS)
@@ -336,8 +257,8 @@ def test_output_of_a_custom_cell_with_masks(
     h_all, *expected_states = lstm(x, weights_of(cell), mask=mask)
     seen = np.cumsum(mask, 1)[..., None] > 0
     expected = np.where(mask[..., None] if zero_output else seen, 2 * h_all + 1, 0)
-    assert_matches([swap(numpy(outputs)), *states], [expected, *expected_states])
-    assert_matches(last, [expected[:, -1], *expected_states])
+    assert_close([swap(numpy(outputs)), *states], [expected, *expected_states])
+    assert_close(last, [expected[:, -1], *expected_states])
 
 
 def test_bidirectional_copies_a_custom_cell(draw):
@@ -352,50 +273,6 @@ def test_bidirectional_copies_a_custom_cell(draw):
 
 
 # --- GPUs --------------------------------------------------------------------
-
-
-def cudnn_stand_in(calls):
-    """A function as `_keras.lstm`: like cuDNN's, its ops have no XLA kernel."""
-    import tensorflow as tf
-
-    def lstm(x, h, c, mask, kernel, recurrent_kernel, bias, **arguments):
-        assert mask is None
-        calls.append(x.shape)
-        x = tf.ensure_shape(tf.py_function(lambda x: x, [x], x.dtype), x.shape)
-        h_all = tf.TensorArray(x.dtype, 7)
-        for t in range(7):
-            z = x[:, t] @ kernel + h @ recurrent_kernel + bias
-            i, f, c_tilde, o = tf.split(z, 4, -1)
-            c = tf.sigmoid(f) * c + tf.sigmoid(i) * tf.tanh(c_tilde)
-            h = tf.sigmoid(o) * tf.tanh(c)
-            h_all = h_all.write(t, h)
-        h_all = tf.transpose(h_all.stack(), (1, 0, 2))
-        return h, tf.reshape(h_all, (-1, 7, 6)), [h, c]
-
-    return lstm
-
-
-@pytest.fixture
-def mocked_gpu(monkeypatch):
-    """Calls of cuDNN, on a host that seems to have a GPU."""
-    if BACKEND != "tensorflow":
-        pytest.skip("only TensorFlow compiles cuDNN ops by XLA")
-    import tensorflow as tf
-
-    import keras_scratch_lstm.recurrence.tensorflow as backend
-    from keras_scratch_lstm import _keras
-
-    calls, gpu = [], SimpleNamespace(device_type="GPU")
-    devices = tf.config.list_physical_devices
-    # Keras compiles by XLA only where there is a GPU.
-    monkeypatch.setattr(
-        tf.config,
-        "list_physical_devices",
-        lambda *kind: devices(*kind) + ([] if kind else [gpu]),
-    )
-    monkeypatch.setattr(backend, "has_gpu", lambda: True)
-    monkeypatch.setattr(_keras, "lstm", cudnn_stand_in(calls))
-    return calls
 
 
 WITH_CUDNN = [
@@ -472,7 +349,7 @@ def test_masks_on_a_gpu_run_without_cudnn(draw, mocked_gpu):
     x = draw(3, 7, 5)
     for mask, used in ((GAPS, "tensorflow"), (None, "cudnn")):
         outputs = layer(x, mask=mask)
-        assert_matches(outputs, lstm(x, weights_of(layer.cell), mask=mask))
+        assert_close(outputs, lstm(x, weights_of(layer.cell), mask=mask))
         assert layer.recurrence == used
         assert bool(mocked_gpu) == (used == "cudnn")
 
@@ -547,13 +424,8 @@ def test_invalid_inputs(draw, arguments, call, message):
         given["initial_state"] = [draw(*shape) for shape in call["states"]]
     with pytest.raises(ValueError, match=re.escape(message)):
         layer(**given)
-    assert_matches(layer.states or [], states, 0)
-
-
-def test_stateful_layer_needs_a_known_batch_size():
-    layer = ScratchLSTM(6, stateful=True, time_major=True)
-    with pytest.raises(ValueError, match=r"stateful.*batch size"):
-        layer(keras.Input(batch_shape=(7, None, 5)))
+    for state, before in zip(layer.states or [], states, strict=True):
+        np.testing.assert_array_equal(numpy(state), before)
 
 
 @pytest.mark.skipif("cudnn" in recurrence.implementations(), reason="needs no GPU")

@@ -2,12 +2,11 @@
 
 import importlib.util
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from reference import run_python
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,10 +33,8 @@ class Resources(HTMLParser):
 def site(tmp_path_factory):
     pytest.importorskip("material", reason="the extra `docs` is not installed")
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
     options = ["--config-file", ROOT / "mkdocs.yml", "--site-dir", folder]
-    done = subprocess.run([*command, *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_python("-m", "mkdocs", "build", "--strict", *options)
     return folder
 
 

@@ -51,21 +51,16 @@ def make_model(layer):
     return model
 
 
-def fit(model, *callbacks):
-    return lambda: model.fit(X, X, callbacks=list(callbacks), verbose=0)
+def fit(layer, *callbacks):
+    fit = make_model(layer).fit
+    return lambda: fit(X, X, callbacks=list(callbacks), verbose=0)
 
 
 @pytest.mark.parametrize(
     ("work", "reference"),
-    [
-        (  # Keras itself grows
-            lambda: fit(make_model(ScratchLSTM), PerplexityLogger(verbose=0)),
-            lambda: fit(make_model(layers.LSTM), PerplexityLogger(verbose=0)),
-        ),
-        (
-            lambda: fit(make_model(ScratchLSTM), GateMonitor(X)),
-            lambda: fit(make_model(ScratchLSTM)),
-        ),
+    [  # Keras itself grows
+        (lambda: fit(ScratchLSTM, PerplexityLogger(0)), lambda: fit(layers.LSTM)),
+        (lambda: fit(ScratchLSTM, GateMonitor(X)), lambda: fit(ScratchLSTM)),
         (lambda: partial(trace_gates, make_model(ScratchLSTM), X), None),
         (lambda: partial(trace_gates, make_model(layers.LSTM), X), None),
     ],

@@ -1,15 +1,12 @@
 """State trees, checkpoints and layouts, which key a model's variables by their path."""
 
 import json
-import os
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
 from keras import layers
-from reference import fuse
+from reference import fuse, run_python
 
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
 from keras_scratch_lstm._keras import sublayers
@@ -172,18 +169,9 @@ print(json.dumps([[train(how, s) for how in DISTRIBUTIONS] for s in (False, True
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "jax", reason="only JAX has virtual devices")
 def test_distributed_training_matches_one_device():
-    environment = {
-        "KERAS_BACKEND": "jax",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", DISTRIBUTED],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    for expected, data, model in json.loads(done.stdout.splitlines()[-1]):
+    four_devices = "--xla_force_host_platform_device_count=4"
+    printed = run_python("-c", DISTRIBUTED, KERAS_BACKEND="jax", XLA_FLAGS=four_devices)
+    for expected, data, model in json.loads(printed.splitlines()[-1]):
         for history, weights, _ in (data, model):
             for name, values in history.items():
                 np.testing.assert_allclose(values, expected[0][name], 1e-4)

@@ -3,12 +3,11 @@
 import importlib.util
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import keras
 import pytest
+from reference import run_python
 
 pytestmark = [pytest.mark.one_backend, pytest.mark.slow]
 
@@ -29,11 +28,9 @@ def throughput():
 @pytest.fixture
 def run(tmp_path):
     def run(*arguments):
-        command = [sys.executable, SCRIPT, "--backend", BACKEND, "--out", tmp_path]
-        command += [f"--{name}={value}" for name, value in TINY.items()]
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout, tmp_path
+        sizes = [f"--{name}={value}" for name, value in TINY.items()]
+        command = [SCRIPT, "--backend", BACKEND, "--out", tmp_path, *sizes]
+        return run_python(*command, *arguments), tmp_path
 
     return run
 

@@ -5,8 +5,9 @@ import re
 import keras
 import numpy as np
 import pytest
+from custom_cells import CoupledCell
 from keras import constraints, layers, ops, regularizers
-from reference import fuse, label
+from reference import assert_close, flat, fuse, label
 
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, to_builtin, to_scratch
 from keras_scratch_lstm._keras import sublayers
@@ -63,15 +64,7 @@ def built(layer):
 
 
 def call(layer, inputs, **arguments):
-    outputs = keras.tree.flatten(layer(*inputs, **arguments))
-    return [numpy(output).astype("float64") for output in outputs]
-
-
-def assert_close(actual, expected, tolerance=1e-5):
-    assert len(actual) == len(expected) > 0
-    for one, other in zip(actual, expected, strict=True):
-        assert np.ptp(other) > 0
-        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance)
+    return flat(layer(*inputs, **arguments))
 
 
 def assert_same_call(actual, expected, x, tolerance=1e-5):
@@ -236,24 +229,6 @@ def test_custom_layers_need_not_be_registered(rng, x, module, monkeypatch):
     y = layers.Multiply()([y, layers.Lambda(lambda x: x + 1)(y)])
     builtin = random_weights(keras.Model(inputs, layers.LSTM(6)(y)), rng)
     assert_same_call(to_scratch(builtin), builtin, x)
-
-
-@pytest.mark.parametrize("case", ["cell", "layer", "Bidirectional"])
-def test_unbuilt_layers_are_converted_without_weights(case):
-    builtin = CASES[case]()
-    scratch = to_scratch(builtin)
-    assert not scratch.built
-    assert not scratch.weights
-    assert config_of(to_builtin(scratch)) == config_of(builtin)
-
-
-def test_layers_of_the_target_class_are_copied(rng, x):
-    scratch = ScratchLSTM(6, kernel_regularizer={"f": "l2"}, return_sequences=True)
-    both = random_weights(model_of(scratch, layers.LSTM(3)), rng)
-    copy = to_scratch(both)
-    assert count(copy, SCRATCH) == 4
-    assert config_of(copy.layers[0]) == config_of(scratch)
-    assert_same_call(copy, both, x)
 
 
 def test_a_given_cell_becomes_arguments_of_the_built_in_layer(rng, x):
@@ -422,20 +397,19 @@ def test_converted_regularizers_and_constraints_act_the_same(rng, arguments):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("name", "value"),
     [
-        {"kernel_regularizer": regularizers.OrthogonalRegularizer()},
-        {"kernel_regularizer": Multiply},
-        {"recurrent_constraint": constraints.MaxNorm(axis=1)},
-        {"kernel_constraint": constraints.UnitNorm(axis=[0, 1])},
-        {"bias_constraint": "max_norm"},
+        ("kernel_regularizer", regularizers.OrthogonalRegularizer()),
+        ("kernel_regularizer", Multiply),
+        ("recurrent_constraint", constraints.MaxNorm(axis=1)),
+        ("kernel_constraint", constraints.UnitNorm(axis=[0, 1])),
+        ("bias_constraint", "max_norm"),
     ],
     ids=label,
 )
-def test_regularizers_and_constraints_across_gates_are_rejected(arguments):
-    name = next(iter(arguments))
+def test_regularizers_and_constraints_across_gates_are_rejected(name, value):
     for make_layer, convert in ((layers.LSTM, to_scratch), (ScratchLSTM, to_builtin)):
-        layer = make_layer(6, **arguments, name="lstm")
+        layer = make_layer(6, **{name: value}, name="lstm")
         with pytest.raises(ValueError, match=f"`lstm/lstm_cell`: .* as `{name}` acts"):
             convert(layer)
 
@@ -453,12 +427,6 @@ def test_per_gate_regularizers_are_merged_and_initializers_of_built_layers_dropp
 
 
 # --- errors ------------------------------------------------------------------
-
-
-class CoupledCell(ScratchLSTMCell):
-    def gates(self, x, h, c):
-        gates = super().gates(x, h, c)
-        return gates._replace(f=1 - gates.i)
 
 
 def subclass(name, base):

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from reference import label, sigmoid
+from reference import assert_close, flat, label
 
 from keras_scratch_lstm import (
     ScratchLSTM,
@@ -26,17 +26,6 @@ def state_dict(rng):
         name: rng.normal(size=shape).astype("float32")
         for name, shape in STATE_DICT.items()
     }
-
-
-def as_list(outputs):
-    return [numpy(output) for output in keras.tree.flatten(outputs)]
-
-
-def assert_close(actual, expected, tolerance=1e-5):
-    assert len(actual) == len(expected)
-    for one, other in zip(actual, expected, strict=True):
-        assert np.ptp(other) > 0
-        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance)
 
 
 @pytest.fixture
@@ -84,7 +73,7 @@ def test_outputs_and_states_match_torch(rng, make_lstm, x, bias, time_major):
     h, c = rng.normal(size=(2, BATCH, UNITS)).astype("float32")
     x = x.swapaxes(0, 1) if time_major else x
     outputs, last_h, last_c = run(lstm, x, h[None], c[None])
-    actual = as_list(layer(x, initial_state=[h, c]))
+    actual = flat(layer(x, initial_state=[h, c]))
     assert_close(actual, [outputs, last_h[0], last_c[0]])
 
     weights = to_torch(layer)
@@ -119,7 +108,7 @@ def test_last_outputs_of_both_directions_match_torch(make_lstm, x):
     lstm = make_lstm(bidirectional=True, batch_first=True, num_layers=2)
     _, h, c = run(lstm, x)
     lower, upper = from_torch(lstm, return_state=True)
-    last, *states = as_list(upper(lower(x)))
+    last, *states = flat(upper(lower(x)))
     assert_close([last], [np.concatenate([h[2], h[3]], -1)])
     assert_close(states, [h[2], c[2], h[3], c[3]])
 
@@ -143,22 +132,6 @@ def test_to_torch_returns_arrays_that_torch_can_read(torch, rng, dtype):
     weight = to_torch(layer)["weight_hh_l0"]
     W_hf = numpy(ops.cast(layer.cell.W_hf, "float32"))
     np.testing.assert_array_equal(torch.tensor(weight)[UNITS : 2 * UNITS].T, W_hf)
-
-
-def test_one_step_matches_the_equations_of_torch(rng):
-    """In NumPy, so that it runs without torch."""
-    weights = state_dict(rng)
-    x, h, c = rng.normal(size=(3, BATCH, UNITS)).astype("float32")
-    x = x[:, :FEATURES]
-    z = sum(
-        a @ weights[f"weight_{key}_l0"].T + weights[f"bias_{key}_l0"]
-        for a, key in ((x, "ih"), (h, "hh"))
-    )
-    i, f, g, o = np.split(z.astype("float64"), 4, axis=-1)
-    new_c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
-    new_h = sigmoid(o) * np.tanh(new_c)
-    _, states = from_torch(weights).cell(x, [h, c])
-    assert_close(as_list(states), [new_h, new_c])
 
 
 def test_bidirectional_of_a_converted_layer_raises(rng):

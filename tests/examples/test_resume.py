@@ -295,14 +295,12 @@ def test_second_interrupt_counts_the_saved_epochs(tmp_path, arguments, monkeypat
 def test_second_run_with_one_output_folder_is_rejected(tmp_path, arguments):
     out = tmp_path / "out"
     arguments = [*arguments, "--epochs", "1", "--out", str(out)]
+    rule = f"--out must be a folder that no other run is using. Received: {out}"
     with common.lock(out):
         before = set(out.iterdir())
         for more in ([], ["--resume"]):
             message = time_machine.main([*arguments, *more])
-            assert message == (
-                "time_machine.py: error: --out must be a folder that no other run is "
-                f"using. Received: {out}"
-            )
+            assert message == f"time_machine.py: error: {rule}"
         assert set(out.iterdir()) == before
     assert time_machine.main(arguments) == 0
 

@@ -1,6 +1,4 @@
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +8,7 @@ from book_text import Vocabulary, tokenize
 from common import ExampleError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import run_python
 from stream_text import tokenize_chunk, tokenize_file
 
 ALPHABET = "abcXYZ  \n\r\t.,-'0é™日\u2028\ufeff\U0001f600"
@@ -89,17 +88,14 @@ def test_memory_does_not_grow_with_the_text(tmp_path, rng):
         with open(tmp_path / name, "wb") as file:
             for _ in range(count):
                 file.write(block.encode())
-    measured = subprocess.run(
-        [sys.executable, "-c", MEASURE, *(tmp_path / name for name in repeats)],
-        cwd=Path(stream_text.__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=900,
+    paths, folder = (
+        [tmp_path / name for name in repeats],
+        Path(stream_text.__file__).parent,
     )
-    for name in repeats:
-        (tmp_path / name).unlink()
-    assert measured.returncode == 0, measured.stderr
-    length, tokens, growth = map(int, measured.stdout.split()[-3:])
+    printed = run_python("-c", MEASURE, *paths, PYTHONPATH=str(folder))
+    for path in paths:
+        path.unlink()
+    length, tokens, growth = map(int, printed.split()[-3:])
     assert length == repeats["large.txt"] * len(tokenize(block))
     assert 0 <= length - tokens < 65 * 251  # what does not fill a batch
     assert growth < 200 * MB

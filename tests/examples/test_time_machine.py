@@ -1,7 +1,6 @@
 import csv
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import time_machine
 from PIL import Image
+from reference import run_python
 
 EXAMPLE = Path(time_machine.__file__)
 BACKEND = keras.backend.backend()
@@ -168,10 +168,8 @@ def test_help_does_not_import_keras(name):
 import atexit, runpy, sys
 atexit.register(lambda: print("keras" in sys.modules or "numpy" in sys.modules))
 sys.argv = ["{name}.py", "--help"]
-runpy.run_path("{name}.py", run_name="__main__")
+runpy.run_path("{EXAMPLE.with_name(name)}.py", run_name="__main__")
 """
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=EXAMPLE.parent)
-    assert done.returncode == 0, done.stderr
-    assert f"python examples/{name}.py" in done.stdout
-    assert done.stdout.endswith("False\n")
+    printed = run_python("-c", code, PYTHONPATH=str(EXAMPLE.parent))
+    assert f"python examples/{name}.py" in printed
+    assert printed.endswith("False\n")

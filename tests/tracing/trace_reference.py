@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from custom_cells import PeepholeCell
 from keras import ops
 from reference import sigmoid, weights_of
 
@@ -10,20 +11,6 @@ from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, trace_gates
 from keras_scratch_lstm.tracing.trace import ARRAYS
 
 BATCH, TIME, FEATURES, UNITS = 5, 7, 3, 4
-
-
-class PeepholeCell(ScratchLSTMCell):
-    """Its forget gate depends on the cell state."""
-
-    def build(self, input_shape):
-        super().build(input_shape)
-        self.W_cf = self.add_weight(
-            name="W_cf", shape=(self.units,), initializer="random_normal"
-        )
-
-    def gates(self, x, h, c):
-        z = x @ self.W_xf + h @ self.W_hf + self.b_f + c * self.W_cf
-        return super().gates(x, h, c)._replace(f=ops.sigmoid(z))
 
 
 def rnn(cell_class):
