@@ -21,11 +21,15 @@ def weights_of(cell):
     return {weight.name: np.array(weight).astype("float64") for weight in cell.weights}
 
 
+def gates(x, h, c, w):
+    """`i`, `f`, `o` and `c_tilde`; `W_cf` is the peephole of a `PeepholeCell`."""
+    z = {k: x @ w[f"W_x{k}"] + h @ w[f"W_h{k}"] + w.get(f"b_{k}", 0) for k in "ifoc"}
+    z["f"] += c * w.get("W_cf", 0)
+    return *(sigmoid(z[k]) for k in "ifo"), np.tanh(z["c"])
+
+
 def lstm_step(x, h, c, w):
-    i = sigmoid(x @ w["W_xi"] + h @ w["W_hi"] + w.get("b_i", 0))
-    f = sigmoid(x @ w["W_xf"] + h @ w["W_hf"] + w.get("b_f", 0))
-    o = sigmoid(x @ w["W_xo"] + h @ w["W_ho"] + w.get("b_o", 0))
-    c_tilde = np.tanh(x @ w["W_xc"] + h @ w["W_hc"] + w.get("b_c", 0))
+    i, f, o, c_tilde = gates(x, h, c, w)
     c = f * c + i * c_tilde
     return o * np.tanh(c), c
 

@@ -216,14 +216,8 @@ def test_random_arguments(function, tmp_path, monkeypatch):
 
 # --- random configurations and conversions -----------------------------------
 
-OPTIONS = {
-    "units": 3,
-    "kernel_regularizer": {"f": "l2"},
-    "recurrent_constraint": "max_norm",
-    "bias_initializer": {"i": "ones"},
-    "dropout": 0.5,
-    "seed": 3,
-}
+OPTIONS = {"units": 3, "kernel_regularizer": {"f": "l2"}, "dropout": 0.5, "seed": 3}
+OPTIONS |= {"recurrent_constraint": "max_norm", "bias_initializer": {"i": "ones"}}
 CONFIGS = {
     "cell": (ScratchLSTMCell, ScratchLSTMCell(**OPTIONS)),
     "layer": (ScratchLSTM, ScratchLSTM(**OPTIONS, activity_regularizer="l1")),
@@ -455,8 +449,7 @@ def header(shape, dtype="<f4"):
 
 def hostile_files(members, canary):
     """Yield names, and the content of files that are no trace."""
-    pickled = pickle.dumps(Payload(canary))
-    file = io.BytesIO()
+    pickled, file = pickle.dumps(Payload(canary)), io.BytesIO()
     np.save(file, np.array([Payload(canary)], dtype=object), allow_pickle=True)
     for name in ("f.npy", "format.npy", "layer.npy", "mask.npy"):
         yield f"object array as {name}", members | {name: file.getvalue()}
@@ -464,6 +457,7 @@ def hostile_files(members, canary):
     yield "pickle", pickled
     yield "object array", file.getvalue()
     yield "array of 4 TB", header(f"({10**12},)")
+    yield "text", b"no trace"
     code = "__import__('os').mkdir('x')"
     shapes = f"({10**12}, 3, 4)", f"({2**28}, 1, 1)", "(2, 3, -4)", "(2,) * 9**9", code
     for shape in shapes:
@@ -471,6 +465,14 @@ def hostile_files(members, canary):
     yield "objects", members | {"f.npy": header("(2, 3, 4)", "|O") + bytes(96)}
     yield "name of 1 GB", members | {"layer.npy": header("()", f"<U{2**28}")}
     yield "header of 4 GB", members | {"f.npy": b"\x93NUMPY\x02\x00" + b"\xff" * 100}
+    for name in ("format", "layer", "f"):
+        without = {key: v for key, v in members.items() if key != f"{name}.npy"}
+        yield f"no {name}", without
+        yield (
+            f"integer as {name}",
+            without | {f"{name}.npy": header("()", "<i4") + b"0" * 4},
+        )
+    yield "half of a backward trace", members | {"backward_i.npy": members["i.npy"]}
 
 
 def test_hostile_trace_files(tmp_path, canary, monkeypatch):

@@ -321,7 +321,6 @@ def test_line_chart_of_time_series(tokens, visit, rng):
     page.select_option("#unit", "4")
     orders = page.eval_on_selector_all("#order option", "(o) => o.map((x) => x.value)")
     assert orders == ["variance", "unit number"]
-    assert "Correlations" not in page.inner_text("#note")
     path = page.get_attribute("#chart path.selected", "d")
     lines = [re.findall(r"([\d.]+),([\d.]+)", part) for part in path.split("M")[1:]]
     assert list(map(len, lines)) == [2, 1, 2]  # interrupted where masked

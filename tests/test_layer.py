@@ -174,7 +174,7 @@ def test_mask_reaches_the_loss_and_the_metrics(draw, rng, cell):
     np.testing.assert_allclose(results["loss"], (error**2).mean(), rtol=1e-5)
 
 
-def test_compute_mask():
+def test_computed_mask():
     x, mask = keras.Input((7, 5)), np.ones((3, 7), bool)
     assert ScratchLSTM(6).compute_mask(x, mask) is None
     assert ScratchLSTM(6, return_sequences=True).compute_mask(x, mask) is mask
@@ -352,16 +352,6 @@ def test_masks_on_a_gpu_run_without_cudnn(draw, mocked_gpu):
         assert_close(outputs, lstm(x, weights_of(layer.cell), mask=mask))
         assert layer.recurrence == used
         assert bool(mocked_gpu) == (used == "cudnn")
-
-
-@pytest.mark.parametrize("trainable", [True, False])
-def test_name_dtype_and_trainable_reach_the_cell(trainable):
-    layer = ScratchLSTM(6, name="one", dtype="mixed_bfloat16", trainable=trainable)
-    layer.build((None, 7, 5))
-    assert layer.name == "one"
-    assert layer.cell.compute_dtype == "bfloat16"
-    assert len(layer.trainable_weights) == (12 if trainable else 0)
-    assert all("one" in weight.path for weight in layer.weights)
 
 
 # --- errors ------------------------------------------------------------------

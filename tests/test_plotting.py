@@ -108,16 +108,6 @@ def test_plot_heatmap_has_values(array, trace):
     assert ax.get_title().endswith({"c_tilde": "c̃"}.get(array, array))
 
 
-@pytest.mark.parametrize("name", ["plot_heatmap", "plot_text"])
-def test_plots_into_given_axes(name, trace):
-    figure = Figure()
-    left, right = figure.subplots(1, 2)
-    units = [0] if name == "plot_text" else []
-    assert getattr(plotting, name)(trace, *units, array="c", ax=right) is figure
-    assert right.has_data()
-    assert not left.has_data()
-
-
 def test_masked_time_steps_are_gray(trace):
     (image,) = plotting.plot_heatmap(trace, "f").axes[0].get_images()
     (cells,) = plotting.plot_text(trace, 0, TEXT).axes[0].collections
@@ -142,8 +132,11 @@ def test_plot_saturation_has_one_point_per_unit(trace):
 
 @pytest.mark.parametrize("array", ["c", "f"])
 def test_plot_text_colors_tokens_by_values(array, trace):
-    figure = plotting.plot_text(trace, 2, TEXT, array, sample=1)
-    ax = figure.axes[0]
+    figure = Figure()
+    ax, other = figure.subplots(1, 2)
+    found = plotting.plot_text(trace, 2, TEXT, array, sample=1, ax=ax)
+    assert found is figure
+    assert not other.has_data()
     (cells,) = ax.collections
     values = getattr(trace, array)[1, :, 2]
     np.testing.assert_array_equal(cells.get_array(), values)

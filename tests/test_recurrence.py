@@ -101,42 +101,35 @@ def test_batches_and_sequences_of_many_sizes(
     compare_with_the_loop(rng, fast, mask, shape, training, use_bias=use_bias)
 
 
+IN_XLA = [{"time": 5, "jit_compile": True}, {"time": None, "jit_compile": True}]
+
+
 @in_training
 @each_fast
-def test_second_derivatives_match_the_loop(rng, fast, training):
+@pytest.mark.parametrize(
+    "compiled", [{}, *(pytest.param(one, marks=pytest.mark.slow) for one in IN_XLA)]
+)
+def test_second_derivatives_match_the_loop(rng, fast, training, compiled):
     """As in a gradient penalty: the gradient of the squared gradient."""
     if fast == "cudnn":
         pytest.skip("cuDNN has no second derivative")
+    if compiled and BACKEND != "tensorflow":
+        pytest.skip("TensorFlow: XLA is optional")
     penalty = {"tensorflow": _tf_penalty, "jax": _jax_penalty, "torch": _torch_penalty}
     layer, results = layer_with(rng), []
     x = rng.normal(size=(3, 5, 3)).astype("float32")
-    for used in (fast, "loop"):
+    for used, arguments in ((fast, compiled), ("loop", {})):
         with recurrence.force(used):
-            results.append(penalty[BACKEND](layer, training, x))
+            results.append(penalty[BACKEND](layer, training, x, **arguments))
         assert layer.recurrence == used
     assert_close(*results, atol=1e-4)
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow: XLA is optional")
-@in_training
-@pytest.mark.parametrize("time", [7, None])
-@pytest.mark.slow
-def test_second_derivatives_compiled_by_xla(rng, time, training):
-    layer, results = layer_with(rng), []
-    x = rng.normal(size=(3, 7, 3)).astype("float32")
-    for used in (FAST[0], "loop"):
-        compiled = {"shape": (None, time, 3), "jit_compile": used != "loop"}
-        with recurrence.force(used):
-            results.append(_tf_penalty(layer, training, x, **compiled))
-        assert layer.recurrence == used
-    assert_close(*results, atol=1e-4)
-
-
-def _tf_penalty(layer, training, x, shape=None, jit_compile=False):
+def _tf_penalty(layer, training, x, time=5, jit_compile=False):
     import tensorflow as tf
 
     weights = [weight.value for weight in layer.weights]
-    signature = [tf.TensorSpec(shape or x.shape)]
+    signature = [tf.TensorSpec((None, time, 3))]
 
     @tf.function(input_signature=signature, jit_compile=jit_compile)
     def penalty(x):

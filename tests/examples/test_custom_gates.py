@@ -1,7 +1,6 @@
-import custom_gates
 import numpy as np
 import pytest
-from custom_gates import CoupledCell, PeepholeCell, main, train
+from custom_gates import CoupledCell, PeepholeCell, train
 from keras import ops
 from reference import sigmoid, weights_of
 
@@ -57,15 +56,3 @@ def test_cells_learn(cell):
     assert after > 0.6 > 0.3 > before  # chance is about 1 in 10
     for weight in model.layers[0].cell.trainable_weights:
         assert np.ptp(numpy(weight)) > 0  # the peepholes, too, which start at 0
-
-
-@pytest.mark.one_backend
-@pytest.mark.slow
-def test_printed_weights_and_accuracy(capsys):
-    main(["--steps", "8", "--units", "4", "--epochs", "1"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3
-    # 4 * (1 * 4 + 4 * 4 + 4) weights, 3 * 4 more, and a quarter less.
-    for name, weights in {"plain": 96, "peephole": 108, "coupled": 72}.items():
-        assert any(line.startswith(f"{name:>9}: {weights} weights, ") for line in lines)
-    assert set(custom_gates.CELLS) == {"plain", "peephole", "coupled"}

@@ -182,6 +182,7 @@ def save_epoch(folder, epoch, die_at=None):
 @pytest.mark.slow
 @pytest.mark.one_backend
 def test_checkpoint_survives_a_kill_at_each_file_operation(tmp_path, start_process):
+    (tmp_path / "saved").mkdir()
     for epoch in (1, 2):
         save_epoch(tmp_path / "saved", epoch)
     shutil.copytree(tmp_path / "saved", tmp_path / "whole")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from custom_cells import PeepholeCell
 from keras import ops
-from reference import sigmoid, weights_of
+from reference import gates, lstm_step, weights_of
 
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, trace_gates
 from keras_scratch_lstm.tracing.trace import ARRAYS
@@ -64,24 +64,14 @@ def named_weights(cell):
 def numpy_trace(layer, x, h=None, c=None, mask=None):
     """Return all arrays of a trace, time step by time step, in float64."""
     w = named_weights(layer.cell)
-    batch, time, _ = x.shape
-    units = w["W_hi"].shape[0]
-    h, c = (np.zeros((batch, units)) + (0 if s is None else s) for s in (h, c))
-    mask = np.ones((batch, time), bool) if mask is None else mask
-    trace = {name: np.full((batch, time, units), np.nan) for name in ARRAYS}
-    for t in reversed(range(time)) if layer.go_backwards else range(time):
-        x_t = x[:, t].astype("float64")
-        z = {
-            gate: x_t @ w[f"W_x{gate}"] + h @ w[f"W_h{gate}"] + w.get(f"b_{gate}", 0)
-            for gate in "ifoc"
-        }
-        z["f"] += c * w.get("W_cf", 0)
-        i, f, o = (sigmoid(z[gate]) for gate in "ifo")
-        c_tilde = np.tanh(z["c"])
-        c_next = f * c + i * c_tilde
-        h_next = o * np.tanh(c_next)
-        unmasked = mask[:, t, None]
-        arrays = i, f, o, c_tilde, c_next, h_next
+    shape = (*x.shape[:2], layer.cell.units)
+    h, c = (np.zeros((len(x), shape[2])) if s is None else s for s in (h, c))
+    mask = np.ones(shape[:2], bool) if mask is None else mask
+    trace = {name: np.full(shape, np.nan) for name in ARRAYS}
+    for t in reversed(range(shape[1])) if layer.go_backwards else range(shape[1]):
+        x_t, unmasked = x[:, t].astype("float64"), mask[:, t, None]
+        h_next, c_next = lstm_step(x_t, h, c, w)
+        arrays = *gates(x_t, h, c, w), c_next, h_next
         for name, values in zip(ARRAYS, arrays, strict=True):
             trace[name][:, t] = np.where(unmasked, values, np.nan)
         h, c = np.where(unmasked, h_next, h), np.where(unmasked, c_next, c)
