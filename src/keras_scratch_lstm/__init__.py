@@ -14,7 +14,13 @@ except ModuleNotFoundError as error:
 
 from keras_scratch_lstm.callbacks import GateMonitor, PerplexityLogger
 from keras_scratch_lstm.cell import Gates, ScratchLSTMCell
-from keras_scratch_lstm.convert import from_torch, to_builtin, to_scratch, to_torch
+from keras_scratch_lstm.convert import (
+    from_torch,
+    load_keras2,
+    to_builtin,
+    to_scratch,
+    to_torch,
+)
 from keras_scratch_lstm.experiments import Edit, run_with_edits
 from keras_scratch_lstm.layer import ScratchLSTM
 from keras_scratch_lstm.metrics import Perplexity
@@ -32,6 +38,7 @@ __all__ = [
     "ScratchLSTM",
     "ScratchLSTMCell",
     "from_torch",
+    "load_keras2",
     "run_with_edits",
     "to_builtin",
     "to_scratch",

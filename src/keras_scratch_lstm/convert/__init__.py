@@ -1,6 +1,7 @@
-"""Conversion to and from Keras's built-in LSTM and `torch.nn.LSTM`."""
+"""Conversion from and to Keras's built-in LSTM and `torch.nn.LSTM`; Keras 2 files."""
 
 from keras_scratch_lstm.convert.keras import to_builtin, to_scratch
+from keras_scratch_lstm.convert.keras2 import load_keras2
 from keras_scratch_lstm.convert.torch import from_torch, to_torch
 
-__all__ = ["from_torch", "to_builtin", "to_scratch", "to_torch"]
+__all__ = ["from_torch", "load_keras2", "to_builtin", "to_scratch", "to_torch"]

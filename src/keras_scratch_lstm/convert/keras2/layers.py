@@ -1,0 +1,169 @@
+"""Translate the configurations of Keras 2 layers into arguments of Keras 3.
+
+Each rule has one reason and changes a configuration in place.
+"""
+
+import inspect
+
+from keras import layers
+
+from keras_scratch_lstm.convert.keras2.files import FileError
+
+SUPPORTED = (
+    *("LSTM", "GRU", "SimpleRNN", "RNN", "LSTMCell", "GRUCell", "SimpleRNNCell"),
+    *("StackedRNNCells", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"),
+    *("Bidirectional", "TimeDistributed", "Masking", "Embedding", "Dense"),
+    *("Activation", "ReLU", "LeakyReLU", "PReLU", "ELU", "Softmax"),
+    *("Dropout", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D"),
+    *("GaussianNoise", "GaussianDropout", "AlphaDropout", "ActivityRegularization"),
+    *("BatchNormalization", "LayerNormalization", "Rescaling"),
+    *("Conv1D", "Conv2D", "Conv3D", "SeparableConv1D", "SeparableConv2D"),
+    *("DepthwiseConv1D", "DepthwiseConv2D", "Conv1DTranspose", "Conv2DTranspose"),
+    *("MaxPooling1D", "MaxPooling2D", "MaxPooling3D"),
+    *("AveragePooling1D", "AveragePooling2D", "AveragePooling3D"),
+    *("GlobalMaxPooling1D", "GlobalMaxPooling2D", "GlobalMaxPooling3D"),
+    *("GlobalAveragePooling1D", "GlobalAveragePooling2D", "GlobalAveragePooling3D"),
+    *("UpSampling1D", "UpSampling2D", "UpSampling3D"),
+    *("ZeroPadding1D", "ZeroPadding2D", "ZeroPadding3D"),
+    *("Cropping1D", "Cropping2D", "Cropping3D"),
+    *("Flatten", "Reshape", "Permute", "RepeatVector"),
+    *("Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum"),
+    *("Concatenate", "Dot", "Attention", "AdditiveAttention", "MultiHeadAttention"),
+)
+# The same layers under other names, in some releases.
+_ALIASES = {
+    "CuDNNLSTM": "LSTM",
+    "UnifiedLSTM": "LSTM",
+    "CuDNNGRU": "GRU",
+    "UnifiedGRU": "GRU",
+    "BatchNormalizationV1": "BatchNormalization",
+    "BatchNormalizationV2": "BatchNormalization",
+}
+_INHERITED = ("name", "dtype", "activity_regularizer")
+
+
+def _remove(*names):
+    """Rule for arguments that do not change what the layer computes."""
+
+    def remove(config):
+        for name in names:
+            config.pop(name, None)
+
+    return remove
+
+
+def _use_dtype_name(config):
+    """A dtype policy is stored with its class."""
+    if isinstance(config.get("dtype"), dict):
+        config["dtype"] = (config["dtype"].get("config") or {}).get("name")
+
+
+def _default(name, value):
+    """Rule for an argument that older configurations lack, with another default."""
+    return lambda config: config.setdefault(name, value)
+
+
+def _rename(old, new):
+    def rename(config):
+        if old in config:
+            config[new] = config.pop(old)
+
+    return rename
+
+
+def _unpack_axis(config):
+    """`axis` may be a list of one axis."""
+    axis = config.get("axis")
+    if isinstance(axis, list) and len(axis) == 1:
+        config["axis"] = axis[0]
+
+
+def _use_tuples(config):
+    """JSON has no tuples, which some layers require."""
+    for name, value in config.items():
+        if isinstance(value, list) and all(isinstance(v, int) for v in value):
+            config[name] = tuple(value)
+
+
+def _reverse_backward_layer(config):
+    """Keras 3 makes a backward layer that goes backwards, as if `layer` never did."""
+    layer = config["layer"]["config"]
+    if layer.get("go_backwards") and not config.get("backward_layer"):
+        backward = {**layer, "go_backwards": False, "name": f"backward_{layer['name']}"}
+        config["backward_layer"] = {**config["layer"], "config": backward}
+
+
+_EVERY = (
+    _remove("batch_input_shape", "input_shape", "input_dtype"),  # of `InputLayer`
+    _remove("trainable"),  # set after the weights
+    _use_dtype_name,
+)
+_RULES = {
+    **dict.fromkeys(("LSTM", "SimpleRNN", "CuDNNLSTM"), (_remove("implementation"),)),
+    **dict.fromkeys(("LSTMCell", "SimpleRNNCell"), (_remove("implementation"),)),
+    # Keras 2.0 has no `reset_after`.
+    "GRU": (_remove("implementation"), _default("reset_after", False)),
+    "GRUCell": (_remove("implementation"), _default("reset_after", False)),
+    "CuDNNGRU": (_default("reset_after", True),),
+    "Bidirectional": (_reverse_backward_layer,),
+    "Embedding": (_remove("input_length"),),
+    "LeakyReLU": (_rename("alpha", "negative_slope"),),
+    "BatchNormalization": (_unpack_axis, _remove("fused")),
+    "LayerNormalization": (_unpack_axis,),
+    "Softmax": (_unpack_axis,),
+    "MultiHeadAttention": (_remove("query_shape", "key_shape", "value_shape"),),
+    # Stored for every convolution, but these have other kernels.
+    **dict.fromkeys(
+        ("SeparableConv1D", "SeparableConv2D", "DepthwiseConv1D", "DepthwiseConv2D"),
+        (_remove("kernel_initializer", "kernel_regularizer", "kernel_constraint"),),
+    ),
+}
+
+
+def clean(config):
+    """Translate what the configurations of all layers have, custom ones included."""
+    for rule in _EVERY:
+        rule(config)
+
+
+def translate(class_name, config):
+    """Translate the configuration of a layer, except for the objects in it.
+
+    Args:
+        class_name: Class of the layer in Keras 2.
+        config: Its configuration, after `clean`. Changed in place.
+
+    Returns:
+        The class in Keras 3, to be called with the configuration.
+    """
+    name = _ALIASES.get(class_name, class_name)
+    if name not in SUPPORTED:
+        raise FileError(
+            f"the class is not supported. Pass `custom_objects={{{class_name!r}: "
+            f"...}}`, or use only {', '.join(SUPPORTED)}."
+        )
+    cls = getattr(layers, name)
+    for rule in _RULES.get(class_name, _RULES.get(name, ())):
+        rule(config)
+    _remove_ungrouped(config, cls)
+    _use_tuples(config)
+    _remove_unused(config, cls)
+    return cls
+
+
+def _accepts(cls, argument):
+    return argument in _INHERITED or argument in inspect.signature(cls).parameters
+
+
+def _remove_ungrouped(config, cls):
+    """`groups` is stored for all convolutions, also where Keras 3 has no groups."""
+    if config.get("groups") == 1 and not _accepts(cls, "groups"):
+        del config["groups"]
+
+
+def _remove_unused(config, cls):
+    """Options that Keras 3 no longer has, such as `time_major`, must be off."""
+    for name in [name for name in config if not _accepts(cls, name)]:
+        if config[name] not in (None, False):
+            raise FileError(f"Keras 3 has no `{name}`. Received: {name}={config[name]}")
+        del config[name]

@@ -1,0 +1,123 @@
+"""Build the layers and models of a Keras 2 configuration in Keras 3."""
+
+from collections.abc import Mapping
+
+import keras
+
+from keras_scratch_lstm.convert.keras2 import graph, layers, objects
+from keras_scratch_lstm.convert.keras2.files import FileError
+
+_MODELS = {
+    "Sequential": graph.sequential,
+    "Functional": graph.functional,
+    "Model": graph.functional,  # until TensorFlow 2.3
+}
+_OBJECTS = {
+    "initializer": objects.initializer,
+    "regularizer": objects.regularizer,
+    "constraint": objects.constraint,
+}
+_MODULES = tuple(f"keras.{name}s" for name in ("layer", "activation", *_OBJECTS))
+
+
+class Builder:
+    """Builds layers, and keeps what the layers themselves do not.
+
+    Attributes:
+        trainable: Dict of each layer and its `trainable`, outer layers first.
+        parts: Dict of each model and its layers, in the order of the file.
+        call_arguments: Dict of layers and the arguments to call them with.
+    """
+
+    def __init__(self, custom_objects, infer_shape):
+        self.custom_objects = custom_objects
+        self.infer_shape = infer_shape
+        self.trainable, self.parts, self.call_arguments = {}, {}, {}
+
+    def model(self, spec):
+        """Build the outermost model."""
+        class_name, config = graph.read(spec)
+        if class_name not in _MODELS:
+            rule = f"must be among {', '.join(_MODELS)}"
+            raise FileError(f"the class of its model {rule}. Received: {class_name}")
+        options = {"is_outermost": True} if class_name == "Sequential" else {}
+        model = _MODELS[class_name](self, config, **options)
+        self.trainable = {model: _is_trainable(config), **self.trainable}
+        return model
+
+    def layer(self, spec, taken=()):
+        """Build a layer or nested model, with a name that is not taken."""
+        class_name, config = graph.read(spec)
+        name = class_name
+        if isinstance(config, Mapping):
+            name = str(config.get("name") or class_name)
+            config = {**config, "name": graph.unique_name(name, taken)}
+        trainable, outer, self.trainable = _is_trainable(config), self.trainable, {}
+        try:
+            layer = self._layer(class_name, name, config)
+        except (TypeError, ValueError, ArithmeticError) as error:
+            reason = str(error).partition("\n")[0]
+            raise FileError(f"layer {name!r} ({class_name}): {reason}") from error
+        self.trainable = {**outer, layer: trainable, **self.trainable}
+        return layer
+
+    def _layer(self, class_name, name, config):
+        custom = objects.find_custom(class_name, self.custom_objects)
+        if custom is None and class_name in _MODELS:
+            return _MODELS[class_name](self, config)
+        if custom is None and class_name == "Lambda":
+            return self._lambda(name, config)
+        layers.clean(config)
+        if custom is not None:
+            return custom.from_config(_without_modules(config))
+        is_causal = class_name.endswith("Attention") and config.pop("causal", False)
+        cls = layers.translate(class_name, config)
+        layer = cls(**{key: self._argument(key, v) for key, v in config.items()})
+        if is_causal:
+            self.call_arguments[layer] = {"use_causal_mask": True}
+        return layer
+
+    def _argument(self, key, value):
+        """Build what an argument of a layer describes."""
+        kind = key.rpartition("_")[-1]
+        if kind == "activation" and value is not None:
+            if isinstance(value, Mapping) and value.get("class_name") != "function":
+                return self.layer(value)
+            return objects.activation(value, self.custom_objects)
+        if kind in _OBJECTS:
+            return _OBJECTS[kind](value, self.custom_objects)
+        if key in ("layer", "backward_layer", "cell"):
+            return self.layer(value)
+        if key == "cells":
+            return [self.layer(cell) for cell in value]
+        if isinstance(value, Mapping):
+            raise FileError(f"`{key}` must not be a dict. Received: {value!r:.80}")
+        return value
+
+    def _lambda(self, name, config):
+        """Build a `Lambda` with a function of the user, never with the file's code."""
+        function = self.custom_objects.get(name)
+        if function is None and isinstance(config.get("function"), str):
+            function = objects.find_custom(config["function"], self.custom_objects)
+        if not callable(function):
+            remedy = f"Pass its function: `custom_objects={{{name!r}: function}}`."
+            raise FileError(f"code in files is not run. {remedy}")
+        arguments = config.get("arguments") or {}
+        return keras.layers.Lambda(function, arguments=arguments, name=config["name"])
+
+
+def _is_trainable(config):
+    return not isinstance(config, Mapping) or config.get("trainable", True) is not False
+
+
+def _without_modules(value):
+    """Remove the modules in a configuration that Keras would import."""
+    if isinstance(value, list):
+        return [_without_modules(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    value = {key: _without_modules(item) for key, item in value.items()}
+    if "class_name" in value and value.get("module") not in _MODULES:
+        value.pop("module", None)
+        value.pop("registered_name", None)
+    return value

@@ -1,0 +1,501 @@
+"""Files of Keras 2: those of `tf-keras`, and older dialects written by hand."""
+
+import copy
+import fcntl
+import json
+import os
+import random
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+from reference import lstm
+
+from keras_scratch_lstm import load_keras2, to_scratch, trace_gates
+from keras_scratch_lstm.convert.keras2 import graph
+from keras_scratch_lstm.convert.keras2.layers import SUPPORTED
+from keras_scratch_lstm.convert.keras2.models import Builder
+
+MAKE = Path(__file__).with_name("make_keras2.py")
+STACKS = 8
+NAMES = (
+    *("stock", "sentiment", "autoencoder", "masked", "cells", "convolutions", "cudnn"),
+    *("video", "seq2seq", "bidirectional_states", "nested", "attention", "stateful"),
+)
+# Keras 2 removed the mask without a warning.
+pytestmark = pytest.mark.filterwarnings("ignore:Layer .* does not support masking")
+
+
+def run_keras2(folder, seed, stacks=STACKS):
+    command = [sys.executable, MAKE, folder, str(seed), str(stacks)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """The folder with the files of `tf-keras`, made once for all test processes."""
+    pytest.importorskip("tf_keras", reason="tf-keras is not installed")
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with (folder / "keras2.lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder, seed = folder / "keras2", folder / "keras2.seed"
+        if not seed.exists():
+            folder.mkdir()
+            default = random.SystemRandom().randrange(2**31)
+            run_keras2(folder, os.environ.get("TEST_SEED", default))
+            seed.write_text("done")
+    return folder
+
+
+def predict(model, inputs):
+    inputs = inputs if len(inputs) > 1 else inputs[0]
+    outputs = keras.tree.flatten(model(inputs))
+    return [ops.convert_to_numpy(output) for output in outputs]
+
+
+def recorded(files, name):
+    arrays = np.load(files / f"{name}.npz")
+    return [[arrays[key] for key in arrays if key[0] == kind] for kind in "xy"]
+
+
+def assert_predicts_as_recorded(model, files, name):
+    inputs, expected = recorded(files, name)
+    for one, other in zip(predict(model, inputs), expected, strict=True):
+        scale = np.ptp(other)
+        assert scale > 1e-3, name
+        np.testing.assert_allclose(one / scale, other / scale, rtol=0, atol=2e-5)
+
+
+def edited(files, name, folder, edit):
+    """A copy of a file, after `edit(file, config)`."""
+    path = folder / f"edited_{name}.h5"
+    path.write_bytes((files / f"{name}.h5").read_bytes())
+    with h5py.File(path, "a") as file:
+        config = json.loads(file.attrs["model_config"])
+        edit(file, config)
+        file.attrs["model_config"] = json.dumps(config)
+    return path
+
+
+# --- files of tf-keras -------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_predictions_equal_those_of_keras2(files, name):
+    model = load_keras2(files / f"{name}.h5")
+    assert_predicts_as_recorded(model, files, name)
+    assert not model.compiled
+    modules = {type(layer).__module__.partition(".")[0] for layer in model.layers}
+    assert modules == {"keras"}
+
+
+@pytest.mark.parametrize("k", range(STACKS))
+def test_random_stacks_predict_as_in_keras2(files, k):
+    assert_predicts_as_recorded(
+        load_keras2(files / f"random_{k}.h5"), files, f"random_{k}"
+    )
+
+
+@pytest.mark.slow
+def test_many_random_stacks_predict_as_in_keras2(tmp_path, seed):
+    pytest.importorskip("tf_keras", reason="tf-keras is not installed")
+    for k in range(int(run_keras2(tmp_path, seed, 100).exists()) * 100):
+        model = load_keras2(tmp_path / f"random_{k}.h5")
+        assert_predicts_as_recorded(model, tmp_path, f"random_{k}")
+
+
+def test_architecture_and_weights_in_two_files(files):
+    architecture, weights = files / "stock.json", files / "stock.weights.h5"
+    model = load_keras2(architecture, weights=weights)
+    assert_predicts_as_recorded(model, files, "stock")
+    with pytest.raises(ValueError, match="no weights. Pass `weights=`"):
+        load_keras2(architecture)
+    with pytest.raises(ValueError, match="no architecture. Pass the architecture as"):
+        load_keras2(weights)
+
+
+def test_loaded_model_can_be_saved_traced_and_converted(files, tmp_path):
+    """With Keras 2's `hard_sigmoid`, which Keras 3 does not have."""
+    model = load_keras2(files / "stock.h5")
+    model.save(tmp_path / "model.keras")
+    saved = keras.saving.load_model(tmp_path / "model.keras")
+    converted = to_scratch(model)
+    assert_predicts_as_recorded(saved, files, "stock")
+    assert_predicts_as_recorded(converted, files, "stock")
+    (x,), _ = recorded(files, "stock")
+    kernel, recurrent_kernel, bias = model.layers[0].get_weights()
+    trace = trace_gates(model, x, layer=0)
+    z = x @ kernel + bias
+    z[:, 1:] += trace.h[:, :-1] @ recurrent_kernel
+    i = np.clip(0.2 * z[..., :5] + 0.5, 0, 1)
+    np.testing.assert_allclose(trace.i, i, atol=1e-5)
+
+
+def test_frozen_layers_and_regularizers_are_kept(files):
+    model = load_keras2(files / "nested.h5")
+    encoder, *_, frozen = [part for part in model.layers if part.weights]
+    assert not frozen.trainable_weights
+    names = [weight.path.split("/")[-2:] for weight in encoder.non_trainable_weights]
+    kinds = [kind for _, kind in names]
+    assert sorted(kinds) == sorted(
+        ["embeddings", "kernel", "bias"]
+        + ["gamma", "beta"]
+        + 2 * ["moving_mean", "moving_variance"]
+    )
+    lstm = load_keras2(files / "stock.h5").layers[2]
+    assert isinstance(lstm.kernel_regularizer, keras.regularizers.L2)
+    assert isinstance(lstm.kernel_constraint, keras.constraints.MaxNorm)
+
+
+def test_names_that_keras3_rejects_are_changed(files):
+    names = [layer.name for layer in load_keras2(files / "seq2seq.h5").layers]
+    assert {"a_b", "a_b_1"} < set(names)
+    assert graph.unique_name("_my layer/é") == "layer_my_layer__"
+    assert graph.unique_name("x", {"x", "x_1"}) == "x_2"
+
+
+def test_stateful_layers_keep_their_states(files):
+    model = load_keras2(files / "stateful.h5")
+    inputs, (expected,) = recorded(files, "stateful")
+    first, second = predict(model, inputs)[0], predict(model, inputs)[0]
+    assert model.layers[0].stateful
+    np.testing.assert_allclose(first, expected, atol=1e-5)
+    assert np.abs(second - first).max() > 1e-4
+
+
+# --- older dialects ----------------------------------------------------------
+
+# From Keras 2.1.6, which stores a Sequential model as a list.
+KERAS_2_1 = {
+    "class_name": "Sequential",
+    "config": [
+        {
+            "class_name": "LSTM",
+            "config": {
+                "name": "lstm_1",
+                "trainable": True,
+                "batch_input_shape": [None, 5, 3],
+                "dtype": "float32",
+                "return_sequences": False,
+                "return_state": False,
+                "go_backwards": False,
+                "stateful": False,
+                "unroll": False,
+                "units": 4,
+                "activation": "tanh",
+                "recurrent_activation": "sigmoid",
+                "use_bias": True,
+                "kernel_initializer": {
+                    "class_name": "VarianceScaling",
+                    "config": {
+                        "scale": 1.0,
+                        "mode": "fan_avg",
+                        "distribution": "normal",
+                        "seed": None,
+                    },
+                },
+                "recurrent_initializer": {
+                    "class_name": "Orthogonal",
+                    "config": {"gain": 1.0, "seed": None},
+                },
+                "bias_initializer": {"class_name": "Zeros", "config": {}},
+                "unit_forget_bias": True,
+                "kernel_regularizer": {
+                    "class_name": "L1L2",
+                    "config": {"l1": 0.0, "l2": 0.01},
+                },
+                "recurrent_regularizer": None,
+                "bias_regularizer": None,
+                "activity_regularizer": None,
+                "kernel_constraint": None,
+                "recurrent_constraint": None,
+                "bias_constraint": None,
+                "dropout": 0.0,
+                "recurrent_dropout": 0.0,
+                "implementation": 1,
+            },
+        },
+        {
+            "class_name": "Dense",
+            "config": {
+                "name": "dense_1",
+                "trainable": True,
+                "units": 2,
+                "activation": "hard_sigmoid",
+                "use_bias": True,
+            },
+        },
+    ],
+}
+SHAPES = {
+    "lstm_1": {"kernel": (3, 16), "recurrent_kernel": (4, 16), "bias": (16,)},
+    "dense_1": {"kernel": (4, 2), "bias": (2,)},
+}
+
+
+def write_keras_2_1(path, rng, config=KERAS_2_1, shapes=SHAPES, version="2.1.6"):
+    """Write a file as Keras 2.1 did, and return its weights."""
+    values = {}
+    with h5py.File(path, "w") as file:
+        file.attrs["model_config"] = np.bytes_(json.dumps(config).encode())
+        file.attrs["keras_version"] = np.bytes_(version.encode())
+        file.attrs["backend"] = np.bytes_(b"tensorflow")
+        root = file.create_group("model_weights")
+        for k, name in enumerate(shapes):  # as if the list were too long
+            root.attrs[f"layer_names{k}"] = np.array([name.encode()])
+        for name, weights in shapes.items():
+            group = root.create_group(name)
+            names = [f"{name}/{weight}:0".encode() for weight in weights]
+            group.attrs["weight_names"] = names
+            for key, shape in zip(names, weights.values(), strict=True):
+                group[key] = values[key] = rng.normal(size=shape).astype("float32")
+    return list(values.values())
+
+
+def test_file_of_keras_2_1_matches_numpy(tmp_path, rng):
+    path = tmp_path / "model.keras"  # HDF5, whatever its name
+    kernel, recurrent_kernel, bias, W, b = write_keras_2_1(path, rng)
+    gates = {"i": 0, "f": 1, "c": 2, "o": 3}
+    w = {}
+    for gate, k in gates.items():
+        columns = slice(4 * k, 4 * k + 4)
+        w[f"W_x{gate}"], w[f"W_h{gate}"] = (
+            kernel[:, columns],
+            recurrent_kernel[:, columns],
+        )
+        w[f"b_{gate}"] = bias[columns]
+    x = rng.normal(size=(2, 5, 3)).astype("float32")
+    _, h, _ = lstm(x, w)
+    model = load_keras2(path)
+    expected = np.clip(0.2 * (h @ W + b) + 0.5, 0, 1)
+    np.testing.assert_allclose(predict(model, [x])[0], expected, atol=1e-5)
+    assert model.layers[0].kernel_regularizer.l2 == pytest.approx(0.01)
+
+
+def as_keras_2_2(file, config):
+    """Functional models were a `Model`, and calls had no arguments."""
+    file.attrs["keras_version"] = "2.2.4-tf"
+    config["class_name"] = "Model"
+
+    def cut(node):
+        return [reference[:3] for reference in node]
+
+    for spec in config["config"]["layers"]:
+        spec["inbound_nodes"] = [cut(node) for node in spec["inbound_nodes"]]
+
+
+def number_calls_from_0(file, config):
+    """Calls of nested models were numbered from 0 or, counting their own graph, 1."""
+
+    def edit(value):
+        for item in value if isinstance(value, list) else []:
+            edit(item)
+        if isinstance(value, list) and value and value[0] in models:
+            value[1] -= 1
+
+    specs = config["config"]["layers"]
+    models = [spec["name"] for spec in specs if "layers" in spec["config"]]
+    assert models
+    edit([spec["inbound_nodes"] for spec in specs])
+    edit(config["config"]["output_layers"])
+
+
+def flip_kernels(file, config):
+    """Theano's convolutions flip the kernel."""
+    root = file["model_weights"]
+    root.attrs["backend"] = "theano"
+    paths = []
+    root.visit(lambda path: paths.append(path) if path.endswith("kernel:0") else None)
+    for path in paths:
+        if path.split("/")[0] in ("conv2d_wrapper", "conv_lstm2d", "time_distributed"):
+            root[path][...] = root[path][::-1, ::-1]
+
+
+def remove_input_shape(file, config):
+    """A model built on data, of which only the weights tell the features."""
+    first, second, *others = config["config"]["layers"]
+    assert first["class_name"] == "InputLayer"
+    config["config"] = {"layers": [second, *others]}
+    second["config"].pop("batch_input_shape", None)
+
+
+def store_build_shape(file, config):
+    remove_input_shape(file, config)
+    config["config"]["build_input_shape"] = {
+        "class_name": "TensorShape",
+        "items": [32, 6, 4],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("seq2seq", as_keras_2_2),
+        ("nested", number_calls_from_0),
+        ("video", flip_kernels),
+        ("stock", remove_input_shape),
+        ("sentiment", remove_input_shape),
+        ("autoencoder", store_build_shape),
+        ("stateful", remove_input_shape),
+    ],
+)
+def test_older_dialects_predict_the_same(files, tmp_path, name, edit):
+    model = load_keras2(edited(files, name, tmp_path, edit))
+    assert_predicts_as_recorded(model, files, name)
+
+
+# --- rules -------------------------------------------------------------------
+
+
+def build(class_name, **config):
+    spec = {"class_name": class_name, "config": {"name": "mine", **config}}
+    return Builder({}, None).layer(spec)
+
+
+def serialized(class_name, **config):
+    return {"class_name": class_name, "config": config}
+
+
+POLICY = serialized("Policy", name="mixed_float16")
+CELL = serialized("GRUCell", units=2, implementation=1)
+BACKWARD = serialized("LSTM", name="x", units=2, go_backwards=True)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    ("layer", "attribute", "expected"),
+    [
+        (("LSTM", {"units": 2, "time_major": False}), "units", 2),
+        (("LSTM", {"units": 2, "implementation": 2}), "units", 2),
+        (("LSTM", {"units": 2, "batch_input_shape": [None, 3, 4]}), "built", False),
+        (("CuDNNLSTM", {"units": 2}), "recurrent_activation.__name__", "sigmoid"),
+        (("GRU", {"units": 2}), "cell.reset_after", False),
+        (("GRU", {"units": 2, "reset_after": True}), "cell.reset_after", True),
+        (("CuDNNGRU", {"units": 2}), "cell.reset_after", True),
+        (("RNN", {"cell": CELL}), "cell.reset_after", False),
+        (("Bidirectional", {"layer": BACKWARD}), "forward_layer.go_backwards", True),
+        (("Bidirectional", {"layer": BACKWARD}), "backward_layer.go_backwards", False),
+        (
+            ("Dense", {"units": 2, "dtype": POLICY}),
+            "dtype_policy.name",
+            POLICY["config"]["name"],
+        ),
+        (("Dense", {"units": 2, "activation": "swish"}), "activation.__name__", "silu"),
+        (
+            ("Dense", {"units": 2, "activation": "softmax_v2"}),
+            "activation.__name__",
+            "softmax",
+        ),
+        (("LeakyReLU", {"alpha": 0.25}), "negative_slope", 0.25),
+        (("BatchNormalization", {"axis": [2], "fused": None}), "axis", 2),
+        (("BatchNormalizationV1", {"axis": [1, 2]}), "axis", (1, 2)),
+        (
+            (
+                "SeparableConv1D",
+                {
+                    "filters": 2,
+                    "kernel_size": [3],
+                    "groups": 1,
+                    "kernel_initializer": "zeros",
+                },
+            ),
+            "kernel_size",
+            (3,),
+        ),
+        (
+            ("Embedding", {"input_dim": 3, "output_dim": 2, "input_length": 5}),
+            "input_dim",
+            3,
+        ),
+        (("Dense", {"units": 2, "kernel_initializer": serialized("Mine")}), "units", 2),
+        (
+            ("Dense", {"units": 2, "kernel_regularizer": serialized("L1L2", l1=0.5)}),
+            "kernel_regularizer.l1",
+            0.5,
+        ),
+        (("Permute", {"dims": [2, 1]}), "dims", (2, 1)),
+    ],
+)
+def test_configurations_are_translated(layer, attribute, expected):
+    class_name, config = layer
+    value = build(class_name, **config)
+    for name in attribute.split("."):
+        value = getattr(value, name)
+    assert value == expected
+
+
+def test_causal_attention_matches_that_of_keras3(rng):
+    builder = Builder({}, None)
+    tensor = serialized("InputLayer", name="x", batch_input_shape=[None, 5, 3])
+    causal = serialized("Attention", name="a", causal=True, use_scale=False)
+    causal["inbound_nodes"] = [[["x", 0, 0, {}], ["x", 0, 0, {}]]]
+    ends = {"input_layers": [["x", 0, 0]], "output_layers": [["a", 0, 0]]}
+    model = builder.model(serialized("Model", layers=[tensor, causal], **ends))
+    x = rng.normal(size=(2, 5, 3)).astype("float32")
+    expected = layers.Attention()([x, x], use_causal_mask=True)
+    np.testing.assert_allclose(predict(model, [x])[0], ops.convert_to_numpy(expected))
+
+
+@pytest.mark.one_backend
+def test_supported_layers_are_all_of_keras():
+    assert all(issubclass(getattr(layers, name), layers.Layer) for name in SUPPORTED)
+
+
+# --- custom objects ----------------------------------------------------------
+
+
+class Scale(layers.Layer):
+    def __init__(self, factor, **kwargs):
+        super().__init__(**kwargs)
+        self.factor = factor
+
+    def build(self, input_shape):
+        self.weight = self.add_weight(shape=(), name="weight")
+
+    def call(self, inputs):
+        return inputs * self.factor * self.weight
+
+
+def double(x):
+    return 2 * x
+
+
+LAMBDA = {"function": ["4wEAAAAAAAAA", None, None], "function_type": "lambda"}
+NAMED = {"function": "double", "function_type": "function", "arguments": {}}
+
+
+@pytest.mark.parametrize(
+    ("spec", "custom_objects"),
+    [
+        (serialized("Lambda", name="code", **LAMBDA), {"code": double}),
+        (serialized("Lambda", name="code", **NAMED), {"double": double}),
+        (
+            serialized("Activation", name="code", activation="double"),
+            {"double": double},
+        ),
+        (serialized("Scale", name="code", factor=2), {"Scale": Scale}),
+    ],
+)
+def test_custom_objects(tmp_path, rng, spec, custom_objects):
+    config = copy.deepcopy(KERAS_2_1)
+    config["config"].append(spec)
+    shapes = SHAPES | ({"code": {"weight": ()}} if "Scale" in custom_objects else {})
+    values = write_keras_2_1(tmp_path / "model.h5", rng, config, shapes)
+    factor = 2 * values[-1] if "Scale" in custom_objects else 2
+    with pytest.raises(ValueError, match=r"'code' .*Pass .*`custom_objects="):
+        load_keras2(tmp_path / "model.h5")
+    model = load_keras2(tmp_path / "model.h5", custom_objects)
+    x = rng.normal(size=(2, 5, 3)).astype("float32")
+    *_, dense, last = predict(
+        keras.Model(model.inputs[0], [layer.output for layer in model.layers]), [x]
+    )
+    np.testing.assert_allclose(last, factor * dense, rtol=1e-6)
