@@ -32,7 +32,7 @@ def test_public_names():
         *("ScratchLSTM", "ScratchLSTMCell", "Gates", "GateTrace", "trace_gates"),
         *("Perplexity", "PerplexityLogger", "GateMonitor"),
         *("Edit", "run_with_edits"),
-        *("from_torch", "to_torch", "to_builtin", "to_scratch"),
+        *("from_torch", "to_torch", "to_builtin", "to_scratch", "load_keras2"),
     }
     assert all(hasattr(keras_scratch_lstm, name) for name in keras_scratch_lstm.__all__)
 

@@ -265,7 +265,7 @@ def main(folder, seed, stacks):
     save_for_cudnn(folder)
     model = tf_keras.models.load_model(folder / "stock.h5")
     (folder / "stock.json").write_text(model.to_json())
-    model.save_weights(folder / "stock.weights.h5")
+    model.save_weights(folder / "stock_weights.h5")
     for k in range(int(stacks)):
         stack = [Input((TIME, FEATURES)), *random_stack(rng)]
         save(Sequential(stack), f"random_{k}", folder, rng)

@@ -125,6 +125,17 @@ def test_tensors_of_any_dtype_that_require_gradients_are_read(
     assert_close([numpy(actual)], [expected])
 
 
+def test_the_lstm_of_a_module_is_found_by_its_prefix(torch, make_lstm, x):
+    """Beside weights that are not those of an LSTM."""
+    lstm = make_lstm(num_layers=2, batch_first=True)
+    modules = {"conv": torch.nn.Conv2d(1, 1, 2), "lstm": lstm}
+    module = torch.nn.ModuleDict(modules)
+    expected, *_ = run(lstm, x)
+    for source in (module, module.state_dict()):
+        lower, upper = from_torch(source, return_sequences=True)
+        assert_close([numpy(upper(lower(x)))], [expected])
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_to_torch_returns_arrays_that_torch_can_read(torch, rng, dtype):
     # Keras on torch cannot draw orthogonal matrices in bfloat16.
@@ -152,7 +163,7 @@ def without(*names):
             without(*STATE_DICT),
             "`torch.nn.LSTM` without `proj_size`, or its state dict",
         ),
-        (lambda w: {f"lstm.{k}": v for k, v in w.items()}, "['lstm.weight_ih_l0'"),
+        (lambda w: w | {f"b.{k}": v for k, v in w.items()}, "one LSTM. Pass those"),
         (lambda w: w | {"weight_hr_l0": np.ones((2, 6))}, "'weight_hr_l0']"),
         (lambda w: w | {"weight_ih_l2": np.ones((24, 6))}, "'weight_ih_l2'"),
         (without("bias_hh_l0"), "=['weight_ih_l0', 'weight_hh_l0', 'bias_ih_l0']"),
@@ -173,7 +184,7 @@ def test_other_modules_raise_an_error(torch):
     for module in (
         torch.nn.GRU(FEATURES, UNITS),
         torch.nn.LSTM(FEATURES, UNITS, proj_size=2),
-        torch.nn.Sequential(torch.nn.LSTM(FEATURES, UNITS)),
+        torch.nn.Sequential(torch.nn.GRU(FEATURES, UNITS)),
     ):
         with pytest.raises(ValueError, match=r"` must be (a|of)"):
             from_torch(module)

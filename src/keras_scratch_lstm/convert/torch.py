@@ -23,7 +23,8 @@ def from_torch(lstm_or_state_dict: Any, **arguments: Any) -> Any:
 
     Args:
         lstm_or_state_dict: A `torch.nn.LSTM` without `proj_size`, or its
-            `state_dict()`, with tensors or arrays of any float dtype.
+            `state_dict()`, with tensors or arrays of any float dtype. It may be that
+            of a module with one LSTM, whose weights have a prefix such as `"lstm."`.
         **arguments: Arguments of `ScratchLSTM`. In an LSTM of several layers,
             `return_sequences` and `return_state` apply to the last one.
             The outputs of torch are those of `return_sequences=True` and
@@ -90,7 +91,22 @@ def _read(lstm_or_state_dict):
             raise invalid(name, value, "a matrix or vector of real numbers")
         return value.astype("float64")
 
-    return {key: read(key, value) for key, value in weights.items()}
+    prefix = _prefix(weights)
+    return {
+        key.removeprefix(prefix): read(key, value)
+        for key, value in weights.items()
+        if not prefix or str(key).startswith(prefix)
+    }
+
+
+def _prefix(weights):
+    """What precedes the names of an LSTM that is a part of a module."""
+    first = "weight_ih_l0"
+    prefixes = [str(key)[: -len(first)] for key in weights if str(key).endswith(first)]
+    if len(prefixes) > 1:
+        rule = "the weights of one LSTM. Pass those of one prefix"
+        raise invalid("lstm_or_state_dict", prefixes, rule)
+    return prefixes[0] if prefixes else ""
 
 
 def _make_layer(cells, options):

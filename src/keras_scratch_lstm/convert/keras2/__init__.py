@@ -88,7 +88,7 @@ def _one_error(path, weights):
     except Exception as error:
         reason = str(error).partition("\n")[0]
         if not isinstance(error, FileError):
-            reason = f"it is damaged ({type(error).__name__}: {reason})"
+            reason = f"its contents are invalid ({type(error).__name__}: {reason})"
         files = f"{str(path)!r}"
         if weights != path:
             files += f" with the weights {str(weights)!r}"

@@ -76,7 +76,10 @@ def read_weights(file):
     _check_version(version)
     names = _names(root, "layer_names")
     if names is None:
-        raise FileError("its weights are not those of a Keras 2 model.")
+        remedy = (
+            "`save_weights` of Keras 2 writes them to files not named `.weights.h5`"
+        )
+        raise FileError(f"its weights are not stored by `layer_names`. {remedy}.")
     groups = []
     for name in names:
         group = _child(root, name, h5py.Group)

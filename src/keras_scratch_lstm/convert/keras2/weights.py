@@ -8,10 +8,7 @@ from keras_scratch_lstm import _keras
 from keras_scratch_lstm.convert.keras2.files import FileError, read_array
 
 _GATES = {layers.LSTMCell: 4, layers.GRUCell: 3}  # of the layers for cuDNN
-_CONVOLUTIONS = (
-    *(layers.Conv1D, layers.Conv2D, layers.Conv3D, layers.Conv2DTranspose),
-    layers.ConvLSTM2D,
-)
+_CONVOLUTIONS = ("Conv1D", "Conv2D", "Conv3D", "Conv2DTranspose", "ConvLSTMCell")
 # The names of weights that are the same in both versions.
 _NAMES = (
     *("kernel", "recurrent_kernel", "bias", "embeddings"),
@@ -86,7 +83,7 @@ def _assign_layer(pairs, datasets, backend):
                 raise FileError(f"`{variable.name}` {error}") from error
         if is_cudnn:
             arrays = _from_cudnn(owner, *arrays)
-        if backend == "theano" and isinstance(owner, _CONVOLUTIONS):
+        if backend == "theano" and type(owner).__name__ in _CONVOLUTIONS:
             arrays = [_flipped(array) for array in arrays]
         for (variable, _), array in zip(found, arrays, strict=True):
             variable.assign(array)
