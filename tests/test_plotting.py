@@ -184,7 +184,6 @@ def test_saved_plots_are_not_clipped(name, arguments, trace, tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "match"),
     [
-        ("saturation", {"trace": None}, "`trace` must be a `GateTrace`"),
         ("gates", {"units": 6}, "from 0 to 5. Received: units=6"),
         ("gates", {"units": [0, -1]}, "Received: units=-1"),
         ("gates", {"units": []}, r"Received: units=\[\]"),

@@ -30,17 +30,10 @@ def positive_integer(argument, value):
     return number
 
 
-def integer_or_none(argument, value, low=-(2**31), high=2**31 - 1):
-    number = 0 if value is None else _integer(value)
-    if number is None or not low <= number <= high:
-        raise invalid(argument, value, f"an integer from {low} to {high}, or None")
-    return None if value is None else number
-
-
-def index(argument, value, size):
+def integer(argument, value, low, high):
     number = _integer(value)
-    if number is None or not 0 <= number < size:
-        raise invalid(argument, value, f"an integer from 0 to {size - 1}")
+    if number is None or not low <= number <= high:
+        raise invalid(argument, value, f"an integer from {low} to {high}")
     return number
 
 

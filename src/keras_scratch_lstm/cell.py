@@ -11,8 +11,8 @@ from keras_scratch_lstm._keras import DropoutRNNCell
 from keras_scratch_lstm._types import Activation, Choice, Config, Shape, Tensor
 from keras_scratch_lstm.per_gate import FUSED_ORDER, GATES
 
+_FLAGS = ("use_bias", "unit_forget_bias")
 _RATES = ("dropout", "recurrent_dropout")
-_PLAIN = ("units", "use_bias", "unit_forget_bias", *_RATES, "seed")
 
 
 class Gates(NamedTuple):
@@ -103,8 +103,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
 
     References:
 
-    - [Hochreiter and Schmidhuber, 1997](
-        https://doi.org/10.1162/neco.1997.9.8.1735)
+    - [Hochreiter and Schmidhuber, 1997](https://doi.org/10.1162/neco.1997.9.8.1735)
     - [Gers, Schmidhuber and Cummins, 2000](
         https://doi.org/10.1162/089976600300015015), forget gate
     - [Jozefowicz, Zaremba and Sutskever, 2015](
@@ -154,6 +153,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
             self.dropout_mask_count = len(GATES)  # for DropoutRNNCell
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
+        self._checked_gates = False
         self.state_size = [self.units, self.units]
         self.output_size = self.units
 
@@ -163,7 +163,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         W_x = per_gate.split_initializer(self.kernel_initializer, units)
         W_h = per_gate.split_initializer(self.recurrent_initializer, units)
         b = per_gate.split_initializer(
-            self.bias_initializer, units, forget_bias=self.unit_forget_bias
+            self.bias_initializer, units, self.unit_forget_bias
         )
         for gate in GATES:
             self._add_weight("W_x" + gate, (features, units), W_x[gate], "kernel")
@@ -211,16 +211,14 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
             and self.recurrent_activation is activations.sigmoid
         )
 
-    def get_initial_state(
-        self, batch_size: int | None = None, dtype: Any = None
-    ) -> list[Tensor]:
+    def get_initial_state(self, batch_size: int | None = None) -> list[Tensor]:
         """Initial states `[h, c]`: zeros of shape `(batch_size, units)`."""
-        dtype = keras.backend.standardize_dtype(dtype or self.compute_dtype)
-        return [ops.zeros((batch_size, size), dtype=dtype) for size in self.state_size]
+        shape, dtype = (batch_size, self.units), self.compute_dtype
+        return [ops.zeros(shape, dtype=dtype) for _ in self.state_size]
 
     def get_config(self) -> Config:
         config = super().get_config()
-        for name in _PLAIN:
+        for name in ("units", *_FLAGS, *_RATES, "seed"):
             config[name] = getattr(self, name)
         for name in ("activation", "recurrent_activation"):
             config[name] = activations.serialize(getattr(self, name))
@@ -241,8 +239,8 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         if self.built and number in (0, 3 if self.use_bias else 2):
             raise ValueError(
                 f"`weights` must be the {len(self.weights)} weights of `{self.name}`. "
-                f"Received: {number} weights. If they are those of a built-in LSTM, "
-                "load them into the built-in model, then call `to_scratch`."
+                f"Received: {number}. Load those of a built-in LSTM into the built-in "
+                "model, then call `to_scratch`."
             )
 
     def __getattr__(self, name):
@@ -271,7 +269,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         drop_h = training and 0 < self.recurrent_dropout < 1
         if not (training and self.recurrent_dropout):
             x = x * self.get_dropout_mask(x) if drop_x else x
-            return _as_gates(self.gates(x, h, c))
+            return self._call_gates(x, h, c)
 
         # Every gate has its own masks, so each is taken from its own call. A compiled
         # graph computes only the gate that is taken.
@@ -279,17 +277,19 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
             k = FUSED_ORDER.index(gate)
             x_gate = x * self.get_dropout_mask(x)[k] if drop_x else x
             h_gate = h * self.get_recurrent_dropout_mask(h)[k] if drop_h else h
-            return _as_gates(self.gates(x_gate, h_gate, c))
+            return self._call_gates(x_gate, h_gate, c)
 
         return Gates(*(call_for(gate)[k] for k, gate in enumerate(GATES)))
 
-
-def _as_gates(result):
-    # A tensor of four samples would unpack, too.
-    if not isinstance(result, (tuple, list)) or len(result) != len(GATES):
-        length = f" of length {len(result)}" if isinstance(result, tuple) else ""
-        raise ValueError(
-            "`gates` must return `Gates(i, f, o, c_tilde)`. Received: "
-            f"{type(result).__name__}{length}"
-        )
-    return Gates(*result)
+    def _call_gates(self, x, h, c):
+        """`gates`, with a check of what the first call of a custom cell returns."""
+        gates = self.gates(x, h, c)
+        if not self._checked_gates:
+            # A tensor of four samples would unpack, too.
+            is_tuple = isinstance(gates, (tuple, list))
+            if not is_tuple or len(gates) != len(GATES):
+                received = f"{len(gates)} values" if is_tuple else type(gates).__name__
+                rule = "`gates` must return `Gates(i, f, o, c_tilde)`."
+                raise ValueError(f"{rule} Received: {received}")
+            self._checked_gates = True
+        return gates

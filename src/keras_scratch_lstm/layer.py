@@ -12,6 +12,7 @@ from keras import ops
 from keras_scratch_lstm import _litert, recurrence
 from keras_scratch_lstm._bidirectional import BidirectionalGuard
 from keras_scratch_lstm._types import Activation, Choice, Config, Shape, Tensor
+from keras_scratch_lstm._validation import invalid
 from keras_scratch_lstm.cell import ScratchLSTMCell
 from keras_scratch_lstm.per_gate import GATES
 
@@ -20,6 +21,13 @@ _CELL_DEFAULTS = {
     for name, parameter in inspect.signature(ScratchLSTMCell).parameters.items()
     if parameter.kind is not inspect.Parameter.VAR_KEYWORD
 }
+_RNN_OPTIONS = (
+    "return_sequences",
+    "return_state",
+    "go_backwards",
+    "stateful",
+    "unroll",
+)
 
 
 @keras.saving.register_keras_serializable("keras_scratch_lstm")
@@ -106,8 +114,7 @@ class ScratchLSTM(BidirectionalGuard):
 
     References:
 
-    - [Hochreiter and Schmidhuber, 1997](
-        https://doi.org/10.1162/neco.1997.9.8.1735)
+    - [Hochreiter and Schmidhuber, 1997](https://doi.org/10.1162/neco.1997.9.8.1735)
     - [Werbos, 1990](https://doi.org/10.1109/5.58337), backpropagation through time
     """
 
@@ -144,32 +151,22 @@ class ScratchLSTM(BidirectionalGuard):
         given = locals()
         kwargs.pop("implementation", None)
         if use_cudnn not in (True, False, "auto"):
-            raise ValueError(
-                "`use_cudnn` must be True, False or 'auto'. Received: "
-                f"use_cudnn={use_cudnn!r}"
-            )
+            raise invalid("use_cudnn", use_cudnn, "True, False or 'auto'")
         cell_arguments = {name: given[name] for name in _CELL_DEFAULTS}
-        creates_cell = cell is None
         if cell is None:
             policy = {k: kwargs[k] for k in ("dtype", "trainable") if k in kwargs}
             cell = ScratchLSTMCell(**cell_arguments, name="lstm_cell", **policy)
         else:
             _check_cell(cell, cell_arguments)
+        options = {name: given[name] for name in _RNN_OPTIONS}
         super().__init__(
-            cell,
-            return_sequences=return_sequences,
-            return_state=return_state,
-            go_backwards=go_backwards,
-            stateful=stateful,
-            unroll=unroll,
-            activity_regularizer=activity_regularizer,
-            **kwargs,
+            cell, activity_regularizer=activity_regularizer, **options, **kwargs
         )
         self.supports_masking = True
         self.input_spec = keras.InputSpec(ndim=3)
         self.time_major = time_major
         self.use_cudnn = use_cudnn
-        self._created_cell = creates_cell
+        self._created_cell = given["cell"] is None
         self.recurrence: str | None = None
         if cell.is_standard and cell.use_bias and not unroll:
             # XLA cannot compile cuDNN kernels in a TensorFlow graph.
@@ -348,10 +345,9 @@ class ScratchLSTM(BidirectionalGuard):
 
     def _check_initial_state(self, initial_state, batch_size):
         states = keras.tree.flatten(initial_state)
-        if len(states) != len(self.state_size):
+        if len(states) != 2:
             raise ValueError(
-                f"`initial_state` must be a list of {len(self.state_size)} tensors. "
-                f"Received: {len(states)}"
+                f"`initial_state` must be a list of 2 tensors. Received: {len(states)}"
             )
         for state, size in zip(states, self.state_size, strict=True):
             _check_shape("initial_state", ops.shape(state), (batch_size, size))

@@ -66,7 +66,12 @@ class Perplexity(keras.metrics.Metric):
     ) -> None:
         super().__init__(name=name, dtype=dtype)
         self.from_logits = from_logits
-        self.ignore_class = _validation.integer_or_none("ignore_class", ignore_class)
+        if ignore_class is not None:
+            limits = np.iinfo("int32")
+            ignore_class = _validation.integer(
+                "ignore_class", ignore_class, limits.min, limits.max
+            )
+        self.ignore_class = ignore_class
         self._dtype_of_totals = keras.backend.result_type(self.dtype, "float32")
         self._cross_entropy = self._add_total("cross_entropy")
         self._tokens = self._add_total("tokens")

@@ -30,13 +30,9 @@ def is_per_gate(value: Any) -> TypeGuard[dict[str, Any]]:
 
 
 def resolve(argument, value, get, default=None):
-    """Resolve an argument to a Keras object, or to a dict with one per gate.
+    """Resolve an argument by `get` to a Keras object, or to a dict with one per gate.
 
-    Args:
-        argument: String, name of the argument, for error messages.
-        value: Anything that `get` takes, or a dict of such things per gate.
-        get: Function that resolves an identifier, such as `keras.initializers.get`.
-        default: Identifier for the gates that the dict leaves out.
+    Gates that a given dict leaves out have the default.
     """
     if not is_per_gate(value):
         return get(value)
@@ -67,11 +63,7 @@ def fuse(weights):
 
 
 def named_weights(cell):
-    """The weights of a cell as pairs of name and tensor, in the order of `GATES`.
-
-    Args:
-        cell: A built `ScratchLSTMCell` or `keras.layers.LSTMCell`.
-    """
+    """The weights of either kind of cell as pairs of name and tensor, by `GATES`."""
     if not hasattr(cell, "recurrent_kernel"):
         return [(weight.name, weight.value) for weight in cell.weights]
     fused = {"W_x": cell.kernel, "W_h": cell.recurrent_kernel, "b_": cell.bias}
@@ -87,16 +79,12 @@ def named_weights(cell):
 
 
 def split_initializer(initializer, units, forget_bias=False):
-    """A dict with an initializer for the weight of each gate.
+    """A dict with an initializer for the weight of each gate, from that of `resolve`.
 
     A single initializer is drawn once for the fused weight, as in the built-in cell,
     and each gate takes its slice. So equal seeds give equal weights, and Glorot's
-    fan-out and orthogonal rows are those of the fused weight.
-
-    Args:
-        initializer: A result of `resolve`.
-        units: Integer, width of one gate.
-        forget_bias: Boolean, whether the slice of the forget gate is 1.
+    fan-out and orthogonal rows are those of the fused weight. With `forget_bias`, the
+    slice of the forget gate is 1.
     """
     if isinstance(initializer, dict):
         return initializer

@@ -21,7 +21,7 @@ except ImportError:
         "`keras_scratch_lstm.plotting` needs matplotlib. Run `pip install matplotlib`."
     ) from None
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from matplotlib.ticker import MaxNLocator
 from keras_scratch_lstm import _validation
 from keras_scratch_lstm._types import Path, Tokens
 from keras_scratch_lstm.tracing.tokens import are_characters, tokens_of_sample
-from keras_scratch_lstm.tracing.trace import ARRAYS, SATURATED, GateTrace
+from keras_scratch_lstm.tracing.trace import SATURATED, GateTrace, check_array
 
 _WIDTH = 9  # inches
 _DPI = 150
@@ -81,9 +81,11 @@ def plot_gates(
         A `matplotlib.figure.Figure`.
     """
     sample, steps, tokens = _select(trace, sample, steps, tokens)
-    size = trace.i.shape[-1]
-    units = list(units) if isinstance(units, Iterable) and np.ndim(units) else [units]
-    units = [_validation.index("units", unit, size) for unit in units]
+    last = trace.i.shape[-1] - 1
+    units = [
+        _validation.integer("units", unit, 0, last)
+        for unit in np.atleast_1d(units).tolist()
+    ]
     if not units:
         raise _validation.invalid("units", units, "one or more integers")
     figure = Figure(figsize=(_WIDTH, 1.1 + 1.3 * len(units)), layout="constrained")
@@ -132,7 +134,7 @@ def plot_heatmap(
         A `matplotlib.figure.Figure`.
     """
     sample, steps, tokens = _select(trace, sample, steps, tokens)
-    values = getattr(trace, _check_array(array))[sample, steps].T
+    values = getattr(trace, check_array(array))[sample, steps].T
     ax = _new_axes(height=4.5) if ax is None else ax
     half = (steps[1] - steps[0]) / 2 if len(steps) > 1 else 0.5
     image = ax.imshow(
@@ -169,7 +171,6 @@ def plot_saturation(trace: GateTrace, path: Path | None = None) -> Figure:
 
     - [Karpathy, Johnson and Li, 2015](https://arxiv.org/abs/1506.02078), figure 3
     """
-    _check_trace(trace)
     figure = Figure(figsize=(_WIDTH, 3.3), layout="constrained")
     low, high = SATURATED
     axes = figure.subplots(1, 3, sharex=True, sharey=True)
@@ -211,8 +212,8 @@ def plot_text(
         A `matplotlib.figure.Figure`.
     """
     sample, steps, tokens = _select(trace, sample, steps, tokens)
-    unit = _validation.index("unit", unit, trace.i.shape[-1])
-    values = getattr(trace, _check_array(array))[sample, steps, unit]
+    unit = _validation.integer("unit", unit, 0, trace.i.shape[-1] - 1)
+    values = getattr(trace, check_array(array))[sample, steps, unit]
     labels = [str(step) for step in steps] if tokens is None else _visible(tokens)
     boxes = _layout(labels)
     width, rows = max(x + w for x, _, w in boxes), boxes[-1][1] + 1
@@ -238,22 +239,10 @@ def plot_text(
     return _save(ax.figure, path)
 
 
-def _check_trace(trace):
-    if not isinstance(trace, GateTrace):
-        raise _validation.invalid("trace", trace, "a `GateTrace`")
-
-
-def _check_array(array):
-    if array not in ARRAYS:
-        raise _validation.invalid("array", array, f"one of {str(ARRAYS)[1:-1]}")
-    return array
-
-
 def _select(trace, sample, steps, tokens):
     """Return the index of the sample, the selected time steps, and their tokens."""
-    _check_trace(trace)
     batch, time, _ = trace.i.shape
-    sample = _validation.index("sample", sample, batch)
+    sample = _validation.integer("sample", sample, 0, batch - 1)
     if steps is not None and not isinstance(steps, slice):
         raise _validation.invalid("steps", steps, "a slice or None")
     selected = np.arange(time)[steps or slice(None)]

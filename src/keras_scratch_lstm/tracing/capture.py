@@ -1,6 +1,7 @@
 """Find the LSTMs of a model, and capture the arguments the model calls them with."""
 
 import contextlib
+import functools
 import inspect
 import operator
 import os
@@ -28,12 +29,7 @@ def load(model_or_layer):
 
 
 def find_all(model):
-    """Return the LSTM layers of a model, in the model's order.
-
-    Each is a layer that the model calls: a `ScratchLSTM`, an `LSTM`, an `RNN` with
-    an LSTM cell, or a `Bidirectional` of these. `directions_of` has the LSTMs in
-    it, and `find_lstms` accepts it as `layer`.
-    """
+    """Return the LSTMs that a model calls, in its order; `Bidirectional` is one."""
     return list(dict.fromkeys(_find(model)))
 
 
@@ -64,12 +60,7 @@ def is_stateful(model):
 
 
 def find_lstms(model, layer=None):
-    """Find the LSTM that `layer` selects; see `trace_gates`.
-
-    Args:
-        model: A Keras model or layer.
-        layer: A name, a layer, an index among `find_all(model)`, or `None` if the
-            model has one LSTM.
+    """Find what the argument `layer` of `trace_gates` selects.
 
     Returns:
         `(target, lstms)`: the layer that the model calls, and the LSTMs to trace
@@ -86,6 +77,11 @@ def find_lstms(model, layer=None):
         for lstm in directions_of(target):
             choices.setdefault(lstm, (target, [lstm]))
     found = _select(layer, targets, choices)
+    if len(found) > 1:
+        raise ValueError(
+            f"`layer` must be the layer itself, since {len(found)} LSTMs of "
+            f"{model.name!r} have the same name. Received: layer={layer!r}"
+        )
     if not found:
         names = [repr(target.name) for target in targets[:8]]
         names += ["…"] * (len(targets) > 8)
@@ -94,14 +90,15 @@ def find_lstms(model, layer=None):
             f"layer itself. Pass `layer=` to choose one of: {', '.join(names)}. "
             f"Received: layer={getattr(layer, 'name', repr(layer)[:40])}"
         )
-    if len(found) > 1:
-        raise ValueError(
-            f"`layer` must be the layer itself, since {len(found)} LSTMs of "
-            f"{model.name!r} have the same name. Received: layer={layer!r}"
-        )
     target, lstms = choices[found[0]]
     for lstm in lstms:
-        _check_cell(lstm)
+        cell = type(lstm.cell)
+        if cell is not keras.layers.LSTMCell and not issubclass(cell, ScratchLSTMCell):
+            raise ValueError(
+                "`layer` must have a `ScratchLSTMCell` (or a subclass) or a plain "
+                "`keras.layers.LSTMCell`, whose gates are known. Received: "
+                f"{lstm.name!r} with a {cell.__name__!r}"
+            )
     return target, lstms
 
 
@@ -116,16 +113,6 @@ def _select(layer, targets, choices):
         return [targets[operator.index(layer)]]
     except (IndexError, TypeError):
         return []
-
-
-def _check_cell(lstm):
-    cell = type(lstm.cell)
-    if cell is not keras.layers.LSTMCell and not issubclass(cell, ScratchLSTMCell):
-        raise ValueError(
-            f"`layer` must have a `ScratchLSTMCell` (or a subclass) or a plain "
-            f"`keras.layers.LSTMCell`, whose gates are known. Received: {lstm.name!r} "
-            f"with a {cell.__name__!r}"
-        )
 
 
 class _Stop(BaseException):
@@ -159,34 +146,41 @@ def _record_call(layer, calls):
 
 
 def capture_calls(model, target, inputs, batch_size):
-    """Yield the arguments of each LSTM in `target`, one batch after the other.
+    """Run a model up to `target`, `batch_size` samples at a time.
 
     Args:
         model: The model to run, or `target` itself.
         target: The layer at which the forward pass stops.
-        inputs: One batch of `read_batches`, run `batch_size` samples at a time.
+        inputs: One batch of `read_batches`.
         batch_size: Positive integer.
 
     Yields:
-        Dict of LSTM -> keyword arguments of `replay.run`.
+        Dict of each LSTM in `target` -> keyword arguments of `replay.run`.
     """
     time_major = getattr(model, "time_major", False)
     inputs, samples = check_inputs(inputs, time_major=time_major)
     batch_size, fixed = _batch_sizes(model, samples, batch_size)
     for start in range(0, samples, batch_size):
-        batch, padding = inputs, 0
-        if batch_size < samples:
-            stop = start + batch_size
-            batch = keras.tree.map_structure(lambda x, s=start, e=stop: x[s:e], inputs)
-        if fixed:
-            padding = fixed - min(fixed, samples - start)
-            batch = keras.tree.map_structure(lambda x, n=padding: _pad(x, n), batch)
+        size = min(batch_size, samples - start)
+        padding = fixed - size if fixed else 0
+        batch = inputs
+        if size < samples or padding:
+            take = functools.partial(_rows, start=start, size=size, padding=padding)
+            batch = keras.tree.map_structure(take, inputs)
         calls = _capture(model, target, batch)
         for call in calls.values() if padding else ():
             # A model that folds an axis into the batch has several rows per sample.
-            rows = len(call["h"]) * (fixed - padding) // fixed
+            rows = len(call["h"]) * size // fixed
             call.update({key: value[:rows] for key, value in call.items()})
         yield calls
+
+
+def _rows(x, start, size, padding):
+    """Take samples of an input, and repeat the last one."""
+    x = x[start : start + size]
+    if not padding:
+        return x
+    return ops.concatenate([ops.convert_to_tensor(x)] + [x[-1:]] * padding)
 
 
 def _batch_sizes(model, samples, batch_size):
@@ -206,11 +200,6 @@ def _batch_sizes(model, samples, batch_size):
                     f"the stateful layer {layer.name!r}. Received: {samples} samples"
                 )
     return fixed or batch_size, fixed
-
-
-def _pad(x, size):
-    """Repeat the last sample `size` times."""
-    return ops.concatenate([ops.convert_to_tensor(x)] + [x[-1:]] * size) if size else x
 
 
 def _capture(model, target, batch):

@@ -15,14 +15,11 @@ _FORMAT = "keras_scratch_lstm.GateTrace 1"
 
 
 def write_file(path, write):
-    """Write a file atomically; an error leaves a previous file unchanged.
+    """Call `write` with a binary file that then replaces the one at `path`.
 
-    Symbolic links are followed, and a previous file's mode and owner are kept.
-    Devices, pipes and files with several hard links are written directly.
-
-    Args:
-        path: String or path-like.
-        write: Function that is called with a binary file.
+    An error leaves a previous file unchanged. Symbolic links are followed, and a
+    previous file's mode and owner are kept. Devices, pipes and files with several hard
+    links are written directly.
     """
     path = _validation.path("path", path)
     try:
@@ -63,15 +60,7 @@ def save_arrays(path, arrays):
 
 
 def load_arrays(path, convert):
-    """Load what `save_arrays` has saved, without unpickling or decompressing.
-
-    Args:
-        path: String or path-like.
-        convert: Function that is called with the dict of arrays.
-
-    Returns:
-        The result of `convert`.
-    """
+    """Return `convert` of what `save_arrays` saved, without unpickling any of it."""
     path = _validation.path("path", path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         # Opening a pipe would wait for its writer.

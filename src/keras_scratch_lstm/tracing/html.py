@@ -24,14 +24,10 @@ def render(layer, arrays, tokens=None, correlations=None):
 
     Args:
         layer: String, the name of the layer.
-        arrays: Dict of array name -> array of shape `(time, units)`, with the names
-            and the order of the arrays of a `GateTrace`; NaN where masked.
-        tokens: List of `time` strings, or `None` to show the time step numbers.
-        correlations: Dict of array name -> dict of feature name -> array of shape
-            `(units,)`, for sorting the units. `None` or empty dicts for none.
-
-    Returns:
-        String.
+        arrays: Dict of array name -> array of shape `(time, units)`, in the order of
+            a `GateTrace`; NaN where masked.
+        tokens: List of `time` strings, or `None`.
+        correlations: Dict of array name -> result of `GateTrace.correlate`, or `None`.
     """
     correlations = correlations or {}
     # A feature may be constant over the unmasked time steps.
@@ -44,7 +40,10 @@ def render(layer, arrays, tokens=None, correlations=None):
     data = {
         "tokens": tokens,
         "separate": tokens is None or not are_characters(tokens),
-        "variance": {name: _variance(values) for name, values in arrays.items()},
+        "variance": {
+            name: _to_json(_finite(values).var(axis=0).filled(0), 6)
+            for name, values in arrays.items()
+        },
         "correlations": {
             name: {key: _to_json(r, 3) for key, r in features.items() if key in known}
             for name, features in correlations.items()
@@ -76,16 +75,15 @@ def quantize(arrays):
     h = arrays["o"] * np.tanh(arrays["c"])
     if np.allclose(arrays["h"], h, atol=1e-5, equal_nan=True):
         stored.remove("h")
-    values = np.stack([arrays[name].T for name in stored]).astype("float64")
-    finite = np.isfinite(values)
-    low = np.where(finite, values, np.inf).min(-1, initial=np.inf)
-    high = np.where(finite, values, -np.inf).max(-1, initial=-np.inf)
-    low, high = (np.where(low <= high, x, 0).astype("float32") for x in (low, high))
+    values = _finite(np.stack([arrays[name].T for name in stored]))
+    low, high = (
+        x.filled(0).astype("float32") for x in (values.min(-1), values.max(-1))
+    )
     span = np.where(high > low, high - low, 1)[..., None]
-    share = np.where(finite, (values - low[..., None]) / span, 0).clip(0, 1)
+    share = ((values - low[..., None]) / span).clip(0, 1)
     limit = max(_SIZE_LIMIT, _SIZE_LIMIT_PER_VALUE * values[0].size)
     for levels in _LEVELS:
-        codes = np.where(finite, np.rint(share * levels), _MISSING).astype("uint8")
+        codes = np.rint(share * levels).filled(_MISSING).astype("uint8")
         packed = _base64(zlib.compress(codes.tobytes()))
         if len(packed) <= limit:
             break
@@ -100,15 +98,8 @@ def quantize(arrays):
     }
 
 
-def _variance(values):
-    """Return each unit's variance over the time steps with finite values."""
-    finite = np.isfinite(values)
-    count = np.maximum(finite.sum(0), 1)
-    # Relative to the maximum, a constant unit has exactly zero variance.
-    x = np.where(finite, values, -np.inf).max(0, initial=-np.inf)
-    x = np.where(finite, values - np.where(np.isfinite(x), x, 0), 0).astype("float64")
-    deviations = np.where(finite, x - x.sum(0) / count, 0)
-    return _to_json((deviations**2).sum(0) / count, 6)
+def _finite(values):
+    return np.ma.masked_invalid(values.astype("float64"))
 
 
 def _to_json(array, digits):

@@ -12,21 +12,13 @@ _RULE = "arrays with at least one sample, a nested list, or a dataset of batches
 
 
 def read_batches(inputs, batches=1, argument="inputs", stateful=False):
-    """Yield the batches of a dataset, without targets, or else `inputs` itself.
+    """Yield the first `batches` of a dataset, without targets, or else `inputs` itself.
 
-    A ragged tensor is yielded row by row, so that no padding is needed.
-
-    Args:
-        inputs: Arrays, tensors or nested lists, also in a list or dict; or a
-            `tf.data.Dataset`, a `keras.utils.PyDataset` or any other iterable
-            of batches.
-        batches: The number of a dataset's batches to yield, or `None` for all.
-        argument: The name of the argument, for error messages.
-        stateful: Boolean, whether the model is stateful and so rejects ragged tensors.
+    A ragged tensor is yielded row by row, so that no padding is needed; a stateful
+    model, whose rows have different states, rejects it.
     """
-    batches = (
-        None if batches is None else _validation.positive_integer("batches", batches)
-    )
+    if batches is not None:
+        batches = _validation.positive_integer("batches", batches)
     found = [inputs]
     if _is_dataset(inputs):
         found = (
@@ -35,12 +27,17 @@ def read_batches(inputs, batches=1, argument="inputs", stateful=False):
         )
     empty = True
     for batch in found:
-        if stateful and any(map(_is_ragged, keras.tree.flatten(batch))):
+        ragged = [x for x in keras.tree.flatten(batch) if _is_ragged(x)]
+        if ragged and stateful:
             rule = "padded, with a mask, for a model with stateful layers"
             raise _validation.invalid(argument, batch, rule)
-        for part in _split_ragged(batch):
+        if not ragged:
             empty = False
-            yield part
+            yield batch
+            continue
+        for k in range(int(ragged[0].shape[0])):
+            empty = False
+            yield keras.tree.map_structure(lambda x, k=k: _row(x, k), batch)
     if empty:
         raise _validation.invalid(argument, inputs, _RULE)
 
@@ -80,18 +77,9 @@ def _is_dataset(inputs):
     )
 
 
-def _split_ragged(inputs):
-    """Yield the rows of ragged tensors as batches of one sample."""
-    arrays = keras.tree.flatten(inputs)
-    if not any(map(_is_ragged, arrays)):
-        yield inputs
-        return
-
-    def row(x, k):
-        return x[k : k + 1].to_tensor() if _is_ragged(x) else x[k : k + 1]
-
-    for k in range(int(arrays[0].shape[0])):
-        yield keras.tree.map_structure(lambda x, k=k: row(x, k), inputs)
+def _row(x, k):
+    x = x[k : k + 1]
+    return x.to_tensor() if _is_ragged(x) else x
 
 
 def _is_ragged(x):

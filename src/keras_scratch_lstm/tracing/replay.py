@@ -20,17 +20,10 @@ _LOCK = threading.RLock()
 
 
 def run(layer, sequences, h, c, mask=None):
-    """Run one LSTM on one batch.
+    """Run one LSTM on one batch, from the initial states `h` and `c`.
 
-    Args:
-        layer: An RNN layer with an LSTM cell.
-        sequences: Array of shape `(batch, time, features)`.
-        h: Array of shape `(batch, units)`, the initial hidden state.
-        c: Array of shape `(batch, units)`, the initial cell state.
-        mask: Boolean array of shape `(batch, time)`, or `None`.
-
-    Returns:
-        Dict of name -> array, as in `GateTrace`.
+    All arguments but the layer are batch-major arrays. Returns a dict with the arrays
+    of a `GateTrace`.
     """
     if layer.go_backwards:
         sequences = np.flip(sequences, 1)
@@ -46,19 +39,14 @@ def run(layer, sequences, h, c, mask=None):
             inputs["mask"] = mask[:, steps]
         outputs = function.predict_on_batch(inputs)
         states = outputs.pop("states")
-        if "concatenated" in outputs:
-            arrays = np.split(outputs["concatenated"], len(ARRAYS), axis=-1)
-            outputs = dict(zip(ARRAYS, arrays, strict=True))
-        else:
+        if "c" not in outputs:
             outputs["c"] = _cell_states(c, **outputs, mask=inputs.get("mask"))
         chunks.append(outputs)
         h, c = states
-    arrays = chunks[0]
-    if len(chunks) > 1:
-        arrays = {
-            name: np.concatenate([chunk.pop(name) for chunk in chunks], axis=1)
-            for name in ARRAYS
-        }
+    arrays = {
+        name: np.concatenate([chunk.pop(name) for chunk in chunks], axis=1)
+        for name in ARRAYS
+    }
     if mask is not None:
         for values in arrays.values():
             values[~mask] = np.nan
@@ -110,11 +98,8 @@ def _make_function(layer):
     cell = layer.cell
     if not isinstance(cell, ScratchLSTMCell):
         cell = _scratch_cell(cell)
-    compute = (
-        _from_hidden_states(cell)
-        if _must_recompute_gates(cell)
-        else _step_by_step(cell)
-    )
+    recompute = _must_recompute_gates(cell)
+    compute = _from_hidden_states(cell) if recompute else _step_by_step(cell)
     dtype = result_dtype(layer)
 
     def function(inputs):
@@ -138,15 +123,14 @@ def _must_recompute_gates(cell):
     return cell.is_standard and is_reproducible and hides_gates
 
 
+def _rnn_arguments(cell):
+    arguments = {"return_sequences": True, "return_state": True, "name": "recurrence"}
+    return {**arguments, "dtype": cell.dtype_policy}
+
+
 def _from_hidden_states(cell):
     """Compute h by the layer itself, and all gates from h in one matmul."""
-    rnn = ScratchLSTM(
-        cell=cell,
-        return_sequences=True,
-        return_state=True,
-        name="recurrence",
-        dtype=cell.dtype_policy,
-    )
+    rnn = ScratchLSTM(cell=cell, **_rnn_arguments(cell))
 
     def compute(x, h_0, c_0, mask):
         h, *states = rnn(x, initial_state=[h_0, c_0], mask=mask)
@@ -172,20 +156,15 @@ def _previous_hidden_states(h, h_0, mask):
 
 def _step_by_step(cell):
     """Compute all arrays in Keras's loop over time."""
-    rnn = keras.layers.RNN(
-        _TracingCell(cell),
-        return_sequences=True,
-        return_state=True,
-        name="recurrence",
-        dtype=cell.dtype_policy,
-    )
+    rnn = keras.layers.RNN(_TracingCell(cell), **_rnn_arguments(cell))
 
     def compute(x, h_0, c_0, mask):
         gates = [ops.zeros_like(h_0)] * len(Gates._fields)
         state = ops.concatenate([*gates, c_0, h_0], axis=-1)
         outputs, state = rnn(x, initial_state=[state], mask=mask)
         *_, c, h = ops.split(state, len(ARRAYS), axis=-1)
-        return {"concatenated": outputs, "states": [h, c]}
+        arrays = ops.split(outputs, len(ARRAYS), axis=-1)
+        return {**dict(zip(ARRAYS, arrays, strict=True)), "states": [h, c]}
 
     return compute
 
@@ -199,8 +178,7 @@ class _TracingCell(keras.layers.Layer):
     def __init__(self, cell):
         super().__init__(name="tracing_cell", dtype=cell.dtype_policy)
         self.cell = cell
-        self.state_size = [len(ARRAYS) * cell.units]
-        self.output_size = len(ARRAYS) * cell.units
+        self.state_size = self.output_size = len(ARRAYS) * cell.units
         self.built = True
 
     def call(self, inputs, states):

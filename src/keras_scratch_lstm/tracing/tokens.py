@@ -19,12 +19,6 @@ def tokens_per_sample(tokens, batch, time):
             of `batch` of these.
         batch: Integer, the number of samples.
         time: Integer, the number of time steps.
-
-    Returns:
-        List of 1 or `batch` lists of `time` strings.
-
-    Raises:
-        ValueError: If `tokens` is invalid.
     """
     limit = max(batch, time)
     samples = _to_list(tokens, limit)
@@ -33,9 +27,7 @@ def tokens_per_sample(tokens, batch, time):
         raise _validation.invalid("tokens", tokens, rule)
     if isinstance(tokens, str):
         samples = [tokens]
-    elif all(
-        isinstance(i, (str, bytes)) or _to_list(i, limit) is None for i in samples
-    ):
+    elif all(isinstance(i, str | bytes) or _to_list(i, 0) is None for i in samples):
         are_texts = len(samples) == batch and all(
             isinstance(item, str) and len(item) == time for item in samples
         )
@@ -73,8 +65,7 @@ def token_features(tokens):
         tokens: A string, or a list of strings.
 
     Returns:
-        Dict of feature name -> array of shape `(time,)`, booleans or integers, as
-        `GateTrace.correlate` takes it.
+        Dict of feature name -> array, as `GateTrace.correlate` takes it.
     """
     tokens = list(tokens)
     if all(map(_is_number, tokens)):

@@ -21,6 +21,13 @@ ARRAYS = ("i", "f", "o", "c_tilde", "c", "h")
 SATURATED = 0.1, 0.9  # below, above
 
 
+def check_array(array):
+    """Return the name of an array, or raise an error if there is none of this name."""
+    if array not in ARRAYS:
+        raise _validation.invalid("array", array, f"one of {str(ARRAYS)[1:-1]}")
+    return array
+
+
 class Saturation(NamedTuple):
     """Fractions of time steps, each `(units,)`, at which a gate is saturated."""
 
@@ -148,8 +155,7 @@ class GateTrace:
             correlation over all unmasked time steps, NaN where the feature or the
             unit is constant.
         """
-        if array not in ARRAYS:
-            raise _validation.invalid("array", array, f"one of {str(ARRAYS)[1:-1]}")
+        values = getattr(self, check_array(array))
         unmasked = self._unmasked()
         shape = unmasked.shape
 
@@ -160,7 +166,7 @@ class GateTrace:
 
         correlations = {}
         with np.errstate(invalid="ignore"):  # infinite values
-            x = center(getattr(self, array))
+            x = center(values)
             for name, feature in features.items():
                 feature = np.asarray(feature)
                 has_shape = feature.shape in (shape, shape[1:])
@@ -246,7 +252,7 @@ class GateTrace:
             ValueError: If `tokens` or `sample` is invalid.
         """
         batch, time, _ = self.i.shape
-        sample = _validation.index("sample", sample, batch)
+        sample = _validation.integer("sample", sample, 0, batch - 1)
         if tokens is not None:
             tokens = tokens_of_sample(tokens, batch, time, sample)
         one = slice(sample, sample + 1)
