@@ -21,13 +21,7 @@ _CELL_DEFAULTS = {
     for name, parameter in inspect.signature(ScratchLSTMCell).parameters.items()
     if parameter.kind is not inspect.Parameter.VAR_KEYWORD
 }
-_RNN_OPTIONS = (
-    "return_sequences",
-    "return_state",
-    "go_backwards",
-    "stateful",
-    "unroll",
-)
+_OPTIONS = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll")
 
 
 @keras.saving.register_keras_serializable("keras_scratch_lstm")
@@ -48,23 +42,9 @@ class ScratchLSTM(BidirectionalGuard):
 
     Args:
         units: Positive integer, size of `h` and `c`. Omit it if `cell` is given.
-        activation: See `ScratchLSTMCell`, as for all arguments up to `seed`.
-        recurrent_activation: See `ScratchLSTMCell`.
-        use_bias: See `ScratchLSTMCell`.
-        kernel_initializer: See `ScratchLSTMCell`.
-        recurrent_initializer: See `ScratchLSTMCell`.
-        bias_initializer: See `ScratchLSTMCell`.
-        unit_forget_bias: See `ScratchLSTMCell`.
-        kernel_regularizer: See `ScratchLSTMCell`.
-        recurrent_regularizer: See `ScratchLSTMCell`.
-        bias_regularizer: See `ScratchLSTMCell`.
+        activation: See `ScratchLSTMCell`, as for all arguments up to `seed` but for
+            `activity_regularizer`.
         activity_regularizer: Regularizer of the output. Default: `None`.
-        kernel_constraint: See `ScratchLSTMCell`.
-        recurrent_constraint: See `ScratchLSTMCell`.
-        bias_constraint: See `ScratchLSTMCell`.
-        dropout: See `ScratchLSTMCell`.
-        recurrent_dropout: See `ScratchLSTMCell`.
-        seed: See `ScratchLSTMCell`.
         return_sequences: Boolean, whether to return `h` of all time steps rather than
             of the last one. Default: `False`.
         return_state: Boolean, whether to also return the last `h` and `c`. Default:
@@ -158,7 +138,7 @@ class ScratchLSTM(BidirectionalGuard):
             cell = ScratchLSTMCell(**cell_arguments, name="lstm_cell", **policy)
         else:
             _check_cell(cell, cell_arguments)
-        options = {name: given[name] for name in _RNN_OPTIONS}
+        options = {name: given[name] for name in _OPTIONS}
         super().__init__(
             cell, activity_regularizer=activity_regularizer, **options, **kwargs
         )

@@ -25,9 +25,9 @@ def to_scratch(layer_or_model: Any) -> Any:
     """Copy a layer or model, with `ScratchLSTM` in place of `keras.layers.LSTM`.
 
     Every `keras.layers.LSTM` becomes a `ScratchLSTM` and every
-    `keras.layers.LSTMCell` a `ScratchLSTMCell`, also inside nested models,
-    `keras.layers.Bidirectional`, `keras.layers.RNN` and other wrappers. All other
-    layers are copied. The original is unchanged and shares nothing with the copy.
+    `keras.layers.LSTMCell` a `ScratchLSTMCell`, also inside nested models and wrappers
+    such as `keras.layers.Bidirectional`. All other layers are copied. The original is
+    unchanged and shares nothing with the copy.
 
     Names, weights, `trainable` flags, dtype policies, random seeds, the states of
     stateful layers and the arguments of `compile()` are copied; the optimizer's state
@@ -99,8 +99,9 @@ def _convert(old, classes):
     if not lstms:
         names = " or ".join(f"`{cls.__name__}`" for cls in classes)
         raise invalid("layer_or_model", old, f"a layer or model that contains {names}")
+    owners = {id(p.cell): f"{p.name}/" for p in parts if isinstance(p, layers.RNN)}
     for lstm in lstms:
-        _check(lstm, _path(lstm, parts), classes)
+        _check(lstm, owners.get(id(lstm), "") + lstm.name, classes)
     new = _copy_by_config(old, classes)
     pairs = _pair(old, new, classes, {})
     for one, other in pairs:  # outer layers first, since they set all within them
@@ -115,12 +116,6 @@ def _convert(old, classes):
 
 def _error(name, reason):
     return ValueError(f"Cannot convert `{name}`: {reason}")
-
-
-def _path(part, parts):
-    """The name of a layer; for a cell, `layer/cell`."""
-    owners = [p.name for p in parts if isinstance(p, layers.RNN) and p.cell is part]
-    return "/".join([*owners[:1], part.name])
 
 
 def _check(part, name, classes):
@@ -163,7 +158,8 @@ def _copy_by_config(old, classes):
     parts = {type(part) for part in [old, *sublayers(old, recursive=True)]}
     # By their full names, as their short names may also be those of Keras classes.
     swapped = {_full_name(cls): new for cls, new in classes.items()}
-    custom = {_full_name(cls): cls for cls in parts if not _is_keras(cls)}
+    own = [cls for cls in parts if not cls.__module__.startswith("keras.")]
+    custom = {_full_name(cls): cls for cls in own}
 
     def retarget(config):
         if not isinstance(config, dict) or "class_name" not in config:
@@ -191,10 +187,6 @@ def _copy_by_config(old, classes):
 def _cannot_copy(layer):
     reason = "Keras cannot re-create it from its configuration."
     return _error(layer.name, f"{reason} It must be possible to save and load it.")
-
-
-def _is_keras(cls):
-    return cls.__module__.partition(".")[0] == "keras"
 
 
 def _full_name(cls):

@@ -93,11 +93,13 @@ class GateTrace:
         shape = getattr(self.i, "shape", ())
         for name in ARRAYS:
             array = getattr(self, name)
-            is_float = getattr(array, "dtype", None) in ("float32", "float64")
-            if not isinstance(array, np.ndarray) or not is_float:
-                raise _validation.invalid(name, array, "a float32 or float64 array")
-            if array.ndim != 3 or array.shape != shape:
-                rule = "of shape (batch, time, units), as all six arrays"
+            if not (
+                isinstance(array, np.ndarray)
+                and array.dtype in ("float32", "float64")
+                and array.ndim == 3
+                and array.shape == shape
+            ):
+                rule = "float32 or float64, of shape (batch, time, units) as all six"
                 raise _validation.invalid(name, array, rule)
         if self.mask is not None and not (
             isinstance(self.mask, np.ndarray)
