@@ -304,6 +304,15 @@ def test_monitor_selects_layers_and_metrics(series):
     assert set(history) == {"loss"} | names
 
 
+def test_monitor_in_a_custom_training_loop(series):
+    monitor, logs = GateMonitor(series[0]), {}
+    monitor.set_model(stack(LAYERS["ScratchLSTM"](name="lstm")))
+    monitor.on_train_begin()
+    monitor.on_epoch_end(0, logs)
+    monitor.on_train_end()
+    assert {*SATURATION, "lstm/W_xi_norm"} <= set(logs)
+
+
 def test_monitor_keeps_probe_of_dataset(series):
     model = stack(LAYERS["ScratchLSTM"](name="lstm"))
     x, y = series

@@ -292,7 +292,8 @@ class GateMonitor(keras.callbacks.Callback):
             raise _validation.invalid("layer", names, "LSTMs with different names")
         if self.model.built:
             self._compute()  # Raises an error for an invalid probe before training.
-        self._hide_from_progress_bar()
+        if hasattr(self.model, "history"):  # not in a custom training loop
+            self._hide_from_progress_bar(self.model.history)
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         self._values = self._compute()
@@ -300,11 +301,11 @@ class GateMonitor(keras.callbacks.Callback):
             logs.update(self._values)
 
     def on_train_end(self, logs: Logs = None) -> None:
-        vars(self.model.history).pop("on_epoch_end", None)
+        if hasattr(self.model, "history"):
+            vars(self.model.history).pop("on_epoch_end", None)
 
-    def _hide_from_progress_bar(self):
+    def _hide_from_progress_bar(self, history):
         # Keras runs `History` last, but for the progress bar.
-        history = self.model.history
         record = history.on_epoch_end
 
         def record_and_remove(epoch, logs=None):

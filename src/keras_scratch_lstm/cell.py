@@ -11,8 +11,8 @@ from keras_scratch_lstm._keras import DropoutRNNCell
 from keras_scratch_lstm._types import Activation, Choice, Config, Shape, Tensor
 from keras_scratch_lstm.per_gate import FUSED_ORDER, GATES
 
-_FLAGS = ("use_bias", "unit_forget_bias")
 _RATES = ("dropout", "recurrent_dropout")
+_PLAIN = ("units", "use_bias", "unit_forget_bias", *_RATES, "seed")
 
 
 class Gates(NamedTuple):
@@ -218,7 +218,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
 
     def get_config(self) -> Config:
         config = super().get_config()
-        for name in ("units", *_FLAGS, *_RATES, "seed"):
+        for name in _PLAIN:
             config[name] = getattr(self, name)
         for name in ("activation", "recurrent_activation"):
             config[name] = activations.serialize(getattr(self, name))

@@ -131,15 +131,11 @@ class Perplexity(keras.metrics.Metric):
 
     def _add_total(self, name):
         """Create a total and its rounding error, for Kahan summation."""
-        return tuple(
-            self.add_variable(
-                shape=(),
-                initializer="zeros",
-                dtype=self._dtype_of_totals,
-                name=name + suffix,
-            )
+        dtype = self._dtype_of_totals
+        return [
+            self.add_variable((), "zeros", dtype, name=name + suffix)
             for suffix in ("", "_error")
-        )
+        ]
 
 
 def _add(total, value):
