@@ -31,7 +31,8 @@ def test_public_names():
     assert set(keras_scratch_lstm.__all__) == {
         *("ScratchLSTM", "ScratchLSTMCell", "Gates", "GateTrace", "trace_gates"),
         *("Perplexity", "PerplexityLogger", "GateMonitor"),
-        *("Edit", "run_with_edits"),
+        *("Edit", "run_with_edits", "Ablation", "ablate_units", "trace_gradients"),
+        *("contextual_decomposition", "integrated_gradients"),
         *("from_torch", "to_torch", "to_builtin", "to_scratch", "load_keras2"),
     }
     assert all(hasattr(keras_scratch_lstm, name) for name in keras_scratch_lstm.__all__)

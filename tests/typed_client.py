@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from keras_scratch_lstm import (
+    Ablation,
     Edit,
     GateMonitor,
     Gates,
@@ -19,12 +20,16 @@ from keras_scratch_lstm import (
     PerplexityLogger,
     ScratchLSTM,
     ScratchLSTMCell,
+    ablate_units,
+    contextual_decomposition,
     from_torch,
+    integrated_gradients,
     run_with_edits,
     to_builtin,
     to_scratch,
     to_torch,
     trace_gates,
+    trace_gradients,
 )
 from keras_scratch_lstm.plotting import (
     plot_gates,
@@ -90,6 +95,12 @@ def experiments(model: Any, x: np.ndarray, trace: GateTrace) -> None:
     edits = [Edit("h", 0.0, units=[3]), Edit("c", trace, steps=slice(5, None))]
     edits += [Edit("o", scale=2), Edit("f", lambda gates, t: 1 - gates.i)]
     assert_type(run_with_edits(model, x, edits, layer="lstm")[1], GateTrace)
+    assert_type(ablate_units(model, x, x, "mse", units=[1]), Ablation)
+    assert_type(ablate_units(model, x, x, arrays=["h", "c"]).change, np.ndarray)
+    assert_type(trace_gradients(model, x, x, layer="rnn"), GateTrace)
+    assert_type(contextual_decomposition(model, x, slice(3)).beta, np.ndarray)
+    assert_type(integrated_gradients(model, x, (-1, 3)), np.ndarray)
+    ablate_units(model, x, x, method="noise")  # type: ignore[arg-type]
     Edit("h", 0.0, units=1.5)  # type: ignore[arg-type]
 
 

@@ -21,7 +21,15 @@ from keras_scratch_lstm.convert import (
     to_scratch,
     to_torch,
 )
-from keras_scratch_lstm.experiments import Edit, run_with_edits
+from keras_scratch_lstm.experiments import (
+    Ablation,
+    Edit,
+    ablate_units,
+    contextual_decomposition,
+    integrated_gradients,
+    run_with_edits,
+    trace_gradients,
+)
 from keras_scratch_lstm.layer import ScratchLSTM
 from keras_scratch_lstm.metrics import Perplexity
 from keras_scratch_lstm.tracing import GateTrace, trace_gates
@@ -29,6 +37,7 @@ from keras_scratch_lstm.tracing import GateTrace, trace_gates
 __version__: str = version("keras-scratch-lstm")
 
 __all__ = [
+    "Ablation",
     "Edit",
     "GateMonitor",
     "GateTrace",
@@ -37,11 +46,15 @@ __all__ = [
     "PerplexityLogger",
     "ScratchLSTM",
     "ScratchLSTMCell",
+    "ablate_units",
+    "contextual_decomposition",
     "from_torch",
+    "integrated_gradients",
     "load_keras2",
     "run_with_edits",
     "to_builtin",
     "to_scratch",
     "to_torch",
     "trace_gates",
+    "trace_gradients",
 ]

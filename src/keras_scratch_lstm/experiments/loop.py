@@ -50,7 +50,7 @@ class Call(NamedTuple):
         return *self.sequences.shape[:2], self.layer.cell.units
 
 
-def find_call(model_or_layer, inputs, layer=None):
+def find_call(model_or_layer, inputs, layer=None, simple_rnn=False):
     """Find the LSTM that `layer` selects, and capture its first call.
 
     Args:
@@ -58,6 +58,7 @@ def find_call(model_or_layer, inputs, layer=None):
         inputs: One batch: an array, a tensor or a nested list, or a list or dict of
             these.
         layer: See `trace_gates`; one LSTM, not a `Bidirectional` layer.
+        simple_rnn: Boolean, whether `layer` may select a `SimpleRNN`.
 
     Returns:
         A `Call`.
@@ -66,30 +67,47 @@ def find_call(model_or_layer, inputs, layer=None):
         ValueError: If an argument is invalid, or if the layer is never called.
     """
     model = capture.load(model_or_layer)
-    target, lstms = capture.find_lstms(model, layer)
-    if len(lstms) > 1:
-        names = " or ".join(repr(lstm.name) for lstm in lstms)
-        raise ValueError(
-            f"`layer` must be one direction of the `Bidirectional` layer. Pass {names}."
-            f" Received: {target.name!r}"
-        )
-    (lstm,) = lstms
-    if not (model.built and lstm.cell.built):
+    target = rnn = _find_simple_rnn(model, layer) if simple_rnn else None
+    if rnn is None:
+        target, rnn = _find_lstm(model, layer)
+    if not (model.built and rnn.cell.built):
         raise ValueError(
             f"`model_or_layer` must be built. Received: {model.name!r}. Call it once "
             "on data, or add `keras.Input`."
         )
+    time_major = getattr(model, "time_major", False)
+    inputs, samples = check_inputs(inputs, time_major=time_major)
+    arguments = next(capture.capture_calls(model, target, inputs, samples))[rnn]
+    return Call(model, inputs, rnn, **({"c": None, "mask": None} | arguments))
+
+
+def _find_lstm(model, layer):
+    target, lstms = capture.find_lstms(model, layer)
+    if len(lstms) > 1:
+        names = " or ".join(repr(lstm.name) for lstm in lstms)
+        raise ValueError(
+            "`layer` must be one direction of the `Bidirectional` layer. Pass "
+            f"{names}. Received: {target.name!r}"
+        )
+    (lstm,) = lstms
     is_scratch = isinstance(lstm.cell, ScratchLSTMCell)
     if is_scratch and type(lstm.cell).call is not ScratchLSTMCell.call:
         raise ValueError(
-            f"`layer` must have a cell that overrides `gates` only, so that its states "
+            "`layer` must have a cell that overrides `gates` only, so that its states "
             f"can be edited. Received: {lstm.name!r} with a "
             f"{type(lstm.cell).__name__!r}, which overrides `call`"
         )
-    time_major = getattr(model, "time_major", False)
-    inputs, samples = check_inputs(inputs, time_major=time_major)
-    arguments = next(capture.capture_calls(model, target, inputs, samples))[lstm]
-    return Call(model, inputs, lstm, **({"mask": None} | arguments))
+    return target, lstm
+
+
+def _find_simple_rnn(model, layer):
+    layers = [model, *_keras.sublayers(model, recursive=True)]
+    found = [x for x in layers if isinstance(x, keras.layers.SimpleRNN)]
+    if layer is not None:
+        found = [x for x in found if x is layer or x.name == layer]
+    elif capture.find_all(model):
+        return None
+    return found[0] if len(found) == 1 else None
 
 
 def run(call, visit, inputs=None, sequences=None, record=False):
@@ -247,11 +265,11 @@ def _replaced(layer, inner_loop):
             vars(layer).update(before)
 
 
-def compiled_or(loss, model, argument="loss"):
+def loss_function(loss, model, argument):
     """Return a function `(y_true, y_pred)` for a loss, or the model's compiled one."""
     if loss is not None:
-        loss = keras.losses.get(loss)
-        return lambda y_true, y_pred: ops.mean(loss(y_true, y_pred))
+        function = keras.losses.get(loss)
+        return lambda y_true, y_pred: ops.mean(function(y_true, y_pred))
     compiled = _keras.compiled_loss(model)
     if compiled is None:
         raise ValueError(
@@ -259,3 +277,8 @@ def compiled_or(loss, model, argument="loss"):
             f"Received: {argument}=None"
         )
     return compiled
+
+
+def unchanged(name, step, t):
+    """The `visit` of `run` that changes nothing."""
+    return getattr(step, name)

@@ -90,6 +90,25 @@ def supports_jit(use_cudnn="auto"):
     return not (is_tensorflow and use_cudnn and _backend().has_gpu())
 
 
+def gradient(function, tensors):
+    """Differentiate a scalar function of a list of tensors.
+
+    Args:
+        function: Function of one argument, a list of tensors.
+        tensors: List of arrays or tensors.
+
+    Returns:
+        List of tensors, zeros where the function does not depend on a tensor.
+    """
+    backend = _backend()
+    if backend is None:
+        raise NotImplementedError(
+            "Gradients need the TensorFlow, JAX or PyTorch backend. Received: "
+            f"KERAS_BACKEND={keras.backend.backend()}"
+        )
+    return backend.gradient(function, [keras.ops.convert_to_tensor(x) for x in tensors])
+
+
 def compiled(function):
     """Compile a function of tensors, whose last argument is constant and hashable.
 

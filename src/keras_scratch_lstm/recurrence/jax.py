@@ -29,6 +29,10 @@ def lstm(x, h, c, W_x, W_h, b, mask, training):
         raise NotImplementedError from error
 
 
+def gradient(function, tensors):
+    return jax.grad(function)(tensors)
+
+
 @functools.cache
 def compiled(function):
     return jax.jit(function, static_argnums=function.__code__.co_argcount - 1)

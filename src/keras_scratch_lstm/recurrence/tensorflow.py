@@ -15,6 +15,13 @@ def has_gpu():
     return bool(tf.config.list_logical_devices("GPU"))
 
 
+def gradient(function, tensors):
+    with tf.GradientTape() as tape:
+        tape.watch(tensors)
+        value = function(tensors)
+    return tape.gradient(value, tensors, unconnected_gradients="zero")
+
+
 def lstm(x, h, c, W_x, W_h, b, mask, training):
     time, batch = tf.shape(x)[0], tf.shape(x)[1]
     rows = tf.reshape(x, (-1, x.shape[-1]))

@@ -12,6 +12,13 @@ def has_gpu():
     return torch.cuda.is_available() and torch.backends.cudnn.is_available()
 
 
+def gradient(function, tensors):
+    with torch.enable_grad():
+        tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+        value = function(tensors)
+        return torch.autograd.grad(value, tensors, materialize_grads=True)
+
+
 def lstm(x, h, c, W_x, W_h, b, mask, training):
     if mask is not None:
         return _loop(x, h, c, W_x, W_h, b, mask)

@@ -251,18 +251,21 @@ def _split_directions(target, sequences, initial_state=None, mask=None, **_):
     for index, layer in enumerate(directions_of(target)):
         time_major = getattr(layer, "time_major", False)
         if states:
-            h, c = states[2 * index : 2 * index + 2]
+            initial = states[2 * index : 2 * index + 2]
         elif layer.stateful:
-            h, c = layer.states
+            initial = layer.states
         else:
-            h, c = layer.get_initial_state(sequences.shape[int(time_major)])
+            initial = layer.get_initial_state(sequences.shape[int(time_major)])
         dtype = result_dtype(layer)
         call = {"sequences": sequences.astype(dtype)}
         if mask is not None:
             call["mask"] = _to_numpy(mask, "bool")
         if time_major:
             call = {key: np.swapaxes(value, 0, 1) for key, value in call.items()}
-        calls[layer] = call | {"h": _to_numpy(h, dtype), "c": _to_numpy(c, dtype)}
+        # A `SimpleRNN` has only h.
+        for name, state in zip("hc", initial, strict=False):
+            call[name] = _to_numpy(state, dtype)
+        calls[layer] = call
     return calls
 
 

@@ -1,0 +1,132 @@
+import keras
+import numpy as np
+import pytest
+from edit_reference import BATCH, UNITS, classifier, make
+from keras import ops
+
+from keras_scratch_lstm import Edit, ablate_units, run_with_edits
+
+BOTH = pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM"])
+
+
+def mse(y_true, y_pred):
+    return ops.mean((y_true - y_pred) ** 2)
+
+
+@pytest.fixture
+def y(rng):
+    return rng.normal(size=(BATCH, 3)).astype("float32")
+
+
+def loss_under(model, x, y, *edits):
+    outputs, _ = run_with_edits(model, x, edits)
+    return np.mean((outputs - y) ** 2)
+
+
+def test_silencing_equals_zeroing_the_weights_that_read_the_unit(x, y):
+    model = classifier(make("ScratchLSTM"))
+    ablation = ablate_units(model, x, y, mse, verbose=0)
+    weights = model.get_weights()
+    cell, dense = model.layers[0].cell, model.layers[1]
+    readers = [getattr(cell, f"W_h{gate}") for gate in "ifoc"] + [dense.kernel]
+    for unit in range(UNITS):
+        for weight in readers:
+            value = ops.convert_to_numpy(weight).copy()
+            value[unit] = 0
+            weight.assign(value)
+        expected = np.mean((ops.convert_to_numpy(model(x)) - y) ** 2)
+        assert ablation.metric[unit] == pytest.approx(expected, rel=1e-5)
+        model.set_weights(weights)
+    assert np.abs(ablation.change).max() > 1e-3
+
+
+def test_unit_that_is_not_read_changes_nothing(x, y):
+    model = classifier(make("LSTM"))
+    cell, dense = model.layers[0].cell, model.layers[1]
+    for weight in (cell.recurrent_kernel, dense.kernel):
+        value = ops.convert_to_numpy(weight).copy()
+        value[2] = 0
+        weight.assign(value)
+    ablation = ablate_units(model, x, y, "mse", verbose=0)
+    assert ablation.change[2] == pytest.approx(0, abs=1e-7)
+    assert (np.abs(np.delete(ablation.change, 2)) > 1e-5).all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1024])
+@pytest.mark.parametrize("method", ["zero", "mean"])
+def test_rows_equal_one_run_for_each(method, batch_size, x, y):
+    model = classifier(make("LSTM"))
+    model.compile(loss="mse")
+    arrays, units = ["f", "h"], [3, 1, 2]
+    ablation = ablate_units(
+        model,
+        x,
+        y,
+        arrays=arrays,
+        units=units,
+        method=method,
+        batch_size=batch_size,
+        verbose=0,
+    )
+    _, trace = run_with_edits(model, x, [])
+    rows = [(array, unit) for array in arrays for unit in units]
+    assert list(zip(ablation.array, ablation.unit, strict=True)) == rows
+    assert ablation.baseline == pytest.approx(loss_under(model, x, y), rel=1e-5)
+    for (array, unit), value in zip(rows, ablation.metric, strict=True):
+        mean = getattr(trace, array)[..., unit].mean()
+        edit = Edit(array, mean if method == "mean" else 0.0, units=unit)
+        assert value == pytest.approx(loss_under(model, x, y, edit), rel=1e-4)
+
+
+@BOTH
+def test_models_with_a_fixed_batch_size(kind, x, y):
+    layer = make(kind, stateful=True)
+    model = classifier(layer, batch_size=BATCH)
+    accuracy = keras.metrics.MeanAbsoluteError()
+    ablation = ablate_units(model, x, y, accuracy, verbose=0)
+    for unit in range(UNITS):
+        outputs, _ = run_with_edits(model, x, Edit("h", 0.0, units=unit))
+        expected = np.abs(outputs - y).mean()
+        assert ablation.metric[unit] == pytest.approx(expected, rel=1e-5)
+
+
+def test_interrupt_keeps_the_rows_that_are_done(x, y):
+    calls = []
+
+    def metric(y_true, y_pred):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return mse(y_true, y_pred)
+
+    model = classifier(make("LSTM"))
+    ablation = ablate_units(model, x, y, metric, batch_size=BATCH, verbose=0)
+    complete = ablate_units(model, x, y, mse, verbose=0)
+    assert ablation.unit.tolist() == [0, 1]
+    np.testing.assert_allclose(ablation.metric, complete.metric[:2], rtol=1e-5)
+
+
+@pytest.mark.one_backend
+def test_table_and_progress(x, y, capsys):
+    pytest.importorskip("pandas")
+    ablation = ablate_units(classifier(make("LSTM")), x, y, "mse")
+    assert f"{UNITS}/{UNITS}" in capsys.readouterr().out
+    frame = ablation.to_dataframe()
+    assert list(frame.columns) == ["array", "unit", "metric", "change"]
+    np.testing.assert_array_equal(frame["change"], ablation.metric - ablation.baseline)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "`metric` must be given, since .* is not compiled"),
+        ({"metric": "mse", "arrays": "g"}, "`arrays` must be among 'i', 'f'"),
+        ({"metric": "mse", "units": UNITS}, "`units` must be .* selects some of 4"),
+        ({"metric": "mse", "method": "noise"}, "`method` must be 'zero' or 'mean'"),
+        ({"metric": "mse", "batch_size": 0}, "`batch_size` must be a positive integer"),
+    ],
+)
+def test_invalid_arguments(options, message, x, y):
+    with pytest.raises(ValueError, match=message):
+        ablate_units(classifier(make("LSTM")), x, y, verbose=0, **options)

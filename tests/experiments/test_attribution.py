@@ -1,0 +1,184 @@
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from edit_reference import (
+    BATCH,
+    FEATURES,
+    TIME,
+    UNITS,
+    apply_dense,
+    classifier,
+    float64_weights,
+    make,
+    numpy_lstm,
+)
+from keras import ops
+from reference import sigmoid
+
+from keras_scratch_lstm import contextual_decomposition, integrated_gradients
+
+BOTH = pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM"])
+
+
+def shapley(function, bias, terms):
+    """Average the increments over all orders of the terms, after the bias."""
+    contributions = [np.zeros_like(term) for term in terms]
+    orders = list(itertools.permutations(range(len(terms))))
+    for order in orders:
+        total = bias
+        for k in order:
+            contributions[k] += (function(total + terms[k]) - function(total)) / len(
+                orders
+            )
+            total = total + terms[k]
+    return [*contributions, function(bias)]
+
+
+def decompose_in_numpy(layer, x, span):
+    """The equations of Murdoch, Liu and Yu, with their products written out."""
+    w = float64_weights(layer.cell)
+    beta_c, gamma_c, beta, gamma = np.zeros((4, len(x), UNITS))
+    for t in range(x.shape[1]):
+        inside = t in span
+        parts, o = {}, 0
+        for gate, function in zip("ifoc", [sigmoid] * 3 + [np.tanh], strict=True):
+            terms = [beta @ w[f"W_h{gate}"], gamma @ w[f"W_h{gate}"]]
+            terms[0 if inside else 1] += x[:, t] @ w[f"W_x{gate}"]
+            bias = np.broadcast_to(w[f"b_{gate}"], terms[0].shape)
+            parts[gate] = shapley(function, bias, terms)
+        (i_b, i_g, i_0), (f_b, f_g, f_0) = parts["i"], parts["f"]
+        c_b, c_g, c_0 = parts["c"]
+        o = sum(parts["o"])
+        beta_u = i_b * c_b + i_b * c_0 + i_0 * c_b + inside * i_0 * c_0
+        gamma_u = i_g * (c_b + c_g + c_0) + (i_b + i_0) * c_g
+        gamma_u += (not inside) * i_0 * c_0
+        gamma_c = (f_b + f_g + f_0) * gamma_c + f_g * beta_c + gamma_u
+        beta_c = (f_b + f_0) * beta_c + beta_u
+        beta, gamma, _ = shapley(np.tanh, 0.0, [beta_c, gamma_c])
+        beta, gamma = o * beta, o * gamma
+    return beta, gamma
+
+
+@BOTH
+@pytest.mark.parametrize("span", [2, slice(1, 3), [0, -1]], ids=str)
+def test_decomposition_matches_the_equations(kind, span, x):
+    layer = make(kind)
+    steps = np.atleast_1d(np.arange(TIME)[span])
+    beta, gamma = contextual_decomposition(layer, x, span)
+    expected = decompose_in_numpy(layer, x.astype("float64"), steps)
+    np.testing.assert_allclose(beta[:, -1], expected[0], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(gamma[:, -1], expected[1], rtol=1e-6, atol=1e-9)
+
+
+@BOTH
+def test_decomposition_sums_to_the_hidden_states_and_logits(kind, x):
+    layer = make(kind, return_sequences=True)
+    model = classifier(layer)
+    _, h = numpy_lstm(layer, x)
+    for span in (0, slice(2, 4), None):
+        beta, gamma = contextual_decomposition(model, x, span)
+        np.testing.assert_allclose(beta + gamma, h, atol=1e-5)
+        for head in ("logits", model.layers[1]):
+            beta, gamma = contextual_decomposition(model, x, span, head=head)
+            np.testing.assert_allclose(beta + gamma, apply_dense(model, h), atol=1e-5)
+            np.testing.assert_allclose(
+                beta + gamma, ops.convert_to_numpy(model(x)), atol=1e-5
+            )
+
+
+def test_span_of_all_time_steps_contributes_everything(x):
+    layer = make("LSTM")
+    _, h = numpy_lstm(layer, x)
+    beta, gamma = contextual_decomposition(layer, x, slice(None))
+    np.testing.assert_allclose(beta, h, atol=1e-5)
+    np.testing.assert_allclose(gamma, 0, atol=1e-12)
+
+
+def test_decomposition_of_other_layers(x):
+    """Backwards, stateful, masked, without bias."""
+    layer = make("ScratchLSTM", go_backwards=True, stateful=True, use_bias=False)
+    layer(x)
+    states = [ops.convert_to_numpy(state) for state in layer.states]
+    beta, gamma = contextual_decomposition(layer, x, 1)
+    trace, _ = numpy_lstm(layer, x, h=states[0], c=states[1])
+    np.testing.assert_allclose(beta + gamma, trace["h"], atol=1e-5)
+    np.testing.assert_array_equal(beta[:, 2:], 0)  # read before the span
+    mask = np.ones((BATCH, TIME), bool)
+    mask[1, 2:] = False
+    inputs = keras.Input((TIME, FEATURES)), keras.Input((TIME,), dtype="bool")
+    layer = make("LSTM")
+    model = keras.Model(inputs, layer(inputs[0], mask=inputs[1]))
+    beta, gamma = contextual_decomposition(model, [x, mask], 1)
+    _, h = numpy_lstm(layer, x, mask=mask)
+    np.testing.assert_allclose(beta + gamma, h, atol=1e-5)
+
+
+@pytest.mark.one_backend
+def test_layers_that_cannot_be_decomposed(x):
+    def check(message, model, **options):
+        with pytest.raises(ValueError, match=message):
+            contextual_decomposition(model, x, **{"span": 0} | options)
+
+    check("does not override `gates`", make("custom cell"))
+    check("must have sigmoid gates, tanh", make("LSTM", activation="relu"))
+    model = classifier(make("LSTM"))
+    check("`span` must be .* some of 5. Received: span=5", model, span=TIME)
+    check("`head` must be a `Dense` .* Received: head='lstm'", model, head="lstm")
+    check("`head` must be a `Dense` layer of the model with 4", model, head="none")
+
+
+# --- integrated gradients ----------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("sequences", [False, True])
+def test_integrated_gradients_are_complete(kind, sequences, x, rng):
+    layer = make(kind, return_sequences=sequences)
+    model = classifier(layer)
+    target = (1, 2) if sequences else 2
+    baseline = rng.normal(size=FEATURES).astype("float32")
+    for start in (0.0, baseline):
+        scores = integrated_gradients(model, x, target, baseline=start)
+        assert scores.shape == x.shape
+        at_x, at_start = (
+            ops.convert_to_numpy(model(inputs))[(slice(None), *np.atleast_1d(target))]
+            for inputs in (x, np.broadcast_to(np.float32(start), x.shape).copy())
+        )
+        np.testing.assert_allclose(scores.sum((1, 2)), at_x - at_start, atol=1e-4)
+    if sequences:
+        np.testing.assert_array_equal(scores[:, 2:], 0)  # later than the output
+
+
+def test_integrated_gradients_match_a_riemann_sum(x):
+    """The path integral, by finite differences in NumPy, of one input."""
+    layer = make("LSTM")
+    model = classifier(layer)
+    scores = integrated_gradients(model, x, 1)
+    steps, epsilon, total = 400, 1e-4, 0
+    for alpha in (np.arange(steps) + 0.5) / steps:
+        ends = []
+        for sign in (1, -1):
+            at = alpha * x.astype("float64")
+            at[:, 3, 1] += sign * epsilon
+            ends.append(apply_dense(model, numpy_lstm(layer, at)[1][:, -1])[:, 1])
+        total += (ends[0] - ends[1]) / (2 * epsilon) / steps
+    np.testing.assert_allclose(
+        scores[:, 3, 1], total * x[:, 3, 1], rtol=1e-3, atol=1e-5
+    )
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": 3}, r"`target` must be an index of one sample's .* \(3,\)"),
+        ({"target": (0, 1)}, "`target` must be an index"),
+        ({"target": 0, "points": 0}, "`points` must be a positive integer"),
+        ({"target": 0, "baseline": [1.0] * 3}, r"`baseline` must be .* \(3, 5, 2\)"),
+    ],
+)
+def test_invalid_arguments(options, message, x):
+    with pytest.raises(ValueError, match=message):
+        integrated_gradients(classifier(make("LSTM")), x, **options)

@@ -1,0 +1,103 @@
+import keras
+import numpy as np
+import pytest
+from edit_reference import (
+    ARRAYS,
+    BATCH,
+    FEATURES,
+    LAYERS,
+    TIME,
+    UNITS,
+    apply_dense,
+    classifier,
+    make,
+    numpy_lstm,
+)
+from gradients import double_precision
+from keras import ops
+
+from keras_scratch_lstm import trace_gradients
+
+EPSILON = 1e-5
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("backwards", [False, True])
+def test_gradients_equal_finite_differences(kind, backwards, rng, dtype_policy):
+    dtype_policy("float64")
+    x = rng.normal(size=(BATCH, TIME, FEATURES))
+    y = rng.normal(size=(BATCH, TIME, 3))
+    mask = np.ones((BATCH, TIME), bool)
+    mask[0, 2] = False
+    with double_precision():
+        options = {"go_backwards": backwards, "return_sequences": True}
+        layer = make(kind, **options)
+        inputs = [keras.Input((TIME, FEATURES), dtype="float64")]
+        inputs.append(keras.Input((TIME,), dtype="bool"))
+        head = keras.layers.Dense(3, name="logits")
+        model = keras.Model(inputs, head(layer(inputs[0], mask=inputs[1])))
+        gradients = trace_gradients(model, [x, mask], y, "mse")
+        assert gradients.c.dtype == "float64"
+        assert np.isnan(gradients.h[0, 2]).all()
+        for name in ARRAYS:
+            sample, t, unit = (int(rng.integers(size)) for size in (BATCH, TIME, UNITS))
+            if not mask[sample, t]:
+                continue
+
+            def loss(epsilon, place=(name, sample, t, unit)):
+                def edit(array, values, step):
+                    values = values.copy()
+                    if place[::2] == (array, step):
+                        values[place[1::2]] += epsilon
+                    return values
+
+                _, h = numpy_lstm(layer, x, edit, mask=mask)
+                return np.mean((apply_dense(model, h) - y) ** 2)
+
+            expected = (loss(EPSILON) - loss(-EPSILON)) / (2 * EPSILON)
+            actual = getattr(gradients, name)[sample, t, unit]
+            assert actual == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+def test_gradients_of_a_simple_rnn(rng, dtype_policy):
+    dtype_policy("float64")
+    x, y = rng.normal(size=(BATCH, TIME, FEATURES)), rng.normal(size=(BATCH, 3))
+    with double_precision():
+        layer = keras.layers.SimpleRNN(UNITS)
+        head = keras.layers.Dense(3, name="logits")
+        inputs = keras.Input((TIME, FEATURES), dtype="float64")
+        model = keras.Sequential([inputs, layer, head])
+        gradients = trace_gradients(model, x, y, "mse")
+        W, U, b = (ops.convert_to_numpy(weight) for weight in layer.weights)
+        error = 2 * (ops.convert_to_numpy(model(x)) - y) / y.size
+        kernel = ops.convert_to_numpy(head.kernel)
+    h = [np.zeros((BATCH, UNITS))]
+    for t in range(TIME):
+        h.append(np.tanh(x[:, t] @ W + h[-1] @ U + b))
+    expected = error @ kernel.T
+    for t in reversed(range(TIME)):
+        np.testing.assert_allclose(gradients.h[:, t], expected, rtol=1e-6, atol=1e-12)
+        expected = expected * (1 - h[t + 1] ** 2) @ U.T
+    assert np.isnan(gradients.c).all()
+
+
+def test_compiled_loss_and_later_layers(x, rng):
+    """The gradient goes through a second LSTM; the compiled loss is the default."""
+    y = rng.integers(3, size=BATCH)
+    layers = make("LSTM", return_sequences=True), keras.layers.LSTM(UNITS)
+    head = keras.layers.Dense(3)
+    model = keras.Sequential([keras.Input((TIME, FEATURES)), *layers, head])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(loss=loss)
+    gradients = trace_gradients(model, x, y, layer=0)
+    expected = trace_gradients(model, x, y, loss, layer=0)
+    np.testing.assert_allclose(gradients.h, expected.h, rtol=1e-5, atol=1e-8)
+    assert (gradients.h[:, -1] != 0).all()
+
+
+@pytest.mark.one_backend
+def test_missing_loss(x):
+    with pytest.raises(
+        ValueError, match=r"`loss` must be given, since .* not compiled"
+    ):
+        trace_gradients(classifier(make("LSTM")), x, x)
