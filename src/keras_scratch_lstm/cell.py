@@ -211,10 +211,13 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
             and self.recurrent_activation is activations.sigmoid
         )
 
-    def get_initial_state(self, batch_size: int | None = None) -> list[Tensor]:
+    def get_initial_state(
+        self, batch_size: int | None = None, dtype: Any = None
+    ) -> list[Tensor]:
         """Initial states `[h, c]`: zeros of shape `(batch_size, units)`."""
-        shape, dtype = (batch_size, self.units), self.compute_dtype
-        return [ops.zeros(shape, dtype=dtype) for _ in self.state_size]
+        # The book's `RNNModel` passes a dtype of TensorFlow.
+        dtype = keras.backend.standardize_dtype(dtype or self.compute_dtype)
+        return [ops.zeros((batch_size, size), dtype=dtype) for size in self.state_size]
 
     def get_config(self) -> Config:
         config = super().get_config()
