@@ -1,10 +1,11 @@
-"""Compare the time of a gate trace with that of the model's forward pass.
+"""Compare the time of traces and interventions with that of a forward pass.
 
     KERAS_BACKEND=jax python benchmarks/tracing.py
 
 The model has one-hot characters, one recurrent layer and logits. For every kind of
-layer, this measures `trace_gates`, `model.predict_on_batch` (compiled) and `model(x)`
-(eager) in turn, and prints a Markdown table of medians and ratios.
+layer, this measures `trace_gates`, `run_with_edits`, `model.predict_on_batch`
+(compiled) and `model(x)` (eager) in turn, and prints a Markdown table of medians and
+ratios. Then it measures `ablate_units` of all units, once.
 """
 
 import argparse
@@ -16,7 +17,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 import numpy as np
 
-from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, trace_gates
+from keras_scratch_lstm import (
+    Edit,
+    ScratchLSTM,
+    ScratchLSTMCell,
+    ablate_units,
+    run_with_edits,
+    trace_gates,
+)
 
 VOCABULARY = 28
 
@@ -90,25 +98,36 @@ def main():
     print(
         f"{keras.backend.backend()}, Keras {keras.__version__}, batch {shape[0]} x "
         f"{shape[1]} steps x {args.units} units; milliseconds, medians of "
-        f"{args.rounds}\n\n| layer | trace | `predict_on_batch` | ratio | `model(x)` | "
-        "ratio |\n|---|---|---|---|---|---|",
+        f"{args.rounds}\n\n| layer | trace | edit | edit/trace | `predict_on_batch` | "
+        "trace/predict | `model(x)` | trace/call |\n" + "|---" * 8 + "|",
         flush=True,
     )
     for name, make in LAYERS.items():
         model = build(make(args.units))
-        trace, predict, call = measure(
+        lstm = getattr(model.layers[1], "forward_layer", model.layers[1])
+        trace, edit, predict, call = measure(
             {
                 "trace": lambda model=model: trace_gates(model, x),
+                "edit": lambda model=model, lstm=lstm: run_with_edits(
+                    model, x, Edit("h", 0.0, units=[0]), lstm
+                ),
                 "predict": lambda model=model: model.predict_on_batch(x),
                 "call": lambda model=model: wait_for(model(x)),
             },
             args.rounds,
         ).values()
         print(
-            f"| {name} | {trace * 1e3:.1f} | {predict * 1e3:.1f} | "
+            f"| {name} | {trace * 1e3:.1f} | {edit * 1e3:.1f} | {edit / trace:.2f} | "
+            f"{predict * 1e3:.1f} | "
             f"{trace / predict:.2f} | {call * 1e3:.1f} | {trace / call:.2f} |",
             flush=True,
         )
+    model = build(LAYERS["`LSTM`"](args.units))
+    start = time.perf_counter()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    ablate_units(model, x, x, loss, verbose=0)
+    seconds = time.perf_counter() - start
+    print(f"\nAblation of all {args.units} units of `LSTM`: {seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 from matplotlib.figure import Figure
 from PIL import Image
 
-from keras_scratch_lstm import GateTrace, plotting
+from keras_scratch_lstm import Ablation, GateTrace, plotting
 from keras_scratch_lstm.tracing.trace import ARRAYS
 
 pytestmark = pytest.mark.one_backend
@@ -205,3 +205,37 @@ def test_missing_matplotlib_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="Run `pip install matplotlib`"):
         importlib.reload(plotting)
+
+
+def test_plot_attribution_has_scores(rng):
+    scores = rng.normal(size=TIME)
+    figure = plotting.plot_attribution(scores, TEXT)
+    assert text_of(figure) == list(TEXT.replace("\n", "⏎"))
+    (cells,) = figure.axes[0].collections
+    np.testing.assert_array_equal(cells.get_array(), scores)
+    assert text_of(plotting.plot_attribution(scores[:2])) == ["0", "1"]
+    with pytest.raises(ValueError, match=r"`scores` must be .* \(time,\)"):
+        plotting.plot_attribution(scores[None])
+
+
+def test_plot_gradients_has_norms(trace):
+    nan = np.full_like(trace.h, np.nan)
+    simple = GateTrace(*[nan] * 5, h=trace.i)
+    figure = plotting.plot_gradients({"LSTM": trace, "RNN": simple})
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].get_lines()}
+    assert list(lines) == ["LSTM: |dL/dh|", "LSTM: |dL/dc|", "RNN: |dL/dh|"]
+    norms = np.sqrt((trace.c**2).sum(axis=-1))
+    np.testing.assert_allclose(lines["LSTM: |dL/dc|"], np.nanmean(norms, axis=0))
+    assert plotting.plot_gradients(trace).axes[0].get_yscale() == "log"
+
+
+def test_plot_ablation_has_the_largest_changes():
+    metric = np.array([1.0, 0.2, 1.3])
+    ablation = Ablation(1.0, np.array(["h", "f", "f"]), np.arange(3), metric)
+    (ax,) = plotting.plot_ablation(ablation, most=2).axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "f, unit 1",
+        "f, unit 2",
+    ]
+    widths = [bar.get_width() for bar in ax.patches]
+    np.testing.assert_allclose(widths, [-0.8, 0.3])

@@ -21,7 +21,7 @@ except ImportError:
         "`keras_scratch_lstm.plotting` needs matplotlib. Run `pip install matplotlib`."
     ) from None
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,8 @@ from matplotlib.ticker import MaxNLocator
 
 from keras_scratch_lstm import _validation
 from keras_scratch_lstm._types import Path, Tokens
-from keras_scratch_lstm.tracing.tokens import are_characters, tokens_of_sample
+from keras_scratch_lstm.experiments import Ablation
+from keras_scratch_lstm.tracing.tokens import line_layout, tokens_of_sample
 from keras_scratch_lstm.tracing.trace import SATURATED, GateTrace, check_array
 
 _WIDTH = 9  # inches
@@ -214,28 +215,88 @@ def plot_text(
     sample, steps, tokens = _select(trace, sample, steps, tokens)
     unit = _validation.integer("unit", unit, 0, trace.i.shape[-1] - 1)
     values = getattr(trace, check_array(array))[sample, steps, unit]
-    labels = [str(step) for step in steps] if tokens is None else _visible(tokens)
-    boxes = _layout(labels)
-    width, rows = max(x + w for x, _, w in boxes), boxes[-1][1] + 1
-    ax = _new_axes(height=0.9 + 0.23 * rows) if ax is None else ax
-    cells = PolyCollection(
-        [[(x, y), (x + w, y), (x + w, y + 1), (x, y + 1)] for x, y, w in boxes],
-        array=np.ma.masked_invalid(values),
-        cmap=_colormap(array),
-        norm=_normalize(array, values),
-    )
-    ax.add_collection(cells)
-    font: dict[str, Any] = {"fontsize": 9, "family": "monospace", "parse_math": False}
-    for label, (x, y, w), rgba in zip(
-        labels, boxes, cells.to_rgba(values), strict=True
-    ):
-        is_dark = rgba[:3] @ [0.3, 0.59, 0.11] < 0.5
-        text = ax.text(x + w / 2, y + 0.55, label, ha="center", va="center", **font)
-        text.set_color("white" if is_dark else "black")
-    ax.set(xlim=(0, max(width, _LINE * 0.7)), ylim=(rows, 0), xticks=[], yticks=[])
-    ax.set_title(f"{_TITLES[array]} of unit {unit}", loc="left")
-    ax.spines[:].set_visible(False)
-    ax.figure.colorbar(cells, ax=ax, pad=0.01, aspect=max(8, 1.5 * rows))
+    labels = [str(step) for step in steps] if tokens is None else tokens
+    title = f"{_TITLES[array]} of unit {unit}"
+    return _save(_color_tokens(values, labels, array, title, ax), path)
+
+
+def plot_attribution(
+    scores: Any, tokens: Tokens | None = None, path: Path | None = None
+) -> Figure:
+    """Plot the tokens, colored by their attribution scores.
+
+    Args:
+        scores: Array of shape `(time,)`, such as one sample's scores of
+            `integrated_gradients`, summed over the features.
+        tokens: See `plot_gates`.
+        path: See `plot_gates`.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+    """
+    scores = np.asarray(scores)
+    if scores.ndim != 1 or not scores.size:
+        raise _validation.invalid("scores", scores, "an array of shape (time,)")
+    labels = list(map(str, range(len(scores))))
+    if tokens is not None:
+        labels = tokens_of_sample(tokens, 1, len(scores), 0)
+    return _save(_color_tokens(scores, labels, "scores", "attribution"), path)
+
+
+def plot_gradients(
+    gradients: GateTrace | Mapping[str, GateTrace], path: Path | None = None
+) -> Figure:
+    """Plot the norms of dL/dh_t (solid) and dL/dc_t (dashed) over time.
+
+    Each line is the norm over the units, as the mean over the samples.
+
+    Args:
+        gradients: Result of `trace_gradients`, or a dict of name -> result.
+        path: See `plot_gates`.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+    """
+    if isinstance(gradients, GateTrace):
+        gradients = {gradients.layer: gradients}
+    ax = _new_axes(height=3.3)
+    colors = ["#0072B2", "#E69F00", "#009E73"]
+    for k, (name, trace) in enumerate(gradients.items()):
+        for array, linestyle in (("h", "-"), ("c", "--")):
+            norms = np.linalg.norm(getattr(trace, array), axis=-1)
+            means = np.ma.masked_invalid(norms).mean(axis=0)
+            if means.count():  # a `SimpleRNN` has no c
+                label = f"{name}: |dL/d{array}|"
+                ax.plot(means, color=colors[k % 3], linestyle=linestyle, label=label)
+    ax.set(yscale="log", xlabel="time step", ylabel="norm of the gradient")
+    ax.xaxis.set_major_locator(_integer_locator())
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+    return _save(ax.figure, path)
+
+
+def plot_ablation(
+    ablation: Ablation, most: int = 20, path: Path | None = None
+) -> Figure:
+    """Plot the ablations that change the metric most, as bars.
+
+    Args:
+        ablation: Result of `ablate_units`.
+        most: Integer, the number of rows to plot. Default: 20.
+        path: See `plot_gates`.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+    """
+    rows = np.argsort(-np.abs(ablation.change))[:most]
+    labels = [f"{ablation.array[row]}, unit {ablation.unit[row]}" for row in rows]
+    ax = _new_axes(height=0.8 + 0.2 * len(rows))
+    ax.barh(labels, ablation.change[rows], color=_STYLES["f"]["color"])
+    ax.invert_yaxis()
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set_xlabel(f"change of the metric, from {ablation.baseline:.3g}")
+    ax.tick_params(axis="y", length=0)
+    ax.spines[["top", "right", "left"]].set_visible(False)
     return _save(ax.figure, path)
 
 
@@ -253,6 +314,32 @@ def _select(trace, sample, steps, tokens):
         tokens = tokens_of_sample(tokens, batch, time, sample)
         tokens = [tokens[step] for step in selected]
     return sample, selected, tokens
+
+
+def _color_tokens(values, labels, array, title, ax=None):
+    labels = _visible(labels)
+    boxes = line_layout(labels, _LINE)
+    width, rows = max(x + w for x, _, w in boxes), boxes[-1][1] + 1
+    ax = _new_axes(height=0.9 + 0.23 * rows) if ax is None else ax
+    cells = PolyCollection(
+        [[(x, y), (x + w, y), (x + w, y + 1), (x, y + 1)] for x, y, w in boxes],
+        array=np.ma.masked_invalid(values),
+        cmap=_colormap(array),
+        norm=_normalize(array, values),
+    )
+    ax.add_collection(cells)
+    font: dict[str, Any] = {"fontsize": 9, "family": "monospace", "parse_math": False}
+    for label, (x, y, w), rgba in zip(
+        labels, boxes, cells.to_rgba(values), strict=True
+    ):
+        is_dark = rgba[:3] @ [0.3, 0.59, 0.11] < 0.5
+        text = ax.text(x + w / 2, y + 0.55, label, ha="center", va="center", **font)
+        text.set_color("white" if is_dark else "black")
+    ax.set(xlim=(0, max(width, _LINE * 0.7)), ylim=(rows, 0), xticks=[], yticks=[])
+    ax.set_title(title, loc="left")
+    ax.spines[:].set_visible(False)
+    ax.figure.colorbar(cells, ax=ax, pad=0.01, aspect=max(8, 1.5 * rows))
+    return ax.figure
 
 
 def _colormap(array):
@@ -292,27 +379,6 @@ def _visible(tokens):
     """Replace the control characters that a font can't draw."""
     table = str.maketrans({"\r": "", "\n": "⏎", "\t": "⇥"})
     return [token.translate(table) for token in tokens]
-
-
-def _layout(labels):
-    """Return `(x, row, width)` of each label, with line breaks between words."""
-    separate = not are_characters(labels)
-    boxes, word, x, row = [], [], 0, 0
-    for k, label in enumerate(labels):
-        word.append(max(1, len(label)) + separate)
-        ends_line = label.endswith("⏎")
-        ends_word = separate or not label.strip() or sum(word) == _LINE
-        if not (ends_word or ends_line or k + 1 == len(labels)):
-            continue
-        if x and x + sum(word) > _LINE:
-            x, row = 0, row + 1
-        for width in word:
-            boxes.append((x, row, width))
-            x += width
-        word = []
-        if ends_line:
-            x, row = 0, row + 1
-    return boxes
 
 
 def _save(figure, path):

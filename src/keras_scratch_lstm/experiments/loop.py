@@ -216,7 +216,7 @@ def _gates(cell, x):
         parts = [weights[prefix + gate] for gate in GATES]
         return ops.cast(ops.concatenate(parts, axis=-1), cell.compute_dtype)
 
-    z = ops.matmul(ops.cast(x, cell.compute_dtype), fused("W_x"))
+    z = ops.cast(x, cell.compute_dtype) @ fused("W_x")
     # Slices of one tensor would each have a gradient of its full size.
     z = ops.unstack(z + fused("b_") if cell.use_bias else z, axis=1)
     W_h, activations = fused("W_h"), (cell.recurrent_activation, cell.activation)

@@ -83,6 +83,30 @@ def are_characters(tokens):
     return sum(len(token) > 1 for token in tokens) <= len(tokens) / 4
 
 
+def line_layout(labels, line):
+    """Return `(x, row, width)` of each label, in lines of `line` characters.
+
+    Lines break between words.
+    """
+    separate = not are_characters(labels)
+    boxes, word, x, row = [], [], 0, 0
+    for k, label in enumerate(labels):
+        word.append(max(1, len(label)) + separate)
+        ends_line = label.endswith("⏎")
+        ends_word = separate or not label.strip() or sum(word) == line
+        if not (ends_word or ends_line or k + 1 == len(labels)):
+            continue
+        if x and x + sum(word) > line:
+            x, row = 0, row + 1
+        for width in word:
+            boxes.append((x, row, width))
+            x += width
+        word = []
+        if ends_line:
+            x, row = 0, row + 1
+    return boxes
+
+
 def _character_features(tokens):
     space = _test(tokens, str.isspace)
     newline = _test(tokens, lambda token: "\n" in token)
