@@ -68,7 +68,7 @@ def contextual_decomposition(
     >>> x = np.ones((1, 10, 8))
     >>> parts = contextual_decomposition(model, x, slice(2, 5), head="logits")
     >>> sums = parts.beta + parts.gamma
-    >>> np.allclose(sums[:, -1], model(x), atol=1e-5)
+    >>> np.allclose(sums[:, -1], model.predict(x, verbose=0), atol=1e-5)
     True
 
     References:
