@@ -42,7 +42,7 @@ KERAS_2_1 = {
                 "unit_forget_bias": True,
                 "kernel_regularizer": {
                     "class_name": "L1L2",
-                    "config": {"l1": 0.0, "l2": 0.01},
+                    "config": {"l1": 0.0, "l2": {"type": "ndarray", "value": 0.01}},
                 },
                 "recurrent_regularizer": None,
                 "bias_regularizer": None,

@@ -43,8 +43,10 @@ def open_file(path):
     elif start == _ZIP:
         reason = "it is a zip archive, not HDF5. If Keras 3 wrote it, call"
         raise FileError(f"{reason} `keras.saving.load_model`. If not: {_RESAVE}")
-    elif start.lstrip()[:1] in (b"{", b"["):
-        yield _decode(path.read_bytes())
+    elif start.lstrip()[:1] in (b"{", b'"'):
+        config = _decode(path.read_bytes())
+        # `json.dump(model.to_json(), file)` encodes twice.
+        yield _decode(config) if isinstance(config, str) else config
     else:
         raise FileError(f"it is neither HDF5 nor JSON. {_RESAVE}")
 
@@ -104,11 +106,15 @@ def read_array(dataset, shape):
 
 
 def _decode(text):
-    def decode_tuple(value):
-        return value["items"] if value.get("class_name") in _TUPLES else value
+    """Decode JSON, with the tuples and arrays that some versions store as dicts."""
+
+    def decode(value):
+        if value.get("class_name") in _TUPLES:
+            return value["items"]
+        return value["value"] if value.get("type") == "ndarray" else value
 
     try:
-        return json.loads(text, object_hook=decode_tuple)
+        return json.loads(text, object_hook=decode)
     except (ValueError, KeyError) as error:
         raise FileError(f"its architecture is not valid JSON: {error}") from error
 

@@ -39,6 +39,7 @@ _ALIASES = {
     "BatchNormalizationV1": "BatchNormalization",
     "BatchNormalizationV2": "BatchNormalization",
 }
+_RECURRENT = (layers.RNN, layers.LSTMCell, layers.GRUCell, layers.SimpleRNNCell)
 _INHERITED = ("name", "dtype", "activity_regularizer")
 
 
@@ -99,11 +100,9 @@ _EVERY = (
     _use_dtype_name,
 )
 _RULES = {
-    **dict.fromkeys(("LSTM", "SimpleRNN", "CuDNNLSTM"), (_remove("implementation"),)),
-    **dict.fromkeys(("LSTMCell", "SimpleRNNCell"), (_remove("implementation"),)),
     # Keras 2.0 has no `reset_after`.
-    "GRU": (_remove("implementation"), _default("reset_after", False)),
-    "GRUCell": (_remove("implementation"), _default("reset_after", False)),
+    "GRU": (_default("reset_after", False),),
+    "GRUCell": (_default("reset_after", False),),
     "CuDNNGRU": (_default("reset_after", True),),
     "Bidirectional": (_reverse_backward_layer,),
     "Embedding": (_remove("input_length"),),
@@ -145,6 +144,8 @@ def translate(class_name, config):
     cls = getattr(layers, name)
     for rule in _RULES.get(class_name, _RULES.get(name, ())):
         rule(config)
+    if issubclass(cls, _RECURRENT):
+        config.pop("implementation", None)  # how to compute the same
     _remove_ungrouped(config, cls)
     _use_tuples(config)
     _remove_unused(config, cls)
