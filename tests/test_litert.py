@@ -1,5 +1,9 @@
 """Models that LiteRT's interpreter runs: operators, outputs, states, quantization."""
 
+import os
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -118,6 +122,35 @@ def test_builtin_model_after_to_scratch(tmp_path, rng):
     x = normal(rng, 1, 7, 3)
     expected = builtin.predict(x, verbose=0)
     np.testing.assert_allclose(run(interpreter, x)[0], expected, rtol=0, atol=1e-6)
+
+
+TRAIN = """
+import sys, keras, numpy
+from keras_scratch_lstm import ScratchLSTM
+layers = [ScratchLSTM(5, return_sequences=True), ScratchLSTM(4, use_bias=False)]
+model = keras.Sequential([keras.Input((None, 3)), *layers])
+model.compile("sgd", "mse")
+rng = numpy.random.default_rng(0)
+model.fit(rng.normal(size=(8, 7, 3)), rng.normal(size=(8, 4)), verbose=0)
+model.save(sys.argv[1] + "/model.keras")
+x = rng.normal(size=(1, 7, 3)).astype("float32")
+numpy.savez(sys.argv[1] + "/data.npz", x=x, y=model.predict(x, verbose=0))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_model_trained_on_another_backend(tmp_path, backend):
+    pytest.importorskip(backend)
+    environment = {**os.environ, "KERAS_BACKEND": backend}
+    command = [sys.executable, "-c", TRAIN, str(tmp_path)]
+    subprocess.run(command, check=True, env=environment)
+    model = keras.saving.load_model(tmp_path / "model.keras")
+    interpreter = export(model, tmp_path / "model.tflite", (1, 7, 3))
+    assert operators(interpreter).count(FUSED) == 2
+    data = np.load(tmp_path / "data.npz")
+    (outputs,) = run(interpreter, data["x"])
+    np.testing.assert_allclose(outputs, data["y"], rtol=0, atol=1e-6)
 
 
 def test_tensorflow_converter(tmp_path, rng):

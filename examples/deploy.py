@@ -1,0 +1,120 @@
+"""Train a classifier of sensor signals, and run it in LiteRT and ONNX Runtime.
+
+python examples/deploy.py    # needs TensorFlow, PyTorch and the extra `export`
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import common
+
+
+def parse_arguments(argv=None):
+    parser = common.create_parser("deploy.py", __doc__)
+    epochs = {"type": common.positive_integer, "default": 15}
+    parser.add_argument("--epochs", **epochs, help="passes over 4,096 signals")
+    parser.add_argument("--out", type=Path, default=Path("runs/deploy"))
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments()  # Answer --help before the imports below, which take seconds.
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+
+import keras
+import numpy as np
+import onnxruntime
+import tensorflow as tf
+from ai_edge_litert.interpreter import Interpreter
+
+from keras_scratch_lstm import ScratchLSTM, recurrence
+
+ON_TORCH = """
+import sys, keras, keras_scratch_lstm
+(model := keras.saving.load_model(sys.argv[1]))(keras.ops.zeros((1, 1, 3)))
+model.export(sys.argv[2], format="onnx", verbose=False)
+"""
+
+
+def signals(count, rng, steps=48):
+    """Returns noisy sines, squares, sawtooths and chirps on three axes, and labels."""
+    labels = rng.integers(0, 4, count)
+    t = np.arange(steps) * rng.uniform(0.05, 0.1, (count, 1)) + rng.random((count, 1))
+    waves = [np.sin(2 * np.pi * t), np.sign(np.sin(2 * np.pi * t)), 2 * (t % 1) - 1]
+    waves = np.stack([*waves, np.sin(t**2 * np.pi / 2)])[labels, np.arange(count)]
+    x = waves[:, :, None] * rng.uniform(-1, 1, (count, 1, 3))
+    return (x + rng.normal(0, 0.05, x.shape)).astype("float32"), labels
+
+
+def train(epochs):
+    keras.utils.set_random_seed(0)
+    classify = keras.layers.Dense(4, "softmax")
+    model = keras.Sequential([keras.Input((None, 3)), ScratchLSTM(64), classify])
+    model.compile(keras.optimizers.Adam(0.005), "sparse_categorical_crossentropy")
+    x, labels = signals(4096, np.random.default_rng(0))
+    model.fit(x, labels, batch_size=64, epochs=epochs, verbose=0)
+    return model
+
+
+def quantizations(samples):
+    default = {"optimizations": [tf.lite.Optimize.DEFAULT]}
+    int8 = {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]}
+    dataset = {"representative_dataset": lambda: ([x[None]] for x in samples)}
+    return {
+        "float32": {},
+        "float16": {**default, "target_spec": {"supported_types": [tf.float16]}},
+        "dynamic": {**default, "experimental_new_dynamic_range_quantizer": False},
+        "int8": {**default, **dataset, "target_spec": int8},
+    }
+
+
+def run_litert(model, path, shape=(1, 48, 3), **options):
+    options["input_signature"] = [keras.InputSpec(shape=shape, dtype="float32")]
+    with recurrence.force("litert"):  # hides the warning that states must be reset
+        model.export(path, format="litert", verbose=False, **options)
+    interpreter = Interpreter(str(path), num_threads=1)
+    interpreter.allocate_tensors()
+    (x,), (y,) = interpreter.get_input_details(), interpreter.get_output_details()
+
+    def run(sequence):
+        interpreter.reset_all_variables()  # the op keeps its states
+        interpreter.set_tensor(x["index"], sequence)
+        interpreter.invoke()
+        return interpreter.get_tensor(y["index"])
+
+    return run
+
+
+def run_onnx(model, path):
+    model.save(saved := path.with_suffix(".keras"))
+    command, torch = [sys.executable, "-c", ON_TORCH], {"KERAS_BACKEND": "torch"}
+    subprocess.run([*command, saved, path], check=True, env=os.environ | torch)
+    session = onnxruntime.InferenceSession(path)
+    name = session.get_inputs()[0].name
+    return lambda sequence: session.run(None, {name: sequence})[0]
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    model, runners, rng = train(args.epochs), {}, np.random.default_rng(1)
+    (samples, _), (x, labels) = signals(200, rng), signals(500, rng)
+    for name, options in quantizations(samples).items():
+        path = args.out / f"{name}.tflite"
+        runners[path] = run_litert(model, path, **options)
+    runners[path] = run_onnx(model, path := args.out / "model.onnx")
+    expected = model.predict(x, verbose=0)
+    for path, run in runners.items():
+        start = time.perf_counter()
+        y = np.concatenate([run(sequence[None]) for sequence in x])
+        latency = (time.perf_counter() - start) / len(x) * 1e6
+        size, accuracy = path.stat().st_size / 1000, np.mean(y.argmax(1) == labels)
+        print(f"{path.name:>14}: {size:.1f} kB, {latency:.0f} µs, largest ", end="")
+        print(f"difference {np.abs(y - expected).max():.1e}, accuracy {accuracy:.1%}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""The table of exported layers in `docs/deployment.md`, each cell from real files."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
+
+BACKEND = keras.backend.backend()
+PAGE = Path(__file__).parents[1] / "docs" / "deployment.md"
+FEATURES, UNITS, BATCH, TIME = 3, 4, 2, 6
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LiteRT's fused LSTM op keeps:UserWarning"),
+    # Keras exports to ONNX on torch with the older exporter.
+    pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based"),
+    pytest.mark.filterwarnings("ignore:.*might cause the trace to be incorrect"),
+    pytest.mark.filterwarnings("ignore:torch.* results are registered as constants"),
+    pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size"),
+    pytest.mark.filterwarnings("ignore:The `native_serialization`:DeprecationWarning"),
+]
+
+
+class CoupledCell(ScratchLSTMCell):
+    def gates(self, x, h, c):
+        gates = super().gates(x, h, c)
+        return gates._replace(f=1 - gates.i)
+
+
+def plain(layer, **kwargs):
+    return lambda x: layer(UNITS, **kwargs)(x)
+
+
+def stacked(layer):
+    return lambda x: layer(UNITS)(layer(UNITS, return_sequences=True)(x))
+
+
+def bidirectional(layer):
+    return layers.Bidirectional(layer(UNITS, return_sequences=True))
+
+
+def masked(layer):
+    return lambda x: layer(UNITS)(layers.Masking()(x))
+
+
+def with_initial_state(layer):
+    def call(x):
+        states = [layers.Dense(UNITS)(x[:, 0]) for _ in range(2)]
+        return layer(UNITS)(x, initial_state=states)
+
+    return call
+
+
+def with_states(layer):
+    return lambda x: layers.concatenate(layer(UNITS, return_state=True)(x))
+
+
+def around_cell(layer):
+    cell = ScratchLSTMCell if layer is ScratchLSTM else layers.LSTMCell
+    return layers.RNN(cell(UNITS))
+
+
+ROWS = {
+    "default": plain,
+    "`return_sequences`": partial(plain, return_sequences=True),
+    "stacked": stacked,
+    "`Bidirectional`": bidirectional,
+    "`go_backwards`": partial(plain, go_backwards=True),
+    "`use_bias=False`": partial(plain, use_bias=False),
+    "`time_major`": partial(plain, time_major=True, return_sequences=True),
+    "other activations": partial(plain, activation="relu"),
+    "custom gates": lambda layer: layer(cell=CoupledCell(UNITS)),
+    "mask": masked,
+    "`initial_state`": with_initial_state,
+    "`return_state`": with_states,
+    "`stateful`": partial(plain, stateful=True),
+    "`unroll`": partial(plain, unroll=True),
+    "`RNN` of a cell": around_cell,
+}
+FIXED = ("`stateful`", "`unroll`")
+ONLY_SCRATCH = ("`time_major`", "custom gates")
+
+
+def build(row, layer, fixed=False):
+    """A model of one layer kind, with free batch and time where it allows them."""
+    fixed = fixed or row in FIXED
+    shape = (BATCH, TIME) if fixed else (None, None)
+    inputs = keras.Input(batch_shape=(*shape, FEATURES))
+    model = keras.Model(inputs, ROWS[row](layer)(inputs))
+    rng = np.random.default_rng(0)
+    model.set_weights([rng.normal(0, 0.5, w.shape) for w in model.get_weights()])
+    return model
+
+
+def is_equal(model, run, shape):
+    x = np.random.default_rng(1).normal(size=shape).astype("float32")
+    reset(model)
+    expected = keras.ops.convert_to_numpy(model(x))
+    return np.shape(got := run(x)) == expected.shape and np.allclose(
+        got, expected, rtol=0, atol=1e-6
+    )
+
+
+def reset(model):
+    for layer in model.layers:
+        if getattr(layer, "stateful", False):
+            layer.reset_state()
+
+
+def in_litert(row, layer, folder):
+    model = build(row, layer)
+    path = str(folder / "model.tflite")
+    signature = [keras.InputSpec(shape=(BATCH, TIME, FEATURES), dtype="float32")]
+    reset(model)
+    try:
+        model.export(path, format="litert", input_signature=signature, verbose=False)
+    except ValueError as error:
+        if "LiteRT's fused LSTM op requires" not in str(error):
+            raise
+        return "error"
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(path)
+    interpreter.allocate_tensors()
+
+    def run(x):
+        interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x)
+        interpreter.invoke()
+        return interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+
+    assert is_equal(model, run, (BATCH, TIME, FEATURES))
+    names = [op["op_name"] for op in interpreter._get_ops_details()]
+    if "UNIDIRECTIONAL_SEQUENCE_LSTM" in names:
+        return "fused"
+    return "loop" if "WHILE" in names else "unrolled"
+
+
+def in_onnx(row, layer, folder):
+    if row not in FIXED:
+        model = build(row, layer)
+        run = run_onnx(model, folder / "model.onnx")
+        shapes = [(1, 1), (BATCH, TIME), (5, 9)]
+        if run and all(is_equal(model, run, (*shape, FEATURES)) for shape in shapes):
+            return "any length"
+    model = build(row, layer, fixed=True)
+    run = run_onnx(model, folder / "model.onnx", (BATCH, TIME, FEATURES))
+    return "fixed length" if is_equal(model, run, (BATCH, TIME, FEATURES)) else "wrong"
+
+
+def run_onnx(model, path, shape=None):
+    """A function that runs the exported model, or `None` if Keras rejects it."""
+    import onnxruntime
+
+    signature = shape and [keras.InputSpec(shape=shape, dtype="float32")]
+    model(np.zeros((BATCH, TIME, FEATURES), "float32"))  # Keras requires a call
+    reset(model)
+    try:
+        model.export(path, format="onnx", input_signature=signature, verbose=False)
+    except ValueError as error:
+        if "dynamic time dimension" not in str(error):  # Keras 3.16
+            raise
+        return None
+    session = onnxruntime.InferenceSession(str(path))
+
+    def run(x):
+        try:
+            return session.run(None, {session.get_inputs()[0].name: x})[0]
+        except Exception:  # depends on the op; they have no public base class
+            return None
+
+    return run
+
+
+def in_saved_model(row, layer, folder):
+    import tensorflow as tf
+
+    model = build(row, layer)
+    reset(model)
+    model.export(folder / "saved", format="tf_saved_model", verbose=False)
+    loaded = tf.saved_model.load(str(folder / "saved"))
+    return "yes" if is_equal(model, loaded.serve, (BATCH, TIME, FEATURES)) else "wrong"
+
+
+EXPORT_ON_TORCH = """
+import sys, keras, numpy, keras_scratch_lstm
+model = keras.saving.load_model(sys.argv[1])
+model(numpy.zeros((1, 1, 3), "float32"))
+model.export(sys.argv[2], format="onnx", verbose=False)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.one_backend
+def test_onnx_by_loading_on_torch(tmp_path):
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("torch")
+    inputs = keras.Input((None, FEATURES))
+    x = bidirectional(ScratchLSTM)(inputs)
+    outputs = ScratchLSTM(UNITS, go_backwards=True)(x)
+    model = keras.Model(inputs, outputs)
+    saved, path = str(tmp_path / "model.keras"), str(tmp_path / "model.onnx")
+    model.save(saved)
+    subprocess.run(
+        [sys.executable, "-c", EXPORT_ON_TORCH, saved, path],
+        check=True,
+        env={**os.environ, "KERAS_BACKEND": "torch"},
+    )
+    ops = [node.op_type for node in onnx.load(path).graph.node]
+    assert ops.count("LSTM") == 3
+    assert not {"Loop", "Scan"} & {*ops}
+    session = onnxruntime.InferenceSession(path)
+    name = session.get_inputs()[0].name
+    for shape in ((1, 1), (BATCH, TIME), (5, 50)):
+        assert is_equal(model, lambda x: session.run(None, {name: x})[0], (*shape, 3))
+
+
+def documented():
+    """The cells of the page's table: `{row: (LiteRT, LiteRT, ONNX, ONNX, saved)}`."""
+    table = PAGE.read_text().split("<!-- exports -->")[1].strip().splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    return {row: rest for row, *rest in cells}
+
+
+@pytest.mark.one_backend
+def test_table_has_every_row():
+    assert list(documented()) == list(ROWS)
+
+
+def outcomes(export, row, folder):
+    """The cells of a row, for `ScratchLSTM` and for `LSTM`."""
+    if row in ONLY_SCRATCH:
+        return [export(row, ScratchLSTM, folder), "–"]
+    return [export(row, layer, folder) for layer in (ScratchLSTM, layers.LSTM)]
+
+
+@pytest.mark.slow
+@pytest.mark.one_backend
+@pytest.mark.parametrize("row", ROWS)
+def test_litert_and_saved_model(tmp_path, row):
+    if BACKEND != "tensorflow":
+        pytest.skip("formats of TensorFlow")
+    pytest.importorskip("ai_edge_litert")
+    saved = outcomes(in_saved_model, row, tmp_path)
+    found = [*outcomes(in_litert, row, tmp_path), saved[0]]
+    assert saved[1] in (saved[0], "–")
+    litert, litert_builtin, _, _, saved_model = documented()[row]
+    assert found == [litert, litert_builtin, saved_model]
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the way to ONNX")
+@pytest.mark.parametrize("row", ROWS)
+def test_onnx(tmp_path, row):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert outcomes(in_onnx, row, tmp_path) == documented()[row][2:4]
