@@ -7,6 +7,8 @@ import torch
 
 from keras_scratch_lstm.per_gate import FUSED_ORDER, GATES
 
+_PADDING = (-1e4, 1e4, 0, 0)  # pre-activations at padding, for i, f, o, c
+
 
 def has_gpu():
     return torch.cuda.is_available() and torch.backends.cudnn.is_available()
@@ -20,7 +22,7 @@ def gradient(function, tensors):
 
 
 def lstm(x, h, c, W_x, W_h, b, mask, training):
-    if mask is not None:
+    if mask is not None and not _is_padding(mask, h, c):
         return _loop(x, h, c, W_x, W_h, b, mask)
     try:
         # oneDNN has no LSTM in the dtypes of autocast on a CPU.
@@ -28,11 +30,13 @@ def lstm(x, h, c, W_x, W_h, b, mask, training):
             torch.backends.cudnn.flags(enabled=False),
             torch.autocast(x.device.type, enabled=x.device.type != "cpu"),
         ):
-            return _torch_lstm(x, h, c, W_x, W_h, b)
+            if mask is None:
+                return _torch_lstm(x, h, c, W_x, W_h, b)
+            return _padded_lstm(x, h, c, W_x, W_h, b, mask)
     except RuntimeError as error:
         if "Batching rule not implemented" not in str(error):  # within `torch.vmap`
             raise
-        return _loop(x, h, c, W_x, W_h, b)
+        return _loop(x, h, c, W_x, W_h, b, mask)
 
 
 def lstm_in_cudnn(x, h, c, W_x, W_h, b, mask, training):
@@ -53,13 +57,45 @@ def _torch_lstm(x, h, c, W_x, W_h, b):
     return h_all, h[0], c[0]
 
 
+def _is_padding(mask, h, c):
+    """Whether a sample has no masked time step between unmasked ones.
+
+    With masked time steps at the start, it also needs initial states of zero.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    starts = mask[0] + (mask[1:] & ~mask[:-1]).sum(0)
+    try:
+        return bool((starts <= 1).all()) and bool(
+            mask[0].all() or not (h.any() or c.any())
+        )
+    except RuntimeError:  # no values, within `torch.vmap` or on the device `meta`
+        return False
+
+
+def _padded_lstm(x, h, c, W_x, W_h, b, mask):
+    """`torch.lstm` with one more input, which at padding sets i to 0 and f to 1.
+
+    So `c` stays exactly the same there, and `h` is that of the last unmasked time step.
+    """
+    padding = ~mask[:, :, None]
+    x = torch.cat([x.masked_fill(padding, 0), padding.to(x.dtype)], -1)
+    rows = (W.new_full((1, W.shape[1]), z) for W, z in zip(W_x, _PADDING, strict=True))
+    W_x = [torch.cat(pair) for pair in zip(W_x, rows, strict=True)]
+    h_all, _, c = _torch_lstm(x, h, c, W_x, W_h, b)
+    time = torch.arange(len(x), device=x.device)[:, None]
+    last = torch.where(mask, time, 0).cummax(0).values
+    h_all = h_all.gather(0, last[:, :, None].expand_as(h_all))
+    return h_all, h_all[-1], c
+
+
 def _fuse(weights):
     of_gate = dict(zip(GATES, weights, strict=True))
     return torch.cat([of_gate[gate].t() for gate in FUSED_ORDER])
 
 
 def _loop(x, h, c, W_x, W_h, b, mask=None):
-    """A loop over time, since `torch.lstm` supports neither masks nor `vmap`."""
+    """A loop over time: `torch.lstm` supports neither gaps in masks nor `vmap`."""
     z = x @ torch.cat(W_x, -1)
     if b is not None:
         z = z + torch.cat(b, -1)
