@@ -16,7 +16,7 @@ LAYERS = (
     ("_types", "_validation", "_keras"),
     ("per_gate",),
     ("cell", "recurrence", "_bidirectional"),
-    ("_litert",),
+    ("_litert", "cells"),
     ("layer",),
     ("convert", "tracing", "metrics"),
     ("experiments",),

@@ -1,4 +1,4 @@
-"""Train two well-known variants of the LSTM, each a custom cell that overrides `gates`.
+"""Train two well-known variants of the LSTM, which override `gates`.
 
     python examples/custom_gates.py
 
@@ -31,46 +31,19 @@ if __name__ == "__main__":
 
 import keras
 import numpy as np
-from keras import ops
 
-from keras_scratch_lstm import Gates, ScratchLSTM, ScratchLSTMCell
+from keras_scratch_lstm import (
+    CoupledLSTMCell,
+    PeepholeLSTMCell,
+    ScratchLSTM,
+    ScratchLSTMCell,
+)
 
-
-@keras.saving.register_keras_serializable("custom_gates")
-class PeepholeCell(ScratchLSTMCell):
-    """An LSTM cell whose i and f see the previous cell state, and o the new one."""
-
-    def build(self, input_shape):
-        super().build(input_shape)
-        shape = (self.units,)  # one weight per unit, as in the paper
-        self.p_i = self.add_weight(name="p_i", shape=shape, initializer="zeros")
-        self.p_f = self.add_weight(name="p_f", shape=shape, initializer="zeros")
-        self.p_o = self.add_weight(name="p_o", shape=shape, initializer="zeros")
-
-    def gates(self, x, h, c):
-        i = ops.sigmoid(x @ self.W_xi + h @ self.W_hi + c * self.p_i + self.b_i)
-        f = ops.sigmoid(x @ self.W_xf + h @ self.W_hf + c * self.p_f + self.b_f)
-        c_tilde = ops.tanh(x @ self.W_xc + h @ self.W_hc + self.b_c)
-        c_new = f * c + i * c_tilde
-        o = ops.sigmoid(x @ self.W_xo + h @ self.W_ho + c_new * self.p_o + self.b_o)
-        return Gates(i, f, o, c_tilde)
-
-
-@keras.saving.register_keras_serializable("custom_gates")
-class CoupledCell(ScratchLSTMCell):
-    """An LSTM cell that forgets as much as it adds."""
-
-    def build(self, input_shape):
-        super().build(input_shape)
-        for weight in (self.W_xf, self.W_hf, self.b_f):
-            weight.trainable = False  # unused
-
-    def gates(self, x, h, c):
-        gates = super().gates(x, h, c)
-        return gates._replace(f=1 - gates.i)
-
-
-CELLS = {"plain": ScratchLSTMCell, "peephole": PeepholeCell, "coupled": CoupledCell}
+CELLS = {
+    "plain": ScratchLSTMCell,
+    "peephole": PeepholeLSTMCell,
+    "coupled": CoupledLSTMCell,
+}
 
 
 def spikes(count, steps, rng):

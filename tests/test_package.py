@@ -30,6 +30,8 @@ def run(code, **environment):
 def test_public_names():
     assert set(keras_scratch_lstm.__all__) == {
         *("ScratchLSTM", "ScratchLSTMCell", "Gates", "GateTrace", "trace_gates"),
+        *("PeepholeLSTMCell", "CoupledLSTMCell", "LayerNormLSTMCell"),
+        *("ZoneoutLSTMCell", "DropConnectLSTMCell", "from_addons"),
         *("Perplexity", "PerplexityLogger", "GateMonitor"),
         *("Edit", "run_with_edits", "Ablation", "ablate_units", "trace_gradients"),
         *("contextual_decomposition", "integrated_gradients"),

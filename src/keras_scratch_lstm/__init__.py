@@ -14,7 +14,15 @@ except ModuleNotFoundError as error:
 
 from keras_scratch_lstm.callbacks import GateMonitor, PerplexityLogger
 from keras_scratch_lstm.cell import Gates, ScratchLSTMCell
+from keras_scratch_lstm.cells import (
+    CoupledLSTMCell,
+    DropConnectLSTMCell,
+    LayerNormLSTMCell,
+    PeepholeLSTMCell,
+    ZoneoutLSTMCell,
+)
 from keras_scratch_lstm.convert import (
+    from_addons,
     from_torch,
     load_keras2,
     to_builtin,
@@ -38,16 +46,22 @@ __version__: str = version("keras-scratch-lstm")
 
 __all__ = [
     "Ablation",
+    "CoupledLSTMCell",
+    "DropConnectLSTMCell",
     "Edit",
     "GateMonitor",
     "GateTrace",
     "Gates",
+    "LayerNormLSTMCell",
+    "PeepholeLSTMCell",
     "Perplexity",
     "PerplexityLogger",
     "ScratchLSTM",
     "ScratchLSTMCell",
+    "ZoneoutLSTMCell",
     "ablate_units",
     "contextual_decomposition",
+    "from_addons",
     "from_torch",
     "integrated_gradients",
     "load_keras2",

@@ -8,7 +8,7 @@ from keras_scratch_lstm._types import Config
 class BidirectionalGuard(keras.layers.RNN):
     """`keras.layers.RNN` that rejects lost weights and time-major outputs."""
 
-    # Set by `to_scratch` and `from_torch`.
+    # Set by `to_scratch`, `from_torch` and `from_addons`.
     _has_converted_weights = False
 
     @property

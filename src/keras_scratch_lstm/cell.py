@@ -77,8 +77,8 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
             one mask for all time steps. As in the built-in cell, 1 drops nothing.
             Default: 0.
         recurrent_dropout: Float in `[0, 1]`, fraction of `h` to drop in training,
-            with one mask per gate; `dropout` then has one mask per gate, too.
-            Default: 0.
+            with one mask per gate; `dropout` then has one mask per gate, too. Custom
+            gates share one mask. Default: 0.
         seed: Integer, random seed of the dropout masks. Default: `None`.
         **kwargs: Keyword arguments of `keras.layers.Layer`. `implementation` is
             accepted for compatibility and ignored.
@@ -111,6 +111,8 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
     - [Zhang, Lipton, Li and Smola, 2023](
         https://d2l.ai/chapter_recurrent-modern/lstm.html), notation
     """
+
+    _gates_with_weights: tuple[str, ...] = GATES
 
     def __init__(
         self,
@@ -149,7 +151,8 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
             setattr(self, name, value)
         for name in _RATES:
             setattr(self, name, _validation.fraction(name, given[name]))
-        if recurrent_dropout:
+        # Custom gates may depend on one another, so they share one mask.
+        if recurrent_dropout and type(self).gates is ScratchLSTMCell.gates:
             self.dropout_mask_count = len(GATES)  # for DropoutRNNCell
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
@@ -165,7 +168,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         b = per_gate.split_initializer(
             self.bias_initializer, units, self.unit_forget_bias
         )
-        for gate in GATES:
+        for gate in self._gates_with_weights:
             self._add_weight("W_x" + gate, (features, units), W_x[gate], "kernel")
             self._add_weight("W_h" + gate, (units, units), W_h[gate], "recurrent")
             if self.use_bias:
@@ -266,12 +269,17 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         )
         setattr(self, name, weight)
 
+    def _recurrent_weights(self, training):
+        """The `W_h*` of a call, for the fast implementations."""
+        return [getattr(self, "W_h" + gate) for gate in GATES]
+
     def _apply_gates(self, x, h, c, training):
         """`gates`, with dropout in training."""
         drop_x = training and 0 < self.dropout < 1
         drop_h = training and 0 < self.recurrent_dropout < 1
-        if not (training and self.recurrent_dropout):
+        if not (training and hasattr(self, "dropout_mask_count")):
             x = x * self.get_dropout_mask(x) if drop_x else x
+            h = h * self.get_recurrent_dropout_mask(h) if drop_h else h
             return self._call_gates(x, h, c)
 
         # Every gate has its own masks, so each is taken from its own call. A compiled

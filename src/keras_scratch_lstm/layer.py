@@ -16,7 +16,7 @@ from keras_scratch_lstm._validation import invalid
 from keras_scratch_lstm.cell import ScratchLSTMCell
 from keras_scratch_lstm.per_gate import GATES
 
-_CELL_DEFAULTS = {
+CELL_ARGUMENTS = {
     name: parameter.default
     for name, parameter in inspect.signature(ScratchLSTMCell).parameters.items()
     if parameter.kind is not inspect.Parameter.VAR_KEYWORD
@@ -132,7 +132,7 @@ class ScratchLSTM(BidirectionalGuard):
         kwargs.pop("implementation", None)
         if use_cudnn not in (True, False, "auto"):
             raise invalid("use_cudnn", use_cudnn, "True, False or 'auto'")
-        cell_arguments = {name: given[name] for name in _CELL_DEFAULTS}
+        cell_arguments = {name: given[name] for name in CELL_ARGUMENTS}
         if cell is None:
             policy = {k: kwargs[k] for k in ("dtype", "trainable") if k in kwargs}
             cell = ScratchLSTMCell(**cell_arguments, name="lstm_cell", **policy)
@@ -254,14 +254,17 @@ class ScratchLSTM(BidirectionalGuard):
             x = ops.flip(x, 0)
             mask = None if mask is None else ops.flip(mask, 0)
 
-        def weights_of(prefix):
-            weights = [getattr(cell, prefix + gate) for gate in GATES]
+        def cast(weights):
             return [ops.cast(weight, cell.compute_dtype) for weight in weights]
 
-        b = weights_of("b_") if cell.use_bias else None
-        h_all, h, c = lstm(
-            x, *initial_state, weights_of("W_x"), weights_of("W_h"), b, mask, training
+        W_x = cast(getattr(cell, "W_x" + gate) for gate in GATES)
+        W_h = cast(cell._recurrent_weights(training))
+        b = (
+            cast(getattr(cell, "b_" + gate) for gate in GATES)
+            if cell.use_bias
+            else None
         )
+        h_all, h, c = lstm(x, *initial_state, W_x, W_h, b, mask, training)
         if mask is not None and self.zero_output_for_mask:
             h_all = h_all * ops.cast(mask, h_all.dtype)[:, :, None]
         return h_all[-1], ops.swapaxes(h_all, 0, 1), [h, c]
@@ -283,7 +286,7 @@ class ScratchLSTM(BidirectionalGuard):
         cell = config.pop("cell")
         if self._created_cell:
             cell_config = self.cell.get_config()
-            config |= {name: cell_config[name] for name in _CELL_DEFAULTS}
+            config |= {name: cell_config[name] for name in CELL_ARGUMENTS}
         else:
             config["cell"] = cell
         return {
@@ -334,7 +337,7 @@ class ScratchLSTM(BidirectionalGuard):
 
 
 # Expose the cell's arguments on the layer: `layer.units`, `layer.dropout` and so on.
-for _name in _CELL_DEFAULTS:
+for _name in CELL_ARGUMENTS:
     setattr(ScratchLSTM, _name, property(attrgetter(f"cell.{_name}")))
 
 
@@ -358,7 +361,7 @@ def _check_cell(cell, arguments):
             f"Received: cell={cell!r}. Use `keras.layers.RNN` for other cells."
         )
     for name, value in arguments.items():
-        default = None if name == "units" else _CELL_DEFAULTS[name]
+        default = None if name == "units" else CELL_ARGUMENTS[name]
         if not np.array_equal(value, default):  # the value may be an array
             raise ValueError(
                 f"`{name}` must not be passed together with `cell`. Received: "

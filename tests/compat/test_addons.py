@@ -1,4 +1,4 @@
-"""Comparison of the documented custom cells with those of TensorFlow Addons."""
+"""Comparison of the converted cells with those of TensorFlow Addons."""
 
 import re
 from pathlib import Path
@@ -6,43 +6,66 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from test_docs import ROOT, blocks
+from keras import ops
 
-from keras_scratch_lstm import trace_gates
+from keras_scratch_lstm import ScratchLSTM, from_addons, trace_gates
 
 ADDONS = Path(__file__).with_name("addons.npz")  # written by make_addons.py
-DEFINITIONS = r"^(class (Peephole|LayerNorm)Cell\(|def \w+_weights\(cell, weights\))"
 
 
-@pytest.fixture(scope="module")
-def documented():
-    """The names that the pages define, up to the last definition of each page."""
-    names = {"__name__": "documented"}
-    for page in sorted((ROOT / "docs").glob("*.md")):
-        code = blocks(page)
-        found = [
-            k for k, block in enumerate(code) if re.search(DEFINITIONS, block, re.M)
-        ]
-        for block in code[: max(found, default=-1) + 1]:
-            exec(compile(block, page, "exec"), names)
-    return names
+def addons(name):
+    """Inputs, outputs and weights of a cell."""
+    with np.load(ADDONS) as file:
+        prefix = f"{name}LSTMCell/"
+        weights = [file[key] for key in file if re.match(prefix + r"\d", key)]
+        return file["x"], file[f"{prefix}outputs"], weights
 
 
 @pytest.mark.parametrize("name", ["Peephole", "LayerNorm"])
-def test_documented_cell_matches_addons(documented, tmp_path, name):
-    with np.load(ADDONS) as file:
-        prefix = f"{name}LSTMCell/"
-        x, outputs = file["x"], file[f"{prefix}outputs"]
-        weights = [file[key] for key in file if re.match(prefix + r"\d", key)]
-
-    rnn = keras.layers.RNN(documented[f"{name}Cell"](5), return_sequences=True)
-    model = keras.Sequential([keras.Input((6, 3)), rnn])
-    load = next(key for key in documented if key.endswith("_weights"))
-    documented[load](rnn.cell, weights)
-    assert rnn.count_params() == sum(weight.size for weight in weights)
+def test_converted_cell_matches_addons(name, tmp_path):
+    x, outputs, weights = addons(name)
+    layer = from_addons(weights, return_sequences=True)
+    assert layer.count_params() == sum(weight.size for weight in weights)
+    model = keras.Sequential([keras.Input((6, 3)), layer])
     np.testing.assert_allclose(model.predict(x, verbose=0), outputs, atol=1e-6)
 
     model.save(tmp_path / "model.keras")
     trace = trace_gates(keras.saving.load_model(tmp_path / "model.keras"), x)
     np.testing.assert_allclose(trace.h, outputs, atol=1e-6)
     np.testing.assert_allclose(trace.o * np.tanh(trace.c), outputs, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["Peephole", "LayerNorm"])
+def test_arguments_and_weights_without_bias(name):
+    x, _, (kernel, recurrent, bias, *others) = addons(name)
+    arguments = {"activation": "relu", "go_backwards": True, "dtype": "float32"}
+    layer = from_addons([kernel, recurrent, *others], **arguments)
+    zeros = from_addons([kernel, recurrent, 0 * bias, *others], **arguments)
+    assert (layer.activation, layer.go_backwards) == (keras.activations.relu, True)
+    outputs = [ops.convert_to_numpy(one(x)) for one in (layer, zeros)]
+    assert np.ptp(outputs[0]) > 0
+    np.testing.assert_allclose(*outputs, atol=1e-6)
+
+
+@pytest.mark.one_backend
+def test_bidirectional_wrapper_does_not_lose_the_weights():
+    layer = from_addons(addons("Peephole")[2])
+    with pytest.raises(ValueError, match="would lose its converted weights"):
+        keras.layers.Bidirectional(layer)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weights: 1,
+        lambda weights: [],
+        lambda weights: weights[:-1],
+        lambda weights: [weights[1], *weights[1:2], *weights[2:-1], weights[0]],
+        lambda weights: [weight.astype(str) for weight in weights],
+        lambda weights: ScratchLSTM(4),
+    ],
+)
+def test_other_weights_are_rejected(change):
+    with pytest.raises(ValueError, match=r"`weights` must be the weights of a `tfa"):
+        from_addons(change(addons("Peephole")[2]))

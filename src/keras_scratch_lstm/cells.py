@@ -1,0 +1,315 @@
+"""Published variants of the LSTM cell, each a small subclass of `ScratchLSTMCell`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_scratch_lstm import _validation
+from keras_scratch_lstm._types import Config, Shape, Tensor
+from keras_scratch_lstm.cell import Gates, ScratchLSTMCell
+from keras_scratch_lstm.per_gate import GATES
+
+_register = keras.saving.register_keras_serializable("keras_scratch_lstm")
+
+
+@_register
+class PeepholeLSTMCell(ScratchLSTMCell):
+    """LSTM cell whose gates also see the cell state.
+
+        i_t = sigmoid(x_t W_xi + h_{t-1} W_hi + p_i * c_{t-1} + b_i)
+        f_t = sigmoid(x_t W_xf + h_{t-1} W_hf + p_f * c_{t-1} + b_f)
+        o_t = sigmoid(x_t W_xo + h_{t-1} W_ho + p_o * c_t + b_o)
+
+    `c̃_t`, `c_t` and `h_t` are those of `ScratchLSTMCell`. The peephole weights `p_i`,
+    `p_f` and `p_o`, each of shape `(units,)`, follow the other weights and start at 0,
+    where the cell is the standard one.
+
+    Args:
+        *args: Arguments of `ScratchLSTMCell`.
+        **kwargs: Keyword arguments of `ScratchLSTMCell`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_scratch_lstm import PeepholeLSTMCell, ScratchLSTM
+    >>> layer = ScratchLSTM(cell=PeepholeLSTMCell(4))
+    >>> layer(np.ones((32, 10, 8), "float32")).shape == (32, 4)
+    True
+    >>> layer.cell.p_o.shape == (4,)
+    True
+
+    References:
+
+    - [Gers and Schmidhuber, 2000](https://doi.org/10.1109/IJCNN.2000.861302)
+    """
+
+    def build(self, input_shape: Shape) -> None:
+        super().build(input_shape)
+        self.p_i, self.p_f, self.p_o = (
+            self.add_weight(name=f"p_{gate}", shape=(self.units,), initializer="zeros")
+            for gate in "ifo"
+        )
+
+    def gates(self, x: Tensor, h: Tensor, c: Tensor) -> Gates:
+        sigmoid, tanh = self.recurrent_activation, self.activation
+        i = sigmoid(x @ self.W_xi + h @ self.W_hi + self.p_i * c + self.b_i)
+        f = sigmoid(x @ self.W_xf + h @ self.W_hf + self.p_f * c + self.b_f)
+        c_tilde = tanh(x @ self.W_xc + h @ self.W_hc + self.b_c)
+        c = f * c + i * c_tilde
+        o = sigmoid(x @ self.W_xo + h @ self.W_ho + self.p_o * c + self.b_o)
+        return Gates(i, f, o, c_tilde)
+
+
+@_register
+class CoupledLSTMCell(ScratchLSTMCell):
+    """LSTM cell that forgets as much as it adds (CIFG).
+
+        f_t = 1 - i_t
+
+    The other equations are those of `ScratchLSTMCell`. The forget gate has no weights,
+    so the cell has three quarters of the weights.
+
+    Args:
+        *args: Arguments of `ScratchLSTMCell`. Those of the forget gate are ignored.
+        **kwargs: Keyword arguments of `ScratchLSTMCell`.
+
+    Example:
+
+    >>> from keras_scratch_lstm import CoupledLSTMCell
+    >>> cell = CoupledLSTMCell(4)
+    >>> cell.build((None, 8))
+    >>> [weight.name for weight in cell.weights[:6]]
+    ['W_xi', 'W_hi', 'b_i', 'W_xo', 'W_ho', 'b_o']
+
+    References:
+
+    - [Greff et al., 2017](https://doi.org/10.1109/TNNLS.2016.2582924)
+    """
+
+    _gates_with_weights = ("i", "o", "c")
+
+    def gates(self, x: Tensor, h: Tensor, c: Tensor) -> Gates:
+        sigmoid, tanh = self.recurrent_activation, self.activation
+        i = sigmoid(x @ self.W_xi + h @ self.W_hi + self.b_i)
+        o = sigmoid(x @ self.W_xo + h @ self.W_ho + self.b_o)
+        c_tilde = tanh(x @ self.W_xc + h @ self.W_hc + self.b_c)
+        return Gates(i, 1 - i, o, c_tilde)
+
+
+@_register
+class LayerNormLSTMCell(ScratchLSTMCell):
+    """LSTM cell with layer normalization.
+
+        z_t = LN_x(x_t [W_xi, W_xf, W_xc, W_xo])
+              + LN_h(h_{t-1} [W_hi, W_hf, W_hc, W_ho]) + [b_i, b_f, b_c, b_o]
+        i_t, f_t, o_t = sigmoid(z_i), sigmoid(z_f), sigmoid(z_o)
+        c̃_t = tanh(z_c)
+        c_t = LN_c(f_t * c_{t-1} + i_t * c̃_t)
+        h_t = o_t * tanh(c_t)
+
+    The variant of TensorFlow Addons, which also keeps the normalized cell state. The
+    `LN_*` are the layers `norm_x`, `norm_h` and `norm_c`, each a
+    `keras.layers.LayerNormalization` with the weights `gamma` and `beta`. Those of the
+    first two are fused in Keras's order i, f, c, o.
+
+    Args:
+        *args: Arguments of `ScratchLSTMCell`.
+        **kwargs: Keyword arguments of `ScratchLSTMCell`.
+
+    Example:
+
+    >>> from keras_scratch_lstm import LayerNormLSTMCell
+    >>> cell = LayerNormLSTMCell(4)
+    >>> cell.build((None, 8))
+    >>> cell.norm_h.gamma.shape == (16,) and cell.norm_c.gamma.shape == (4,)
+    True
+
+    References:
+
+    - [Ba, Kiros and Hinton, 2016](https://arxiv.org/abs/1607.06450)
+    """
+
+    def build(self, input_shape: Shape) -> None:
+        super().build(input_shape)
+        for name, gates in ("norm_x", 4), ("norm_h", 4), ("norm_c", 1):
+            norm = keras.layers.LayerNormalization(name=name, dtype=self.dtype_policy)
+            norm.build((None, gates * self.units))
+            setattr(self, name, norm)
+
+    def gates(self, x: Tensor, h: Tensor, c: Tensor) -> Gates:
+        sigmoid, tanh = self.recurrent_activation, self.activation
+        x = [x @ self.W_xi, x @ self.W_xf, x @ self.W_xc, x @ self.W_xo]
+        h = [h @ self.W_hi, h @ self.W_hf, h @ self.W_hc, h @ self.W_ho]
+        z = self.norm_x(ops.concatenate(x, -1)) + self.norm_h(ops.concatenate(h, -1))
+        z_i, z_f, z_c, z_o = ops.split(z, 4, axis=-1)
+        i = sigmoid(z_i + self.b_i)
+        f = sigmoid(z_f + self.b_f)
+        o = sigmoid(z_o + self.b_o)
+        c_tilde = tanh(z_c + self.b_c)
+        return Gates(i, f, o, c_tilde)
+
+    def call(
+        self, inputs: Tensor, states: Sequence[Tensor], training: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        h, c = states
+        i, f, o, c_tilde = self._apply_gates(inputs, h, c, training)
+        c = self.norm_c(f * c + i * c_tilde)
+        h = o * self.activation(c)
+        return h, [h, c]
+
+
+@_register
+class ZoneoutLSTMCell(ScratchLSTMCell):
+    """LSTM cell with zoneout: units that randomly keep their previous states.
+
+        ĉ_t, ĥ_t = the states of `ScratchLSTMCell`
+        c_t = d_c * c_{t-1} + (1 - d_c) * ĉ_t
+        h_t = d_h * h_{t-1} + (1 - d_h) * ĥ_t
+
+    In training, the `d_*` are random masks, drawn anew at each time step, which are 1
+    with the probability of the rate. In inference, they are the rate.
+
+    Args:
+        *args: Arguments of `ScratchLSTMCell`.
+        zoneout_c: Float in `[0, 1]`, rate for the cell state. Default: 0.5.
+        zoneout_h: Float in `[0, 1]`, rate for the hidden state. Default: 0.05.
+        **kwargs: Keyword arguments of `ScratchLSTMCell`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_scratch_lstm import ScratchLSTM, ZoneoutLSTMCell
+    >>> layer = ScratchLSTM(cell=ZoneoutLSTMCell(4, zoneout_c=0.2))
+    >>> layer(np.ones((32, 10, 8), "float32"), training=True).shape == (32, 4)
+    True
+
+    References:
+
+    - [Krueger et al., 2017](https://arxiv.org/abs/1606.01305)
+    """
+
+    def __init__(
+        self, *args: Any, zoneout_c: float = 0.5, zoneout_h: float = 0.05, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.zoneout_c = _validation.fraction("zoneout_c", zoneout_c)
+        self.zoneout_h = _validation.fraction("zoneout_h", zoneout_h)
+        self._seed_of_sequence = None
+
+    def call(
+        self, inputs: Tensor, states: Sequence[Tensor], training: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        h, c = states
+        _, (new_h, new_c) = super().call(inputs, states, training)
+        d_h, d_c = self.zoneout_h, self.zoneout_c
+        if training:
+            random = self._random_numbers(inputs, h, c)
+            d_h = ops.cast(random[0] < d_h, h.dtype)
+            d_c = ops.cast(random[1] < d_c, c.dtype)
+        h = d_h * h + (1 - d_h) * new_h
+        c = d_c * c + (1 - d_c) * new_c
+        return h, [h, c]
+
+    def get_dropout_mask(self, step_input: Tensor) -> Tensor:
+        """Also draw the seed of a sequence; `RNN` calls this before its loop."""
+        if self._seed_of_sequence is None:
+            self._seed_of_sequence = self.seed_generator.next()
+        return super().get_dropout_mask(step_input)
+
+    def reset_dropout_mask(self) -> None:
+        super().reset_dropout_mask()
+        self._seed_of_sequence = None
+
+    def _random_numbers(self, x, h, c):
+        self.get_dropout_mask(x)
+        # JAX's loop allows no change of a seed, so each time step hashes its arguments.
+        means = [ops.mean(ops.cast(value, "float32")) for value in (x, h, c)]
+        fraction = ops.sin(1e3 * means[0] + 1e4 * means[1] + 1e5 * means[2])
+        seed = self._seed_of_sequence
+        seed = seed + ops.cast(2**30 * (1 + fraction), seed.dtype)
+        return keras.random.uniform((2, *ops.shape(h)), seed=_Seed(seed))
+
+    def get_config(self) -> Config:
+        rates = {"zoneout_c": self.zoneout_c, "zoneout_h": self.zoneout_h}
+        return {**super().get_config(), **rates}
+
+
+class _Seed(keras.random.SeedGenerator):
+    """A tensor as the seed of one random operation."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def next(self, ordered=True):
+        return self.value
+
+
+@_register
+class DropConnectLSTMCell(ScratchLSTMCell):
+    """LSTM cell with DropConnect on the recurrent weights, as in the AWD-LSTM.
+
+        W_h* -> m_* * W_h* / (1 - rate)
+
+    In training, the `m_*` are random masks, which are 0 with the probability of the
+    rate, one per weight and sequence. In inference, the cell is a `ScratchLSTMCell`.
+    A `ScratchLSTM` with this cell runs its fast implementation in training, too.
+
+    Args:
+        *args: Arguments of `ScratchLSTMCell`.
+        drop_connect: Float in `[0, 1]`, fraction of each `W_h*` to drop in training.
+            Like `dropout`, 1 drops nothing. Default: 0.5.
+        **kwargs: Keyword arguments of `ScratchLSTMCell`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_scratch_lstm import DropConnectLSTMCell, ScratchLSTM
+    >>> layer = ScratchLSTM(cell=DropConnectLSTMCell(4, drop_connect=0.2))
+    >>> layer(np.ones((32, 10, 8), "float32"), training=True).shape == (32, 4)
+    True
+
+    References:
+
+    - [Wan et al., 2013](https://proceedings.mlr.press/v28/wan13.html), DropConnect
+    - [Merity, Keskar and Socher, 2018](https://arxiv.org/abs/1708.02182), AWD-LSTM
+    """
+
+    def __init__(self, *args: Any, drop_connect: float = 0.5, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.drop_connect = _validation.fraction("drop_connect", drop_connect)
+        self._weight_masks: Any = None
+
+    def get_dropout_mask(self, step_input: Tensor) -> Tensor:
+        """Also draw the masks of the weights; `RNN` calls this before its loop."""
+        if self._weight_masks is None and 0 < self.drop_connect < 1:
+            ones, seed = ops.ones((self.units, self.units)), self.seed_generator
+            self._weight_masks = [
+                keras.random.dropout(ones, self.drop_connect, seed=seed) for _ in GATES
+            ]
+        return super().get_dropout_mask(step_input)
+
+    def reset_dropout_mask(self) -> None:
+        super().reset_dropout_mask()
+        self._weight_masks = None
+
+    def _recurrent_weights(self, training):
+        weights = super()._recurrent_weights(training)
+        if not (training and self._weight_masks):
+            return weights
+        pairs = zip(weights, self._weight_masks, strict=True)
+        return [ops.cast(mask, weight.dtype) * weight for weight, mask in pairs]
+
+    def _apply_gates(self, x, h, c, training):
+        if not training:
+            return super()._apply_gates(x, h, c, training)
+        self.get_dropout_mask(x)
+        W_h = super()._recurrent_weights(training)
+        values = [(variable, variable.value) for variable in self.variables]
+        values += zip(W_h, self._recurrent_weights(training), strict=True)
+        with keras.StatelessScope(values):
+            return super()._apply_gates(x, h, c, training)
+
+    def get_config(self) -> Config:
+        return {**super().get_config(), "drop_connect": self.drop_connect}

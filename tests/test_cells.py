@@ -1,0 +1,299 @@
+"""The variants of the cell, against their equations in NumPy, float64."""
+
+import keras
+import numpy as np
+import pytest
+from gradients import BACKEND, double_precision, with_gradients
+from keras import layers, ops
+from reference import assert_close, flat, sigmoid, weights_of
+
+from keras_scratch_lstm import (
+    CoupledLSTMCell,
+    DropConnectLSTMCell,
+    LayerNormLSTMCell,
+    PeepholeLSTMCell,
+    ScratchLSTM,
+    ScratchLSTMCell,
+    ZoneoutLSTMCell,
+    run_with_edits,
+    trace_gates,
+)
+
+CELLS = [
+    PeepholeLSTMCell,
+    CoupledLSTMCell,
+    LayerNormLSTMCell,
+    ZoneoutLSTMCell,
+    DropConnectLSTMCell,
+]
+RATE_C, RATE_H = 0.5, 0.05  # the default rates of zoneout
+numpy = ops.convert_to_numpy
+
+
+@pytest.fixture(params=CELLS, ids=lambda cell: cell.__name__)
+def cell_class(request):
+    return request.param
+
+
+def random_cell(cell, rng, features=3):
+    if not cell.built:
+        cell.build((None, features))
+    for weight in cell.weights:
+        weight.assign(rng.normal(0, 0.5, weight.shape))
+    return cell
+
+
+def layer_norm(z, w, name):
+    z = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-3)
+    return z * w[f"{name}/gamma"] + w[f"{name}/beta"]
+
+
+def step(kind, x, h, c, w):
+    """One time step in inference: the equations of the papers."""
+    z_x, z_h = (
+        {k: v @ w.get(n + k, 0 * w[n + "i"]) for k in "ifco"}
+        for v, n in ((x, "W_x"), (h, "W_h"))
+    )
+    if kind is LayerNormLSTMCell:
+        for name, z in ("norm_x", z_x), ("norm_h", z_h):
+            normed = layer_norm(np.concatenate([z[k] for k in "ifco"], -1), w, name)
+            z.update(zip("ifco", np.split(normed, 4, -1), strict=True))
+    z = {k: z_x[k] + z_h[k] + w.get(f"b_{k}", 0) for k in "ifco"}
+    if kind is PeepholeLSTMCell:
+        z["i"] += w["p_i"] * c
+        z["f"] += w["p_f"] * c
+    i, f = sigmoid(z["i"]), sigmoid(z["f"])
+    f = 1 - i if kind is CoupledLSTMCell else f
+    new_c = f * c + i * np.tanh(z["c"])
+    if kind is LayerNormLSTMCell:
+        new_c = layer_norm(new_c, w, "norm_c")
+    if kind is PeepholeLSTMCell:
+        z["o"] += w["p_o"] * new_c
+    new_h = sigmoid(z["o"]) * np.tanh(new_c)
+    if kind is ZoneoutLSTMCell:
+        new_h = RATE_H * h + (1 - RATE_H) * new_h
+        new_c = RATE_C * c + (1 - RATE_C) * new_c
+    return new_h, new_c
+
+
+def named(cell):
+    """Weights by name, in float64; those of the norms by `norm_x/gamma` and so on."""
+    w = weights_of(cell)
+    for name in ("norm_x", "norm_h", "norm_c"):
+        if hasattr(cell, name):
+            w |= {f"{name}/{k}": v for k, v in weights_of(getattr(cell, name)).items()}
+    return w
+
+
+def run(kind, x, w):
+    h = c = np.zeros((len(x), w["W_hi"].shape[0]))
+    outputs = []
+    for x_t in x.swapaxes(0, 1).astype("float64"):
+        h, c = step(kind, x_t, h, c, w)
+        outputs.append(h)
+    return np.stack(outputs, 1)
+
+
+def test_cell_matches_numpy_in_every_wrapper(cell_class, rng, draw, tmp_path):
+    cell, x = random_cell(cell_class(4), rng), draw(2, 5, 3)
+    expected = run(cell_class, x, named(cell))
+    for wrap in (layers.RNN, lambda cell, **kwargs: ScratchLSTM(cell=cell, **kwargs)):
+        assert_close(wrap(cell, return_sequences=True)(x), expected)
+
+    layer = layers.Bidirectional(ScratchLSTM(cell=cell_class(4), return_sequences=True))
+    model = keras.Sequential([keras.Input((5, 3)), layer])
+    for direction in (layer.forward_layer, layer.backward_layer):
+        direction.cell.set_weights(cell.get_weights())
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    backward = run(cell_class, x[:, ::-1], named(cell))[:, ::-1]
+    both = np.concatenate([expected, backward], -1)
+    assert_close(loaded.predict(x, verbose=0), both)
+    trace = trace_gates(loaded, x)
+    assert_close(trace.h, expected)
+    assert_close(trace.backward.h, backward)
+    if cell_class is CoupledLSTMCell:
+        assert_close(trace.f, 1 - trace.i)
+
+
+@pytest.mark.parametrize(
+    ("cell_class", "rate"),
+    [*((cell, 0.3) for cell in CELLS), (DropConnectLSTMCell, 0)],
+    ids=str,
+)
+def test_gradients_match_finite_differences(cell_class, rate, rng):
+    # Zoneout's masks depend on the states, so a difference would change them.
+    training = cell_class is not ZoneoutLSTMCell
+    # Keras's layer normalization, and its loop on JAX, compute in float32.
+    is_exact = cell_class is not LayerNormLSTMCell and BACKEND != "jax"
+    size, tolerance = (1e-5, 1e-5) if is_exact else (3e-3, 1e-2)
+    with double_precision():
+        cell = cell_class(3, seed=2, recurrent_dropout=rate, dtype="float64")
+        layer = ScratchLSTM(cell=cell, return_sequences=True, dtype="float64")
+        layer.build((2, 4, 2))
+        random_cell(cell, rng)
+        x, weights = rng.normal(size=(2, 4, 2)), cell.trainable_weights
+
+        def loss(x):
+            cell.seed_generator.state.assign([2, 0])
+            outputs = layer(x, training=training)
+            return ops.sum(outputs * ops.cos(outputs)), outputs
+
+        _, (*by_weights, by_x) = with_gradients(loss, weights)(x)
+        directions = [rng.normal(size=weight.shape) for weight in weights]
+        direction_x = rng.normal(size=x.shape)
+        values = [numpy(weight).copy() for weight in weights]
+
+        def loss_at(distance):
+            for weight, value, direction in zip(
+                weights, values, directions, strict=True
+            ):
+                weight.assign(value + distance * direction)
+            value, _ = loss(ops.convert_to_tensor(x + distance * direction_x))
+            return float(numpy(value))
+
+        numeric = (loss_at(size) - loss_at(-size)) / (2 * size)
+    gradients = zip([*by_weights, by_x], [*directions, direction_x], strict=True)
+    slope = sum(np.sum(gradient * direction) for gradient, direction in gradients)
+    np.testing.assert_allclose(slope, numeric, tolerance, tolerance)
+
+
+@pytest.mark.parametrize("cell_class", CELLS[2:])
+def test_training_in_mixed_precision(cell_class, draw):
+    cell = cell_class(4, dtype="mixed_bfloat16", dropout=0.2, recurrent_dropout=0.2)
+    layer = ScratchLSTM(cell=cell, dtype="mixed_bfloat16")
+    model = keras.Sequential([keras.Input((5, 3)), layer, layers.Dense(1)])
+    model.compile("sgd", "mse")
+    before = [numpy(weight).copy() for weight in cell.trainable_weights]
+    model.fit(draw(8, 5, 3), draw(8, 1), batch_size=4, verbose=0)
+    assert {weight.dtype for weight in cell.trainable_weights} == {"float32"}
+    for weight, old in zip(cell.trainable_weights, before, strict=True):
+        assert not np.array_equal(numpy(weight), old), weight.path
+
+
+def test_peephole_cell_matches_onnx_reference(rng, draw):
+    onnx = pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator
+
+    cell, x = random_cell(PeepholeLSTMCell(4), rng), draw(5, 2, 3)
+    w = weights_of(cell)
+
+    def fuse(*names):
+        return np.concatenate([w[name].T for name in names])[None].astype("float32")
+
+    inputs = {
+        "X": x,
+        "W": fuse("W_xi", "W_xo", "W_xf", "W_xc"),
+        "R": fuse("W_hi", "W_ho", "W_hf", "W_hc"),
+        "B": np.pad(fuse("b_i", "b_o", "b_f", "b_c"), [(0, 0), (0, 16)]),
+        "P": fuse("p_i", "p_o", "p_f"),
+    }
+    names = ["X", "W", "R", "B", "", "", "", "P"]
+    node = onnx.helper.make_node("LSTM", names, ["Y", "Y_h"], hidden_size=4)
+    expected, _ = ReferenceEvaluator(node).run(None, inputs)
+    layer = ScratchLSTM(cell=cell, return_sequences=True, time_major=True)
+    assert_close(layer(x), expected[:, 0])
+
+
+def test_peephole_cell_starts_as_the_standard_cell(draw):
+    x = draw(2, 5, 3)
+    outputs = []
+    for cell in (PeepholeLSTMCell(4), ScratchLSTMCell(4)):
+        keras.utils.set_random_seed(3)
+        cell = type(cell)(4)
+        outputs.append(layers.RNN(cell)(x))
+    assert_close(*outputs)
+
+
+def test_coupled_gates_share_a_dropout_mask(draw):
+    cell = CoupledLSTMCell(4, recurrent_dropout=0.5)
+    cell.build((None, 3))
+    arguments = map(ops.convert_to_tensor, (draw(2, 3), draw(2, 4), draw(2, 4)))
+    gates = cell._apply_gates(*arguments, training=True)
+    assert_close(gates.f, 1 - numpy(gates.i))
+    assert [
+        weight.name for weight in cell.trainable_weights if "f" in weight.name
+    ] == []
+
+
+@pytest.mark.parametrize("kind", ["RNN", "ScratchLSTM", "unrolled"])
+def test_zoneout_draws_masks_at_every_time_step(kind, draw):
+    cell = ZoneoutLSTMCell(64, zoneout_c=0.7, zoneout_h=0.2, seed=1)
+    arguments = {"return_sequences": True}
+    if kind == "ScratchLSTM":
+        layer = ScratchLSTM(cell=cell, **arguments)
+    else:
+        layer = layers.RNN(cell, unroll=kind == "unrolled", **arguments)
+    x = draw(16, 10, 3)
+    first, second = (numpy(layer(x, training=True)) for _ in range(2))
+    assert not np.array_equal(first, second)
+    kept = first[:, 1:] == first[:, :-1]
+    # 0.2 of 9,216 values with a standard deviation of 0.004.
+    assert abs(kept.mean() - 0.2) < 0.025
+    # Independent of the previous time step, of the unit and of the sample.
+    for axis in (0, 1, 2):
+        a, b = np.swapaxes(kept, 0, axis)[1:], np.swapaxes(kept, 0, axis)[:-1]
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.06
+
+
+def test_zoneout_keeps_or_replaces_states(draw):
+    cell = ZoneoutLSTMCell(50, zoneout_c=0.7, zoneout_h=0.2, seed=1)
+    cell.build((None, 3))
+    x, h, c = draw(40, 3), draw(40, 50), draw(40, 50)
+    states = [ops.convert_to_tensor(state) for state in (h, c)]
+    _, (new_h, new_c) = cell(x, states, training=True)
+    standard = ScratchLSTMCell(50)
+    standard.build((None, 3))
+    standard.set_weights(cell.get_weights())
+    _, replaced = standard(x, states)
+    for new, new_value, old, rate in (
+        (new_h, replaced[0], h, 0.2),
+        (new_c, replaced[1], c, 0.7),
+    ):
+        new = numpy(new)
+        kept = new == old
+        assert abs(kept.mean() - rate) < 0.05  # a standard deviation below 0.011
+        assert_close(new, np.where(kept, old, numpy(new_value)), 1e-6)
+
+
+def test_drop_connect_has_one_mask_per_sequence(rng, draw):
+    cell = random_cell(DropConnectLSTMCell(4, drop_connect=0.5, seed=3), rng)
+    x, outputs = draw(2, 5, 3), []
+    fast = ScratchLSTM(cell=cell, return_sequences=True)
+    for layer in (layers.RNN(cell, return_sequences=True), fast, fast):
+        seed = numpy(cell.seed_generator.state)
+        masks = [
+            keras.random.dropout(ops.ones((4, 4)), 0.5, seed=cell.seed_generator)
+            for _ in "ifoc"
+        ]
+        cell.seed_generator.state.assign(seed)
+        w = named(cell)
+        for gate, mask in zip("ifoc", masks, strict=True):
+            w[f"W_h{gate}"] = w[f"W_h{gate}"] * numpy(mask)
+        outputs.append(layer(x, training=True))
+        assert_close(outputs[-1], run(DropConnectLSTMCell, x, w))
+    assert not np.allclose(*flat(outputs[1:]))
+    assert fast.recurrence != "loop"
+
+
+def test_edits_of_a_peephole_cell(rng, draw):
+    cell, x = random_cell(PeepholeLSTMCell(4), rng), draw(2, 5, 3)
+    layer = ScratchLSTM(cell=cell, return_sequences=True)
+    expected = layer(x)
+    assert_close(run_with_edits(layer, x, [])[0], expected)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (ZoneoutLSTMCell, "zoneout_c"),
+        (ZoneoutLSTMCell, "zoneout_h"),
+        (DropConnectLSTMCell, "drop_connect"),
+    ],
+)
+def test_rates_are_checked_and_saved(make, name):
+    with pytest.raises(ValueError, match=f"`{name}` must be a number from 0 to 1"):
+        make(4, **{name: 1.5})
+    config = make(4, **{name: 0.25}).get_config()
+    assert config[name] == make.from_config(config).get_config()[name] == 0.25
