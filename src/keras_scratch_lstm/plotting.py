@@ -83,10 +83,8 @@ def plot_gates(
     """
     sample, steps, tokens = _select(trace, sample, steps, tokens)
     last = trace.i.shape[-1] - 1
-    units = [
-        _validation.integer("units", unit, 0, last)
-        for unit in np.atleast_1d(units).tolist()
-    ]
+    units = list(units) if np.iterable(units) else [units]
+    units = [_validation.integer("units", unit, 0, last) for unit in units]
     if not units:
         raise _validation.invalid("units", units, "one or more integers")
     figure = Figure(figsize=(_WIDTH, 1.1 + 1.3 * len(units)), layout="constrained")
