@@ -1,28 +1,22 @@
 """The benchmark runs and reports its measurements. No test asserts a time."""
 
-import importlib.util
 import json
 import statistics
 from pathlib import Path
 
+import inference
 import keras
+import measuring
 import pytest
+import throughput
 from reference import run_python
 
 pytestmark = [pytest.mark.one_backend, pytest.mark.slow]
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "throughput.py"
+SCRIPT = Path(throughput.__file__)
 BACKEND = keras.backend.backend()
 TINY = {"rounds": 2, "batches": 2, "batch": 2, "time": 4, "units": 3, "characters": 20}
 TINY |= {"grid-batches": "1,2", "grid-units": "2,3", "step-counts": "2,5"}
-
-
-@pytest.fixture(scope="module")
-def throughput():
-    spec = importlib.util.spec_from_file_location("throughput", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -35,7 +29,7 @@ def run(tmp_path):
     return run
 
 
-def test_main_table(run, throughput):
+def test_main_table(run):
     pytest.importorskip("matplotlib")
     printed, out = run()
     found = json.loads((out / "main.json").read_text())[BACKEND]
@@ -47,7 +41,14 @@ def test_main_table(run, throughput):
     assert "`ScratchLSTM` / `LSTM`" in found["ratios"]
     assert (out / "throughput.png").stat().st_size > 1000
     times = {"ScratchLSTM": [1.0, 2.0, 4.0], "LSTM": [3.0, 4.0, 4.0]}
-    assert throughput.ratios(times) == {"`ScratchLSTM` / `LSTM`": 2.0}
+    assert measuring.ratios(times) == {"`ScratchLSTM` / `LSTM`": 2.0}
+
+
+def test_quick_table(run):
+    printed, out = run("--quick")
+    assert f"\n| {BACKEND} | `ScratchLSTM` | " in printed
+    assert "one time step)" in printed.splitlines()[0]  # the rate of its matmul
+    assert (out / "quick.md").read_text() == printed
 
 
 def test_other_tables(run):
@@ -65,10 +66,10 @@ def test_other_tables(run):
     assert tables["inference"]["generation_ratio"] > 0
 
 
-def test_generators_return_same_text(throughput):
+def test_generators_return_same_text():
     import numpy as np
 
-    compiled, by_predict = throughput.generators(units=16, characters=30)
+    compiled, by_predict = inference.generators(units=16, characters=30)
     start = np.array([[1]], "int32")
     found = compiled(start)
     np.testing.assert_array_equal(found, by_predict(start))
@@ -76,14 +77,14 @@ def test_generators_return_same_text(throughput):
 
 
 @pytest.mark.parametrize("wrong", ["0", "1.5", "a"])
-def test_invalid_number_is_rejected(throughput, capsys, wrong):
+def test_invalid_number_is_rejected(capsys, wrong):
     with pytest.raises(SystemExit):
         throughput.parse([f"--rounds={wrong}"])
     expected = f"--rounds: must be a positive integer. Received: '{wrong}'\n"
     assert capsys.readouterr().err.endswith(expected)
 
 
-def test_flop_per_token(throughput):
+def test_flop_per_token():
     units, vocabulary = 256, 28
     x_W_x, h_W_h, logits = units * vocabulary, units * units, units * vocabulary
     forward = 4 * (x_W_x + h_W_h) + logits
@@ -91,9 +92,9 @@ def test_flop_per_token(throughput):
     assert throughput.flop_per_token(units) == 2 * (forward + to_weights + to_inputs)
 
 
-def test_rounds_are_interleaved(throughput):
+def test_rounds_are_interleaved():
     called = []
     functions = {name: lambda name=name: called.append(name) for name in "abc"}
-    times = throughput.interleave(functions, 3)
+    times = measuring.interleave(functions, 3)
     assert "".join(called) == "abcbcacab"
     assert [len(values) for values in times.values()] == [3, 3, 3]
