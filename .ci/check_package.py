@@ -37,6 +37,7 @@ for version in ("3.11", "3.12", "3.13"):
 assert "Typing :: Typed" in classifiers
 needs = metadata.get_all("Requires-Dist")
 assert {need for need in needs if "extra ==" not in need} == {
+    "h5py",
     "keras>=3.12",
     "tensorflow>=2.18",
 }, needs
