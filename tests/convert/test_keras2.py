@@ -248,6 +248,17 @@ def flip_kernels(file, config):
     assert count == 4
 
 
+def use_lists(file, config):
+    """Until Keras 2.2.2, the configuration of a Sequential model was a list."""
+    for spec in config["config"]["layers"]:
+        if "layers" in spec["config"]:
+            use_lists(file, spec)
+        if spec["class_name"] == "Sequential":
+            first, *others = spec["config"]["layers"]
+            assert first["class_name"] == "InputLayer"
+            spec["config"] = others
+
+
 def remove_input_layer(file, config):
     """Older models have the shape of the input in the first layer only."""
     del config["config"]["layers"][0]
@@ -275,6 +286,7 @@ def store_build_shape(file, config):
     [
         ("bidirectional_states", as_keras_2_2),
         ("nested", number_calls_from_0),
+        ("nested", use_lists),
         ("video", flip_kernels),
         ("stock", remove_input_shape),
         ("sentiment", remove_input_shape),
@@ -326,6 +338,7 @@ BACKWARD = serialized("LSTM", name="x", units=2, go_backwards=True)
             "softmax",
         ),
         (("LeakyReLU", {"alpha": 0.25}), "negative_slope", 0.25),
+        (("ThresholdedReLU", {"theta": 0.25}), "threshold", 0.25),
         (
             ("ConvLSTM2D", {"filters": 2, "kernel_size": 2, "implementation": 2}),
             "filters",

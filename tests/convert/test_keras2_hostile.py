@@ -72,6 +72,18 @@ CONFIGURATIONS = {
     "constraint": ("not one of", changed(replace(bias_constraint=SYSTEM))),
     "policy": ("must not be a dict", changed(replace(seed=SYSTEM))),
     "time_major": ("Keras 3 has no `time_major`", changed(replace(time_major=True))),
+    "many units": (
+        r"layer 'lstm_1' \(LSTM\): it must have at least 10{16} weights",
+        changed(replace(units=10**8)),
+    ),
+    "large vocabulary": (
+        "'last' .Embedding.: it must have at least 6000000 weights, which is more",
+        changed(add("Embedding", input_dim=2_000_000, output_dim=3)),
+    ),
+    "large kernel": (
+        "'last' .Conv2D.: it must have at least 100000000 weights",
+        changed(add("Conv2D", filters=1, kernel_size=[10_000, 10_000])),
+    ),
     "units": (r"layer 'lstm_1' \(LSTM\): ", changed(replace(units=-1))),
     "units type": (r"layer 'lstm_1' \(LSTM\): ", changed(replace(units="many"))),
     "shape": ("cannot|invalid", changed(replace(batch_input_shape=[None, "a"]))),

@@ -69,7 +69,11 @@ def load_keras2(
         open_file(weights) if weights != path else nullcontext(file) as weights_file,
     ):
         spec, stored = read_config(file), read_weights(weights_file)
-        builder = Builder(custom_objects, lambda stack: infer_shape(stack, stored))
+        builder = Builder(
+            custom_objects,
+            lambda stack: infer_shape(stack, stored),
+            most_weights=weights.stat().st_size,
+        )
         model = builder.model(spec)
         assign(model, stored, builder)
     for layer, trainable in builder.trainable.items():

@@ -12,7 +12,9 @@ def read(spec):
     """The class name of a layer or model, and its configuration."""
     if isinstance(spec, Mapping):
         class_name, config = spec.get("class_name"), spec.get("config")
-        if isinstance(class_name, str) and isinstance(config, (Mapping, list)):
+        if class_name == "Sequential" and isinstance(config, list):
+            config = {"layers": config}  # until Keras 2.2.2
+        if isinstance(class_name, str) and isinstance(config, Mapping):
             return class_name, config
     raise FileError(f"{spec!r:.80} is not the configuration of a layer.")
 
@@ -46,8 +48,6 @@ def input_tensor(config, taken=()):
 
 def sequential(builder, config, is_outermost=False):
     """Build a Sequential model. Without an input shape, only the outermost is built."""
-    if isinstance(config, list):  # until Keras 2.2.2
-        config = {"layers": config}
     specs, taken = list(config["layers"]), set()
     class_name, first = read(specs[0]) if specs else (None, {})
     inputs = []

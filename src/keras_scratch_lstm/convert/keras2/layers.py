@@ -4,6 +4,7 @@ Each rule has one reason and changes a configuration in place.
 """
 
 import inspect
+import math
 
 from keras import layers
 
@@ -38,6 +39,7 @@ _ALIASES = {
     "UnifiedGRU": "GRU",
     "BatchNormalizationV1": "BatchNormalization",
     "BatchNormalizationV2": "BatchNormalization",
+    "ThresholdedReLU": "ReLU",
 }
 _RECURRENT = (layers.RNN, layers.LSTMCell, layers.GRUCell, layers.SimpleRNNCell)
 _INHERITED = ("name", "dtype", "activity_regularizer")
@@ -107,6 +109,7 @@ _RULES = {
     "Bidirectional": (_reverse_backward_layer,),
     "Embedding": (_remove("input_length"),),
     "LeakyReLU": (_rename("alpha", "negative_slope"),),
+    "ThresholdedReLU": (_rename("theta", "threshold"),),
     "BatchNormalization": (_unpack_axis, _remove("fused")),
     "LayerNormalization": (_unpack_axis,),
     "Softmax": (_unpack_axis,),
@@ -117,6 +120,22 @@ _RULES = {
         (_remove("kernel_initializer", "kernel_regularizer", "kernel_constraint"),),
     ),
 }
+
+
+def check_size(class_name, config, most):
+    """Raise an error if a layer must have more than `most` weights, before it has."""
+    if class_name.endswith("Embedding"):
+        sizes = [config.get("input_dim"), config.get("output_dim")]
+    elif class_name.endswith(("LSTM", "GRU", "RNN", "Cell")):
+        sizes = 2 * [config.get("units")]
+    else:
+        kernel = config.get("kernel_size")
+        kernel = kernel if isinstance(kernel, list) else [kernel]
+        sizes = [config.get("units"), config.get("filters"), *kernel]
+    sizes = [size for size in sizes if isinstance(size, int)]
+    if math.prod(sizes) > most:
+        rule = f"it must have at least {math.prod(sizes)} weights"
+        raise FileError(f"{rule}, which is more than the bytes of the file, {most}.")
 
 
 def clean(config):

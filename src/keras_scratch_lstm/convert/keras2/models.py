@@ -1,5 +1,6 @@
 """Build the layers and models of a Keras 2 configuration in Keras 3."""
 
+import math
 from collections.abc import Mapping
 
 import keras
@@ -29,9 +30,10 @@ class Builder:
         call_arguments: Dict of layers and the arguments to call them with.
     """
 
-    def __init__(self, custom_objects, infer_shape):
+    def __init__(self, custom_objects, infer_shape, most_weights=math.inf):
         self.custom_objects = custom_objects
         self.infer_shape = infer_shape
+        self.most_weights = most_weights
         self.trainable, self.parts, self.call_arguments = {}, {}, {}
 
     def model(self, spec):
@@ -48,10 +50,8 @@ class Builder:
     def layer(self, spec, taken=()):
         """Build a layer or nested model, with a name that is not taken."""
         class_name, config = graph.read(spec)
-        name = class_name
-        if isinstance(config, Mapping):
-            name = str(config.get("name") or class_name)
-            config = {**config, "name": graph.unique_name(name, taken)}
+        name = str(config.get("name") or class_name)
+        config = {**config, "name": graph.unique_name(name, taken)}
         trainable, outer, self.trainable = _is_trainable(config), self.trainable, {}
         try:
             layer = self._layer(class_name, name, config)
@@ -70,6 +70,7 @@ class Builder:
         layers.clean(config)
         if custom is not None:
             return custom.from_config(_without_modules(config))
+        layers.check_size(class_name, config, self.most_weights)
         is_causal = class_name.endswith("Attention") and config.pop("causal", False)
         cls = layers.translate(class_name, config)
         layer = cls(**{key: self._argument(key, v) for key, v in config.items()})
@@ -107,7 +108,7 @@ class Builder:
 
 
 def _is_trainable(config):
-    return not isinstance(config, Mapping) or config.get("trainable", True) is not False
+    return config.get("trainable", True) is not False
 
 
 def _without_modules(value):
