@@ -236,7 +236,7 @@ def integrated_gradients(
     index = target if isinstance(target, tuple) else (target,)
 
     def output_of(sequences):
-        outputs, _ = loop.run(call, loop.unchanged, sequences=sequences[0])
+        outputs, _ = loop.run(call, loop.unchanged, new_sequences=sequences[0])
         return ops.sum(_pick(outputs, index, target))
 
     total = np.zeros(x.shape)

@@ -1,21 +1,20 @@
 """A recurrent layer's loop over time, in which every array can be changed."""
 
 import contextlib
-import threading
+import functools
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_scratch_lstm import _keras, recurrence
+from keras_scratch_lstm import _keras, _validation, recurrence
 from keras_scratch_lstm.cell import ScratchLSTMCell
+from keras_scratch_lstm.layer import ScratchLSTM
 from keras_scratch_lstm.per_gate import GATES, named_weights
 from keras_scratch_lstm.tracing import GateTrace, capture
 from keras_scratch_lstm.tracing.inputs import check_inputs
 from keras_scratch_lstm.tracing.trace import ARRAYS
-
-_LOCK = threading.RLock()
 
 
 class Step(NamedTuple):
@@ -70,11 +69,7 @@ def find_call(model_or_layer, inputs, layer=None, simple_rnn=False):
     target = rnn = _find_simple_rnn(model, layer) if simple_rnn else None
     if rnn is None:
         target, rnn = _find_lstm(model, layer)
-    if not (model.built and rnn.cell.built):
-        raise ValueError(
-            f"`model_or_layer` must be built. Received: {model.name!r}. Call it once "
-            "on data, or add `keras.Input`."
-        )
+    capture.check_built(model, [rnn])
     time_major = getattr(model, "time_major", False)
     inputs, samples = check_inputs(inputs, time_major=time_major)
     arguments = next(capture.capture_calls(model, target, inputs, samples))[rnn]
@@ -110,7 +105,7 @@ def _find_simple_rnn(model, layer):
     return found[0] if len(found) == 1 else None
 
 
-def run(call, visit, inputs=None, sequences=None, record=False):
+def run(call, visit, inputs=None, new_sequences=None, record=False):
     """Run the model with a loop over time that calls `visit` for every array.
 
     The first call of the layer is changed. Variables keep their values.
@@ -120,23 +115,33 @@ def run(call, visit, inputs=None, sequences=None, record=False):
         visit: Function `(name, step, t)` that returns the new values of the array
             `name` of a `Step`. `t` is the time step, in the order of the inputs.
         inputs: Inputs of the model. Default: `None`, those of the call.
-        sequences: Tensor that replaces the inputs of the layer. Default: `None`.
+        new_sequences: Tensor that replaces the inputs of the layer. Default: `None`.
         record: Boolean, whether to return a `GateTrace`.
 
     Returns:
         `(outputs, trace)`: tensors, and a `GateTrace` or `None`.
     """
-    steps = {}
+    steps, calls = {}, []
 
-    def inner_loop(x, initial_state, mask=None):
-        x = x if sequences is None else ops.cast(sequences, x.dtype)
-        return _loop(call.layer, x, initial_state, mask, visit, steps, record)
+    def change(original, sequences, initial_state, mask=None, **options):
+        if calls:
+            return original(sequences, initial_state, mask, **options)
+        calls.append(1)
+        if new_sequences is not None:
+            sequences = ops.cast(new_sequences, sequences.dtype)
+        args = call.layer, sequences, initial_state, mask
+        return _loop(*args, visit, steps, record)
 
-    model = call.model
-    # As in a trace: without updates of states, and on torch without gradients.
-    values = [(v, ops.stop_gradient(v.value)) for v in model.variables]
-    with keras.StatelessScope(values), _replaced(call.layer, inner_loop):
-        outputs = model(call.inputs if inputs is None else inputs, training=False)
+    def keep(lstm, original, sequences, initial_state, mask=None, **_):
+        return _loop(lstm, sequences, initial_state, mask, unchanged, {}, False)
+
+    loops = {lstm: functools.partial(keep, lstm) for lstm in _others(call)}
+    with capture.frozen(call.model), contextlib.ExitStack() as stack:
+        for lstm, loop in {call.layer: change, **loops}.items():
+            # On a GPU, `Bidirectional` runs cuDNN instead of its layers if they allow.
+            scope = capture.replaced(lstm, "inner_loop", loop, use_cudnn=False)
+            stack.enter_context(scope)
+        outputs = call.model(call.inputs if inputs is None else inputs, training=False)
     return outputs, to_trace(call, steps) if record else None
 
 
@@ -240,35 +245,31 @@ def _simple_rnn(layer, x):
     return advance
 
 
-@contextlib.contextmanager
-def _replaced(layer, inner_loop):
-    """Replace the loop over time in the layer's next call in this thread."""
-    thread, original, calls = threading.get_ident(), layer.inner_loop, []
+def _others(call):
+    """Return the other LSTMs of the model whose loop is slower than this one.
 
-    def replacement(sequences, initial_state, mask=None, training=False):
-        if calls or threading.get_ident() != thread:
-            return original(sequences, initial_state, mask, training)
-        calls.append(1)
-        return inner_loop(sequences, initial_state, mask)
-
-    # On a GPU, `Bidirectional` runs cuDNN instead of its layers if they allow it.
-    attributes = {"inner_loop": replacement, "use_cudnn": False}
-    with _LOCK:
-        # Keras and torch track what `__setattr__` assigns.
-        before = {k: vars(layer)[k] for k in attributes if k in vars(layer)}
-        vars(layer).update(attributes)
-        try:
-            yield
-        finally:
-            for name in attributes:
-                del vars(layer)[name]
-            vars(layer).update(before)
+    On JAX, every eager call traces the loop of Keras anew.
+    """
+    if keras.backend.backend() != "jax":
+        return []
+    layers = (keras.layers.LSTM, ScratchLSTM, keras.layers.RNN)
+    cells = (keras.layers.LSTMCell, ScratchLSTMCell)
+    return [
+        lstm
+        for target in capture.find_all(call.model)
+        for lstm in capture.directions_of(target)
+        if lstm is not call.layer and type(lstm) in layers and type(lstm.cell) in cells
+    ]
 
 
 def loss_function(loss, model, argument):
     """Return a function `(y_true, y_pred)` for a loss, or the model's compiled one."""
     if loss is not None:
-        function = keras.losses.get(loss)
+        try:
+            function = keras.losses.get(loss)
+        except ValueError:
+            rule = "the name of a Keras loss, or a function `(y_true, y_pred)`"
+            raise _validation.invalid(argument, loss, rule) from None
         return lambda y_true, y_pred: ops.mean(function(y_true, y_pred))
     compiled = _keras.compiled_loss(model)
     if compiled is None:

@@ -69,11 +69,7 @@ def trace_gates(
     """
     model = capture.load(model_or_layer)
     target, lstms = capture.find_lstms(model, layer)
-    if not all(part.built for part in (model, *(lstm.cell for lstm in lstms))):
-        raise ValueError(
-            f"`model_or_layer` must be built. Received: {model.name!r}. Call it once "
-            "on data, or add `keras.Input`."
-        )
+    capture.check_built(model, lstms)
     parts: dict[Any, list[Any]] = {lstm: [] for lstm in lstms}
     stateful = capture.is_stateful(model)
     for batch in read_batches(inputs, batches, stateful=stateful):

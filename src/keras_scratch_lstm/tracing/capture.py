@@ -102,6 +102,14 @@ def find_lstms(model, layer=None):
     return target, lstms
 
 
+def check_built(model, lstms):
+    if not all(layer.built for layer in (model, *(lstm.cell for lstm in lstms))):
+        raise ValueError(
+            f"`model_or_layer` must be built. Received: {model.name!r}. Call it once "
+            "on data, or add `keras.Input`."
+        )
+
+
 def _select(layer, targets, choices):
     if layer is None:
         return targets if len(targets) == 1 else []
@@ -119,30 +127,37 @@ class _Stop(BaseException):
     """Stop the forward pass at the traced layer; `except Exception` ignores it."""
 
 
+def frozen(model):
+    """Return a scope that discards updates of states, and has no gradients on torch."""
+    values = [(v, ops.stop_gradient(v.value)) for v in model.variables]
+    return keras.StatelessScope(values)
+
+
 @contextlib.contextmanager
-def _record_call(layer, calls):
-    """Record the arguments of the layer's calls in this thread, and stop there."""
+def replaced(layer, name, replacement, **attributes):
+    """Replace a method of a layer in this thread, and other attributes in all threads.
+
+    Calls become `replacement(original, *args, **kwargs)`.
+    """
     thread = threading.get_ident()
     with _LOCK:
-        call = layer.call
-        signature = inspect.signature(call)
-        is_instance_attribute = "call" in vars(layer)
+        original = getattr(layer, name)
 
-        def record(*args, **kwargs):
+        def method(*args, **kwargs):
             if threading.get_ident() != thread:
-                return call(*args, **kwargs)
-            calls.append(signature.bind(*args, **kwargs).arguments)
-            raise _Stop
+                return original(*args, **kwargs)
+            return replacement(original, *args, **kwargs)
 
+        attributes[name] = method
         # Keras and torch track what `__setattr__` assigns.
-        vars(layer)["call"] = record
+        before = {key: vars(layer)[key] for key in attributes if key in vars(layer)}
+        vars(layer).update(attributes)
         try:
             yield
         finally:
-            if is_instance_attribute:
-                vars(layer)["call"] = call
-            else:
-                del vars(layer)["call"]
+            for key in attributes:
+                del vars(layer)[key]
+            vars(layer).update(before)
 
 
 def capture_calls(model, target, inputs, batch_size):
@@ -204,10 +219,12 @@ def _batch_sizes(model, samples, batch_size):
 
 def _capture(model, target, batch):
     calls = []
-    # The scope discards updates of states. On torch, `stop_gradient` keeps the
-    # forward pass from recording gradients.
-    values = [(v, ops.stop_gradient(v.value)) for v in model.variables]
-    with keras.StatelessScope(values), _record_call(target, calls):
+
+    def record(call, *args, **kwargs):
+        calls.append(inspect.signature(call).bind(*args, **kwargs).arguments)
+        raise _Stop
+
+    with frozen(model), replaced(target, "call", record):
         with contextlib.suppress(_Stop):
             _forward(model, batch)(batch, training=False)
         if not calls:
