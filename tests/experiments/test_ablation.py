@@ -121,7 +121,10 @@ def test_table_and_progress(x, y, capsys):
     ("options", "message"),
     [
         ({}, "`metric` must be given, since .* is not compiled"),
+        ({"metric": "accuracy"}, "`metric` must be the name of a Keras loss, or a f"),
         ({"metric": "mse", "arrays": "g"}, "`arrays` must be among 'i', 'f'"),
+        ({"metric": "mse", "arrays": 3}, "`arrays` must be among .*arrays=3"),
+        ({"metric": "mse", "arrays": []}, "`arrays` must be among"),
         ({"metric": "mse", "units": UNITS}, "`units` must be .* selects some of 4"),
         ({"metric": "mse", "method": "noise"}, "`method` must be 'zero' or 'mean'"),
         ({"metric": "mse", "batch_size": 0}, "`batch_size` must be a positive integer"),

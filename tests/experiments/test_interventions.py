@@ -171,7 +171,7 @@ def test_directions_of_a_bidirectional_layer(kind, direction, merge, x):
     assert_close(outputs, apply_dense(model, merged))
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM", "custom cell"])
 @pytest.mark.parametrize("leading", [False, True])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_masked_time_steps(kind, leading, bidirectional, x, rng):
@@ -286,6 +286,9 @@ def test_model_is_unchanged_after_an_error(x):
 
     with pytest.raises(RuntimeError, match="in the edit"):
         run_with_edits(model, x, Edit("f", fail))
+    for value in (None, np.ones(UNITS + 1)):
+        with pytest.raises(ValueError, match=r"`value` must be a function .* \(3, 4\)"):
+            run_with_edits(model, x, Edit("f", lambda gates, t, value=value: value))
     assert sorted(vars(layer)) == attributes
     np.testing.assert_array_equal(to_numpy(model(x)), before)
 
@@ -325,6 +328,7 @@ def test_invalid_edit(arguments, message):
             r"`GateTrace` of shape \(3, 5, 4\), .* Received: .* \(3, 6, 4\)",
         ),
         ("f", "`edits` must be an `Edit` or a list of these"),
+        (None, "`edits` must be an `Edit` or a list of these. Received: edits=None"),
     ],
     ids=str,
 )

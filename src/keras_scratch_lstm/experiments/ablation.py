@@ -105,10 +105,10 @@ def ablate_units(
     - [Lakretz et al., 2019](https://aclanthology.org/N19-1002/)
     """
     batch_size = _validation.positive_integer("batch_size", batch_size)
-    arrays = [arrays] if isinstance(arrays, str) else list(arrays)
-    for name in arrays:
-        if name not in ARRAYS:
-            raise _validation.invalid("arrays", name, f"among {str(ARRAYS)[1:-1]}")
+    names = [arrays] if isinstance(arrays, str) else arrays
+    names = list(names) if isinstance(names, Iterable) else []
+    if not names or not all(name in ARRAYS for name in names):
+        raise _validation.invalid("arrays", arrays, f"among {str(ARRAYS)[1:-1]}")
     if method not in ("zero", "mean"):
         raise _validation.invalid("method", method, "'zero' or 'mean'")
     call = loop.find_call(model_or_layer, inputs, layer)
@@ -116,11 +116,11 @@ def ablate_units(
     measure = _measure(metric, call.model, targets)
     outputs, trace = loop.run(call, loop.unchanged, record=method == "mean")
     baseline = measure(outputs)
-    rows = [(name, int(unit)) for name in arrays for unit in units]
+    rows = [(name, int(unit)) for name in names for unit in units]
     group = 1 if _is_fixed(call.model) else max(1, batch_size // call.shape[0])
-    values = {name: np.zeros(call.shape[2]) for name in arrays}
+    values = {name: np.zeros(call.shape[2]) for name in names}
     if method == "mean":
-        values = {name: np.nanmean(getattr(trace, name), (0, 1)) for name in arrays}
+        values = {name: np.nanmean(getattr(trace, name), (0, 1)) for name in names}
     results: list[float] = []
     progress = keras.utils.Progbar(len(rows), verbose=verbose, unit_name="unit")
     try:
@@ -130,10 +130,8 @@ def ablate_units(
             progress.update(len(results))
     except KeyboardInterrupt:
         pass
-    names, numbers = zip(*rows[: len(results)], strict=True) if results else ((), ())
-    return Ablation(
-        baseline, np.array(names), np.array(numbers, int), np.array(results)
-    )
+    array, unit = zip(*rows[: len(results)], strict=True) if results else ((), ())
+    return Ablation(baseline, np.array(array), np.array(unit, int), np.array(results))
 
 
 def _ablate(call, rows, values, measure):
@@ -160,13 +158,9 @@ def _ablate(call, rows, values, measure):
     outputs, _ = loop.run(call, visit, inputs)
     if len(rows) == 1:
         return [measure(outputs)]
-    size = keras.tree.flatten(outputs)[0].shape[0] // len(rows)
+    parts = keras.tree.map_structure(lambda y: ops.split(y, len(rows)), outputs)
     return [
-        measure(
-            keras.tree.map_structure(
-                lambda y, k=k: y[k * size : (k + 1) * size], outputs
-            )
-        )
+        measure(keras.tree.map_structure_up_to(outputs, lambda y, k=k: y[k], parts))
         for k in range(len(rows))
     ]
 

@@ -1,5 +1,6 @@
 """Run a model with the gates or states of one LSTM edited."""
 
+import functools
 import math
 import numbers
 from collections.abc import Callable, Iterable
@@ -123,11 +124,13 @@ def run_with_edits(
 
 def visitor(edits, call):
     """Return the function for `loop.run` that applies the edits."""
-    edits = [edits] if isinstance(edits, Edit) else list(edits)
+    received = edits
+    edits = [edits] if isinstance(edits, Edit) else edits
+    edits = list(edits) if isinstance(edits, Iterable) else [edits]
+    if not all(isinstance(edit, Edit) for edit in edits):
+        raise _validation.invalid("edits", received, "an `Edit` or a list of these")
     bound = {name: [] for name in ARRAYS}
     for edit in edits:
-        if not isinstance(edit, Edit):
-            raise _validation.invalid("edits", edit, "an `Edit` or a list of these")
         bound[edit.array].append(_bind(edit, call))
 
     def visit(name, step, t):
@@ -165,7 +168,7 @@ def _new_values(edit, call, place):
     if edit.scale is not None:
         return lambda values, step, t: values * edit.scale
     if callable(value):
-        return lambda values, step, t: ops.cast(value(step, t), values.dtype)
+        return functools.partial(_computed, value)
     if isinstance(value, GateTrace):
         value = getattr(value, edit.array)
         if value.shape != call.shape:
@@ -192,6 +195,15 @@ def _new_values(edit, call, place):
     full = ops.unstack(ops.cast(full, call.layer.cell.compute_dtype))
     at_step = dict(zip(place[1].tolist(), full, strict=True))
     return lambda values, step, t: at_step[t]
+
+
+def _computed(function, values, step, t):
+    new = function(step, t)
+    try:
+        return ops.broadcast_to(ops.cast(new, values.dtype), values.shape)
+    except Exception:  # of any type, depending on the backend
+        rule = "a function that returns what broadcasts to `(batch, units)`, "
+        raise _validation.invalid("value", new, f"{rule}{values.shape}") from None
 
 
 def select(argument, selection, size):
