@@ -292,7 +292,7 @@ def plot_ablation(
     ax.barh(labels, ablation.change[rows], color=_STYLES["f"]["color"])
     ax.invert_yaxis()
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.set_xlabel(f"change of the metric, from {ablation.baseline:.3g}")
+    ax.set_xlabel(f"change of the metric (baseline: {ablation.baseline:.3g})")
     ax.tick_params(axis="y", length=0)
     ax.spines[["top", "right", "left"]].set_visible(False)
     return _save(ax.figure, path)
