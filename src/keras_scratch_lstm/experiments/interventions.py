@@ -203,7 +203,9 @@ def _computed(function, values, step, t):
         return ops.broadcast_to(ops.cast(new, values.dtype), values.shape)
     except Exception:  # of any type, depending on the backend
         rule = "a function that returns what broadcasts to `(batch, units)`, "
-        raise _validation.invalid("value", new, f"{rule}{values.shape}") from None
+        raise _validation.invalid(
+            "value", new, f"{rule}{tuple(values.shape)}"
+        ) from None
 
 
 def select(argument, selection, size):
