@@ -1,14 +1,18 @@
-"""Compare size and latency of an LSTM's LiteRT files.
+"""Compare size, latency and error of LiteRT files.
 
-    python benchmarks/deployment.py --out benchmarks/results
+    python benchmarks/deployment.py --text timemachine.txt --out benchmarks/results
 
-Batch size 1, 20 time steps, 8 features, one thread. The files take turns, so each ratio
-is one of medians of the same run.
+1. One layer, untrained: as a loop, unrolled, and as the fused op.
+2. Trained models, quantized: the sensor signals of `examples/deploy.py`, and the next
+   characters of a text that is not in the training data.
+
+Batch size 1, one thread. The files take turns, so their latencies compare.
 """
 
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from importlib.metadata import version
@@ -16,22 +20,29 @@ from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-
+import deploy
 import keras
 import numpy as np
-import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
+from book_text import Minibatches, Vocabulary, load_text, tokenize
 
-from keras_scratch_lstm import recurrence, to_scratch
+from keras_scratch_lstm import ScratchLSTM, recurrence, to_scratch
+from keras_scratch_lstm.recurrence.litert import remove_limits
 
-SHAPE = (1, 20, 8)
+SHAPE = (20, 8)
+HELD_OUT = 10_000  # characters
 
 
-def export(model, path, **options):
-    options["input_signature"] = [keras.InputSpec(shape=SHAPE, dtype="float32")]
+def export(model, path, samples, **options):
+    """An interpreter of the exported model."""
+    spec = keras.InputSpec(shape=(1, *samples.shape[1:]), dtype=samples.dtype.name)
     with recurrence.force("litert"):
-        model.export(path, format="litert", verbose=False, **options)
+        model.export(
+            path, format="litert", input_signature=[spec], verbose=False, **options
+        )
+    remove_limits(path)
     interpreter = Interpreter(str(path), num_threads=1)
     interpreter.allocate_tensors()
     return interpreter
@@ -47,55 +58,111 @@ def run(interpreter, x):
     return interpreter.get_tensor(output), seconds
 
 
-def measure(units, samples, folder):
-    """The results of each form of one layer: kB, microseconds, largest difference."""
+def compare(forms, samples, folder):
+    """Exports models, and runs each on the samples.
+
+    Args:
+        forms: Dict of name to a pair of a model and options of `export`.
+        samples: Array of inputs, the first axis for the samples.
+        folder: Path for the files.
+
+    Returns:
+        Dict of name to size and latency, and dict of name to outputs.
+    """
+    paths = {name: folder / f"{k}.tflite" for k, name in enumerate(forms)}
+    runners = {
+        name: export(model, paths[name], samples, **options)
+        for name, (model, options) in forms.items()
+    }
+    seconds, outputs = ({name: [] for name in forms} for _ in range(2))
+    for x in samples:
+        for name, interpreter in runners.items():
+            output, elapsed = run(interpreter, x[None])
+            outputs[name].append(output[0])
+            seconds[name].append(elapsed)
+    results = {
+        name: {
+            "kB": paths[name].stat().st_size / 1000,
+            "microseconds": float(np.median(seconds[name])) * 1e6,
+        }
+        for name in forms
+    }
+    return results, {name: np.stack(values) for name, values in outputs.items()}
+
+
+def layer_forms(units, rounds, folder):
+    """Results of one layer in four forms. The weights are random."""
     keras.utils.set_random_seed(0)
     loop, unrolled = (
-        keras.Sequential([keras.Input(SHAPE[1:]), keras.layers.LSTM(units, unroll=u)])
-        for u in (False, True)
+        keras.Sequential([keras.Input(SHAPE), keras.layers.LSTM(units, unroll=unroll)])
+        for unroll in (False, True)
     )
     unrolled.set_weights(loop.get_weights())
+    samples = np.random.default_rng(0).normal(size=(rounds, *SHAPE)).astype("float32")
     scratch = to_scratch(loop)
-    int8 = {
-        "optimizations": [tf.lite.Optimize.DEFAULT],
-        "target_spec": {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]},
-        "representative_dataset": lambda: ([x] for x in samples),
-    }
     forms = {
         "`LSTM`, loop": (loop, {}),
         "`LSTM`, `unroll=True`": (unrolled, {}),
         "`ScratchLSTM`": (scratch, {}),
-        "`ScratchLSTM`, int8": (scratch, int8),
+        "`ScratchLSTM`, int8": (scratch, deploy.quantizations(samples)["int8"]),
     }
-    files = {name: folder / f"{k}.tflite" for k, name in enumerate(forms)}
-    runners = {
-        name: export(model, files[name], **options)
-        for name, (model, options) in forms.items()
-    }
-    seconds, difference = {name: [] for name in forms}, dict.fromkeys(forms, 0.0)
-    for x in samples:
-        expected = loop(x).numpy()
-        for name, interpreter in runners.items():
-            output, elapsed = run(interpreter, x)
-            seconds[name].append(elapsed)
-            largest = float(np.abs(output - expected).max())
-            difference[name] = max(difference[name], largest)
-    return {
-        name: {
-            "kB": files[name].stat().st_size / 1000,
-            "microseconds": float(np.median(seconds[name])) * 1e6,
-            "difference": difference[name],
-        }
-        for name in forms
-    }
+    results, outputs = compare(forms, samples, folder)
+    expected = loop.predict(samples, verbose=0)
+    for name, result in results.items():
+        result["difference"] = float(np.abs(outputs[name] - expected).max())
+    return results
 
 
-def table(results):
+def sensor_task(rounds):
+    """A trained model, calibration samples, test samples and their labels."""
+    rng = np.random.default_rng(1)
+    (calibration, _), test = deploy.signals(200, rng), deploy.signals(rounds, rng)
+    return deploy.train(epochs=15), calibration, *test
+
+
+def text_task(rounds, path, units=256, batch_size=32, steps=35, epochs=5):
+    """The same for next characters. The model returns probabilities."""
+    tokens = tokenize(load_text(path).characters)
+    vocabulary = Vocabulary(tokens)
+    corpus = vocabulary.encode(tokens)
+    batches = Minibatches(corpus[:-HELD_OUT], batch_size, steps, "random", seed=0)
+    keras.utils.set_random_seed(0)
+    size = len(vocabulary)
+    model = keras.Sequential(
+        [
+            keras.Input((None,), dtype="int32"),
+            keras.layers.Embedding(size, size, "identity", trainable=False),
+            ScratchLSTM(units, return_sequences=True),
+            keras.layers.Dense(size, "softmax"),
+        ]
+    )
+    model.compile(keras.optimizers.Adam(0.003), "sparse_categorical_crossentropy")
+    each = batches.steps_per_epoch
+    model.fit(batches, epochs=epochs, steps_per_epoch=each, shuffle=False, verbose=0)
+    starts = np.random.default_rng(0).integers(HELD_OUT - steps, size=rounds)
+    windows = corpus[-HELD_OUT:][starts[:, None] + np.arange(steps + 1)]
+    return model, batches[0][0], windows[:, :-1], windows[:, 1:]
+
+
+def quantized_forms(task, folder):
+    """Results of a trained model in four number formats."""
+    model, calibration, samples, labels = task
+    options = deploy.quantizations(calibration)
+    forms = {name: (model, option) for name, option in options.items()}
+    results, outputs = compare(forms, samples, folder)
+    expected = model.predict(samples, verbose=0)
+    for name, result in results.items():
+        result["difference"] = float(np.abs(outputs[name] - expected).max())
+        result["accuracy"] = float(np.mean(outputs[name].argmax(-1) == labels))
+    return results
+
+
+def tables(layers, trained):
     lines = [
         "| units | layer | file, kB | µs (median) | / loop | / unrolled | difference |",
         "|---|---|---|---|---|---|---|",
     ]
-    for units, forms in results.items():
+    for units, forms in layers.items():
         loop, unrolled = (form["microseconds"] for form in list(forms.values())[:2])
         for name, form in forms.items():
             lines.append(
@@ -103,26 +170,42 @@ def table(results):
                 f"{form['microseconds'] / loop:.2f} | "
                 f"{form['microseconds'] / unrolled:.2f} | {form['difference']:.0e} |"
             )
+    lines += [
+        "",
+        "| task | weights | file, kB | µs (median) | difference | accuracy |",
+        "|---|---|---|---|---|---|",
+    ]
+    for task, forms in trained.items():
+        for name, form in forms.items():
+            lines.append(
+                f"| {task} | {name} | {form['kB']:.1f} | {form['microseconds']:.0f} | "
+                f"{form['difference']:.0e} | {form['accuracy']:.1%} |"
+            )
     return "\n".join(lines) + "\n"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=500, help="samples per file")
+    parser.add_argument("--text", type=Path, help="text to use, if not the book's")
     parser.add_argument("--out", type=Path, help="folder for deployment.json and .md")
     args = parser.parse_args()
-    samples = np.random.default_rng(0).normal(size=(args.rounds, *SHAPE))
-    samples = samples.astype("float32")
-    results = {}
-    for units in (16, 64, 256):
-        with tempfile.TemporaryDirectory() as folder:
-            results[units] = measure(units, samples, Path(folder))
-    text = table(results)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        layers = {n: layer_forms(n, args.rounds, folder) for n in (16, 64, 256)}
+        trained = {
+            "sensor": quantized_forms(sensor_task(args.rounds), folder),
+            "text": quantized_forms(text_task(args.rounds, args.text), folder),
+        }
+    text = tables(layers, trained)
     print(text)
     if args.out:
         packages = ("keras", "tensorflow", "ai-edge-litert")
-        versions = {name: version(name) for name in packages}
-        record = {"versions": versions, "results": results}
+        record = {
+            "versions": {name: version(name) for name in packages},
+            "layers": layers,
+            "trained": trained,
+        }
         (args.out / "deployment.json").write_text(json.dumps(record, indent=1) + "\n")
         (args.out / "deployment.md").write_text(text)
 

@@ -31,6 +31,7 @@ import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 
 from keras_scratch_lstm import ScratchLSTM, recurrence
+from keras_scratch_lstm.recurrence.litert import remove_limits
 
 ON_TORCH = """
 import sys, keras, keras_scratch_lstm
@@ -75,15 +76,14 @@ def run_litert(model, path, shape=(1, 48, 3), **options):
     options["input_signature"] = [keras.InputSpec(shape=shape, dtype="float32")]
     with recurrence.force("litert"):  # hides the warning that states must be reset
         model.export(path, format="litert", verbose=False, **options)
+    remove_limits(path)
     interpreter = Interpreter(str(path), num_threads=1)
     interpreter.allocate_tensors()
-    (x,), (y,) = interpreter.get_input_details(), interpreter.get_output_details()
+    invoke = interpreter.get_signature_runner()
 
     def run(sequence):
         interpreter.reset_all_variables()  # the op keeps its states
-        interpreter.set_tensor(x["index"], sequence)
-        interpreter.invoke()
-        return interpreter.get_tensor(y["index"])
+        return invoke(args_0=sequence)["output_0"]
 
     return run
 

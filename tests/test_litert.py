@@ -30,6 +30,11 @@ class CoupledCell(ScratchLSTMCell):
         return gates._replace(f=1 - gates.i)
 
 
+class InTraining(layers.Wrapper):
+    def call(self, x):
+        return self.layer(x, training=True)
+
+
 def export(model, path, shape, **kwargs):
     """The interpreter of an exported model."""
     signature = [keras.InputSpec(shape=shape, dtype="float32")]
@@ -85,7 +90,14 @@ SUPPORTED = {
 }
 
 
-@pytest.mark.parametrize("make", SUPPORTED.values(), ids=SUPPORTED)
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, marks=[] if name == "bidirectional" else pytest.mark.slow)
+        for name, make in SUPPORTED.items()
+    ],
+    ids=SUPPORTED,
+)
 def test_each_direction_is_one_fused_op(tmp_path, rng, make):
     batch_size, time, features, units = rng.integers(1, 9, 4).tolist()
     model = sequential(*make(units), shape=(None, features))
@@ -103,6 +115,7 @@ def test_each_direction_is_one_fused_op(tmp_path, rng, make):
         np.testing.assert_allclose(outputs, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_functional_time_major_and_shared_layers(tmp_path, rng):
     shared = ScratchLSTM(4, return_sequences=True, time_major=True)
     inputs = keras.Input(batch_shape=(6, 2, 4))
@@ -115,6 +128,7 @@ def test_functional_time_major_and_shared_layers(tmp_path, rng):
     np.testing.assert_allclose(outputs, model.predict(x, verbose=0), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_builtin_model_after_to_scratch(tmp_path, rng):
     builtin = sequential(layers.LSTM(5), layers.Dense(2))
     interpreter = export(to_scratch(builtin), tmp_path / "model.tflite", (1, 7, 3))
@@ -153,6 +167,7 @@ def test_model_trained_on_another_backend(tmp_path, backend):
     np.testing.assert_allclose(outputs, data["y"], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_tensorflow_converter(tmp_path, rng):
     """`TFLiteConverter` needs fixed shapes in the model, or a SavedModel with them."""
     model = keras.Sequential([keras.Input(batch_shape=(1, 7, 3)), ScratchLSTM(5)])
@@ -165,6 +180,7 @@ def test_tensorflow_converter(tmp_path, rng):
     for converter in (
         tf.lite.TFLiteConverter.from_keras_model(model),
         tf.lite.TFLiteConverter.from_saved_model(str(tmp_path / "saved")),
+        tf.lite.TFLiteConverter.from_concrete_functions([concrete], model),
     ):
         interpreter = load(model_content=converter.convert())
         assert operators(interpreter).count(FUSED) == 1
@@ -208,6 +224,9 @@ UNSUPPORTED = {
     "stateful=True": lambda: keras.Sequential(
         [keras.Input(batch_shape=(1, 7, 3)), ScratchLSTM(4, stateful=True, name="own")]
     ),
+    "recurrent dropout": lambda: sequential(
+        InTraining(ScratchLSTM(4, recurrent_dropout=0.5, name="own"))
+    ),
     "initial states": lambda: keras.Model(
         INITIAL[1],
         ScratchLSTM(3, name="own")(INITIAL[1], initial_state=[INITIAL[1][:, 0]] * 2),
@@ -229,6 +248,7 @@ def test_error_for_unknown_dimensions(tmp_path, shape):
     assert "`input_signature=" in message
 
 
+@pytest.mark.slow
 def test_loop_on_request(tmp_path, rng):
     model = sequential(layers.Masking(), ScratchLSTM(cell=CoupledCell(4)))
     with recurrence.force("loop"):
@@ -242,19 +262,23 @@ def test_loop_on_request(tmp_path, rng):
     np.testing.assert_allclose(run(interpreter, x)[0], expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_fused_op_streams_one_time_step_per_invocation(tmp_path, rng):
     """It keeps its states, until they are reset."""
-    model = sequential(ScratchLSTM(5, return_sequences=True), ScratchLSTM(4))
+    sequences = {"return_sequences": True}
+    model = sequential(ScratchLSTM(5, **sequences), ScratchLSTM(4, **sequences))
     interpreter = export(model, tmp_path / "step.tflite", (1, 1, 3))
     x = normal(rng, 1, 9, 3)
+    expected = model.predict(x, verbose=0)
     for _ in range(2):
         interpreter.reset_all_variables()
-        for t in range(9):
-            (outputs,) = run(interpreter, x[:, t : t + 1], reset=False)
-            expected = model.predict(x[:, : t + 1], verbose=0)
-            np.testing.assert_allclose(outputs, expected, rtol=0, atol=1e-6)
+        steps = np.split(x, 9, axis=1)
+        outputs = [run(interpreter, step, reset=False)[0] for step in steps]
+        outputs = np.concatenate(outputs, axis=1)
+        np.testing.assert_allclose(outputs, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_cell_streams_with_explicit_states(tmp_path, rng):
     model = sequential(ScratchLSTM(5))
     x, h, c = (keras.Input((size,)) for size in (3, 5, 5))
@@ -276,9 +300,22 @@ def test_cell_streams_with_explicit_states(tmp_path, rng):
     np.testing.assert_allclose(states["h"], expected, rtol=0, atol=1e-6)
 
 
+def int8(samples):
+    """Options of full integer quantization."""
+    return {
+        "optimizations": [tf.lite.Optimize.DEFAULT],
+        "target_spec": {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]},
+        "representative_dataset": lambda: ([x] for x in samples),
+    }
+
+
 @pytest.mark.parametrize(
     ("quantization", "bound"),
-    [("float16", 1e-3), ("dynamic range", 0.02), ("int8", 0.05)],
+    [
+        pytest.param("float16", 1e-3, marks=pytest.mark.slow),
+        pytest.param("dynamic range", 0.02, marks=pytest.mark.slow),
+        ("int8", 0.05),
+    ],
 )
 def test_quantized_outputs(tmp_path, rng, quantization, bound):
     """Largest difference from float32; outputs are between -1 and 1."""
@@ -289,17 +326,55 @@ def test_quantized_outputs(tmp_path, rng, quantization, bound):
     if quantization == "float16":
         options["target_spec"] = {"supported_types": [tf.float16]}
     if quantization == "int8":
-        builtins = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-        options["target_spec"] = {"supported_ops": builtins}
-        options["representative_dataset"] = lambda: ([x] for x in samples)
+        options = int8(samples)
     model = sequential(ScratchLSTM(64, return_sequences=True), shape=(12, 8))
-    interpreter = export(model, tmp_path / "model.tflite", (1, 12, 8), **options)
+    path, float32 = tmp_path / "model.tflite", tmp_path / "float32.tflite"
+    interpreter = export(model, path, (1, 12, 8), **options)
     assert operators(interpreter).count(FUSED) == 1
-    float32 = export(model, tmp_path / "float32.tflite", (1, 12, 8))
+    exact = export(model, float32, (1, 12, 8))
     largest = max(
-        np.abs(run(interpreter, x)[0] - run(float32, x)[0]).max() for x in samples[:20]
+        np.abs(run(interpreter, x)[0] - run(exact, x)[0]).max() for x in samples[:20]
     )
     assert 0 < largest < bound
-    assert (tmp_path / "model.tflite").stat().st_size < 0.7 * (
-        tmp_path / "float32.tflite"
-    ).stat().st_size
+    assert path.stat().st_size < 0.7 * float32.stat().st_size
+
+
+def error_before_and_after_remove_limits(model, path, x, **options):
+    from keras_scratch_lstm.recurrence.litert import remove_limits
+
+    expected, errors = model.predict(x, verbose=0), []
+    interpreter = export(model, path, x.shape, **options)
+    errors.append(np.abs(run(interpreter, x)[0] - expected).max())
+    remove_limits(path)
+    interpreter = load(model_path=str(path))
+    errors.append(np.abs(run(interpreter, x)[0] - expected).max())
+    return errors
+
+
+def test_cell_states_above_10(tmp_path):
+    """The cell state counts to 15, then down to 1. The converter clips it at 10."""
+    model = sequential(ScratchLSTM(2, unit_forget_bias=False), shape=(29, 1))
+    cell = model.layers[0].cell
+    model.set_weights([np.zeros(weight.shape) for weight in model.get_weights()])
+    for bias in (cell.b_i, cell.b_f, cell.b_o):
+        bias.assign([30.0, 30.0])
+    cell.W_xc.assign([[30.0, -30.0]])
+    x = np.ones((1, 29, 1), "float32")
+    x[:, 15:] = -1
+    path = tmp_path / "model.tflite"
+    before, after = error_before_and_after_remove_limits(model, path, x)
+    assert before > 1
+    assert after < 1e-6
+
+
+@pytest.mark.slow
+def test_int8_cell_states_below_a_half(tmp_path, rng):
+    """The kernel has no `tanh` for the range that the converter chooses."""
+    model = sequential(ScratchLSTM(16), shape=(12, 8))
+    model.set_weights([weight / 4 for weight in model.get_weights()])
+    samples = normal(rng, 100, 1, 12, 8)
+    before, after = error_before_and_after_remove_limits(
+        model, tmp_path / "model.tflite", samples[0], **int8(samples)
+    )
+    assert before > 0.05
+    assert after < 0.02

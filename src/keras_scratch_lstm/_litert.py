@@ -5,7 +5,7 @@ import warnings
 from keras_scratch_lstm import recurrence
 
 
-def check(layer, sequences, initial_state, mask):
+def check(layer, sequences, initial_state, mask, training):
     """Check that a layer can be exported as the fused LSTM op of LiteRT.
 
     Args:
@@ -13,6 +13,7 @@ def check(layer, sequences, initial_state, mask):
         sequences: Tensor of shape `(batch, time, features)`.
         initial_state: List `[h, c]`.
         mask: Boolean tensor or `None`.
+        training: Boolean, whether dropout is applied.
 
     Raises:
         ValueError: If the layer or these arguments need other ops.
@@ -20,7 +21,9 @@ def check(layer, sequences, initial_state, mask):
     # Imports TensorFlow, which other backends do not need.
     from keras_scratch_lstm.recurrence import litert
 
-    reason = _obstacle(layer) or litert.obstacle(sequences, *initial_state, mask)
+    reason = _obstacle(layer, training) or litert.obstacle(
+        sequences, *initial_state, mask
+    )
     if reason:
         raise ValueError(
             "LiteRT's fused LSTM op requires a standard cell in float32, a fixed batch "
@@ -30,13 +33,15 @@ def check(layer, sequences, initial_state, mask):
     if recurrence.forced() is None:
         warnings.warn(
             "LiteRT's fused LSTM op keeps its states between invocations. Call "
-            "`interpreter.reset_all_variables()` before each new sequence. To hide "
-            "this warning, export within `recurrence.force('litert')`.",
+            "`interpreter.reset_all_variables()` before each new sequence. It also "
+            "clips the cell state to [-10, 10], unless you pass the file to "
+            "`keras_scratch_lstm.recurrence.litert.remove_limits`. To hide this "
+            "warning, export within `keras_scratch_lstm.recurrence.force('litert')`.",
             stacklevel=2,
         )
 
 
-def _obstacle(layer):
+def _obstacle(layer, training):
     if not layer.cell.is_standard:
         return "custom gates or other activations"
     if layer.compute_dtype != "float32":
@@ -44,6 +49,8 @@ def _obstacle(layer):
     for name in ("return_state", "stateful"):
         if getattr(layer, name):
             return f"{name}=True"
+    if training and layer.cell.recurrent_dropout:
+        return "recurrent dropout, called with training=True"
     return None
 
 

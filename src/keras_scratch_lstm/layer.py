@@ -213,7 +213,7 @@ class ScratchLSTM(BidirectionalGuard):
         training: bool = False,
     ) -> Any:
         if recurrence.exports_to_litert() and not self.unroll:
-            _litert.check(self, sequences, initial_state, mask)
+            _litert.check(self, sequences, initial_state, mask, training)
         cell, implementations = self.cell, {}
         drops_h = training and cell.recurrent_dropout
         if cell.is_standard and not drops_h and not self.unroll:
