@@ -28,6 +28,7 @@ PACKAGES = {
 }
 BACKENDS = {
     "import tensorflow": "tensorflow",
+    ".tflite": "tensorflow",
     "LayoutMap": "jax",
     'format="onnx"': "torch",
     "import torch\n": "torch",

@@ -180,7 +180,6 @@ def test_tensorflow_converter(tmp_path, rng):
     for converter in (
         tf.lite.TFLiteConverter.from_keras_model(model),
         tf.lite.TFLiteConverter.from_saved_model(str(tmp_path / "saved")),
-        tf.lite.TFLiteConverter.from_concrete_functions([concrete], model),
     ):
         interpreter = load(model_content=converter.convert())
         assert operators(interpreter).count(FUSED) == 1
