@@ -158,30 +158,34 @@ def quantized_forms(task, folder):
 
 
 def tables(layers, trained):
-    lines = [
-        "| units | layer | file, kB | µs (median) | / loop | / unrolled | difference |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for units, forms in layers.items():
-        loop, unrolled = (form["microseconds"] for form in list(forms.values())[:2])
-        for name, form in forms.items():
-            lines.append(
-                f"| {units} | {name} | {form['kB']:.1f} | {form['microseconds']:.0f} | "
-                f"{form['microseconds'] / loop:.2f} | "
-                f"{form['microseconds'] / unrolled:.2f} | {form['difference']:.0e} |"
-            )
-    lines += [
-        "",
-        "| task | weights | file, kB | µs (median) | difference | accuracy |",
-        "|---|---|---|---|---|---|",
+    names = list(next(iter(layers.values())))
+    rows = [
+        ["layer", *(f"{units} units" for units in layers)],
+        *([name, *map(cell(name), layers.values())] for name in names),
+        ["task", "weights", "file, kB", "µs (median)", "difference", "accuracy"],
     ]
     for task, forms in trained.items():
         for name, form in forms.items():
-            lines.append(
-                f"| {task} | {name} | {form['kB']:.1f} | {form['microseconds']:.0f} | "
-                f"{form['difference']:.0e} | {form['accuracy']:.1%} |"
-            )
+            numbers = f"{form['kB']:.1f}", f"{form['microseconds']:.0f}"
+            quality = f"{form['difference']:.0e}", f"{form['accuracy']:.1%}"
+            rows.append([task, name, *numbers, *quality])
+    lines = []
+    for row in rows:
+        head = row[0] in ("layer", "task")
+        lines += [""] * (head and bool(lines)) + [f"| {' | '.join(row)} |"]
+        lines += ["|" + "---|" * len(row)] * head
     return "\n".join(lines) + "\n"
+
+
+def cell(name):
+    """A function that formats one layer: size, latency, its ratio to the loop."""
+
+    def text(forms):
+        form, loop = forms[name], next(iter(forms.values()))
+        ratio = form["microseconds"] / loop["microseconds"]
+        return f"{form['kB']:.1f} kB, {form['microseconds']:.0f} µs ({ratio:.2f})"
+
+    return text
 
 
 def main():

@@ -223,7 +223,7 @@ def test_onnx_by_loading_on_torch(tmp_path):
 
 
 def documented():
-    """The cells of the page's table: `{row: (LiteRT, LiteRT, ONNX, ONNX, saved)}`."""
+    """The cells of the page's table: `{row: [LiteRT, LiteRT, ONNX, ONNX]}`."""
     table = PAGE.read_text().split("<!-- exports -->")[1].strip().splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     return {row: rest for row, *rest in cells}
@@ -248,11 +248,8 @@ def test_litert_and_saved_model(tmp_path, row):
     if BACKEND != "tensorflow":
         pytest.skip("formats of TensorFlow")
     pytest.importorskip("ai_edge_litert")
-    saved = outcomes(in_saved_model, row, tmp_path)
-    found = [*outcomes(in_litert, row, tmp_path), saved[0]]
-    assert saved[1] in (saved[0], "–")
-    litert, litert_builtin, _, _, saved_model = documented()[row]
-    assert found == [litert, litert_builtin, saved_model]
+    assert set(outcomes(in_saved_model, row, tmp_path)) <= {"yes", "–"}
+    assert outcomes(in_litert, row, tmp_path) == documented()[row][:2]
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="the way to ONNX")
@@ -260,4 +257,4 @@ def test_litert_and_saved_model(tmp_path, row):
 def test_onnx(tmp_path, row):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    assert outcomes(in_onnx, row, tmp_path) == documented()[row][2:4]
+    assert outcomes(in_onnx, row, tmp_path) == documented()[row][2:]
