@@ -25,6 +25,20 @@ def layers():
     }
 
 
+def variants():
+    """`ScratchLSTM` with each cell of `keras_scratch_lstm.cells`."""
+    import keras_scratch_lstm
+    from keras_scratch_lstm import ScratchLSTM
+
+    def layer_of(make_cell):
+        return lambda units, **kwargs: ScratchLSTM(cell=make_cell(units), **kwargs)
+
+    names = "Peephole", "Coupled", "LayerNorm", "Zoneout", "DropConnect"
+    names = [f"{name}LSTMCell" for name in names]
+    cells = {name: layer_of(getattr(keras_scratch_lstm, name)) for name in names}
+    return {"ScratchLSTM": ScratchLSTM, **cells}
+
+
 def random_text(shape):
     """One-hot random tokens, and their next tokens as targets."""
     import numpy as np

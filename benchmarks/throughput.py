@@ -4,6 +4,7 @@
     python benchmarks/throughput.py --quick    in three minutes, without memory
     python benchmarks/throughput.py --grid     batch size by units
     python benchmarks/throughput.py --steps    long sequences
+    python benchmarks/throughput.py --cells    variants of the cell
 
 All contenders of a backend run interleaved in one process, so that other load affects
 them alike: compare the ratios, not the absolute numbers of two runs. The main table is
@@ -26,7 +27,7 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from contenders import VOCABULARY, contenders
+from contenders import VOCABULARY, contenders, keras_contender, variants
 from inference import measure_inference
 from measuring import (
     BACKENDS,
@@ -152,12 +153,31 @@ def measure_steps(backend, options):
     return {"lengths": found}
 
 
+def measure_cells(backend, options):
+    """Speed of each variant of the cell, relative to `ScratchLSTM`."""
+    shape, functions = (options.batches, options.batch, options.time), {}
+    for name, make in variants().items():
+        functions[name] = keras_contender(make)(options.units, shape)
+        functions[name]()
+    times = interleave(functions, options.rounds)
+    standard = times.pop("ScratchLSTM")
+    return {
+        "ratios": {
+            name: statistics.median(
+                one / other for one, other in zip(standard, values, strict=True)
+            )
+            for name, values in times.items()
+        }
+    }
+
+
 MEASURES = {
     "main": measure_main,
     "quick": measure_main,
     "grid": measure_grid,
     "steps": measure_steps,
     "inference": measure_inference,
+    "cells": measure_cells,
 }
 
 
@@ -298,7 +318,7 @@ def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=BACKENDS)
     which = parser.add_mutually_exclusive_group()
-    for name in ("quick", "grid", "steps", "inference"):
+    for name in ("quick", "grid", "steps", "inference", "cells"):
         which.add_argument(
             f"--{name}", dest="measure", action="store_const", const=name
         )

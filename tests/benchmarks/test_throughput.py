@@ -53,7 +53,7 @@ def test_quick_table(run):
 
 def test_other_tables(run):
     tables = {}
-    for name in ("grid", "steps", "inference"):
+    for name in ("grid", "steps", "inference", "cells"):
         _, out = run(f"--{name}")
         tables[name] = json.loads((out / f"{name}.json").read_text())[BACKEND]
     grid = tables["grid"]
@@ -64,6 +64,8 @@ def test_other_tables(run):
     assert grid["geometric_mean"] == pytest.approx(statistics.geometric_mean(ratios))
     assert [one["steps"] for one in tables["steps"]["lengths"]] == [2, 5]
     assert tables["inference"]["generation_ratio"] > 0
+    assert len(tables["cells"]["ratios"]) == 5
+    assert min(tables["cells"]["ratios"].values()) > 0
 
 
 def test_generators_return_same_text():
