@@ -26,9 +26,7 @@ class PeepholeLSTMCell(ScratchLSTMCell):
     `p_f` and `p_o`, each of shape `(units,)`, follow the other weights and start at 0,
     where the cell is the standard one.
 
-    Args:
-        *args: Arguments of `ScratchLSTMCell`.
-        **kwargs: Keyword arguments of `ScratchLSTMCell`.
+    The arguments are those of `ScratchLSTMCell`.
 
     Example:
 
@@ -71,9 +69,7 @@ class CoupledLSTMCell(ScratchLSTMCell):
     The other equations are those of `ScratchLSTMCell`. The forget gate has no weights,
     so the cell has three quarters of the weights.
 
-    Args:
-        *args: Arguments of `ScratchLSTMCell`. Those of the forget gate are ignored.
-        **kwargs: Keyword arguments of `ScratchLSTMCell`.
+    The arguments are those of `ScratchLSTMCell`; those of the forget gate are ignored.
 
     Example:
 
@@ -114,9 +110,7 @@ class LayerNormLSTMCell(ScratchLSTMCell):
     `keras.layers.LayerNormalization` with the weights `gamma` and `beta`. Those of the
     first two are fused in Keras's order i, f, c, o.
 
-    Args:
-        *args: Arguments of `ScratchLSTMCell`.
-        **kwargs: Keyword arguments of `ScratchLSTMCell`.
+    The arguments are those of `ScratchLSTMCell`.
 
     Example:
 
