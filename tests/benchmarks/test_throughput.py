@@ -1,22 +1,27 @@
 """The benchmark runs and reports its measurements. No test asserts a time."""
 
+import importlib
 import json
 import statistics
 from pathlib import Path
 
-import inference
 import keras
-import measuring
 import pytest
-import throughput
 from reference import run_python
 
 pytestmark = [pytest.mark.one_backend, pytest.mark.slow]
 
-SCRIPT = Path(throughput.__file__)
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "throughput.py"
 BACKEND = keras.backend.backend()
 TINY = {"rounds": 2, "batches": 2, "batch": 2, "time": 4, "units": 3, "characters": 20}
 TINY |= {"grid-batches": "1,2", "grid-units": "2,3", "step-counts": "2,5"}
+
+
+@pytest.fixture(scope="module")
+def throughput():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        yield importlib.import_module("throughput")
 
 
 @pytest.fixture
@@ -29,7 +34,7 @@ def run(tmp_path):
     return run
 
 
-def test_main_table(run):
+def test_main_table(run, throughput):
     pytest.importorskip("matplotlib")
     printed, out = run()
     found = json.loads((out / "main.json").read_text())[BACKEND]
@@ -41,7 +46,7 @@ def test_main_table(run):
     assert "`ScratchLSTM` / `LSTM`" in found["ratios"]
     assert (out / "throughput.png").stat().st_size > 1000
     times = {"ScratchLSTM": [1.0, 2.0, 4.0], "LSTM": [3.0, 4.0, 4.0]}
-    assert measuring.ratios(times) == {"`ScratchLSTM` / `LSTM`": 2.0}
+    assert throughput.ratios(times) == {"`ScratchLSTM` / `LSTM`": 2.0}
 
 
 def test_quick_table(run):
@@ -68,7 +73,8 @@ def test_other_tables(run):
     assert min(tables["cells"]["ratios"].values()) > 0
 
 
-def test_generators_return_same_text():
+def test_generators_return_same_text(throughput):
+    import inference
     import numpy as np
 
     compiled, by_predict = inference.generators(units=16, characters=30)
@@ -79,14 +85,14 @@ def test_generators_return_same_text():
 
 
 @pytest.mark.parametrize("wrong", ["0", "1.5", "a"])
-def test_invalid_number_is_rejected(capsys, wrong):
+def test_invalid_number_is_rejected(throughput, capsys, wrong):
     with pytest.raises(SystemExit):
         throughput.parse([f"--rounds={wrong}"])
     expected = f"--rounds: must be a positive integer. Received: '{wrong}'\n"
     assert capsys.readouterr().err.endswith(expected)
 
 
-def test_flop_per_token():
+def test_flop_per_token(throughput):
     units, vocabulary = 256, 28
     x_W_x, h_W_h, logits = units * vocabulary, units * units, units * vocabulary
     forward = 4 * (x_W_x + h_W_h) + logits
@@ -94,9 +100,9 @@ def test_flop_per_token():
     assert throughput.flop_per_token(units) == 2 * (forward + to_weights + to_inputs)
 
 
-def test_rounds_are_interleaved():
+def test_rounds_are_interleaved(throughput):
     called = []
     functions = {name: lambda name=name: called.append(name) for name in "abc"}
-    times = measuring.interleave(functions, 3)
+    times = throughput.interleave(functions, 3)
     assert "".join(called) == "abcbcacab"
     assert [len(values) for values in times.values()] == [3, 3, 3]
