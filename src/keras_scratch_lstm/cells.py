@@ -162,7 +162,7 @@ class ZoneoutLSTMCell(ScratchLSTMCell):
         c_t = d_c * c_{t-1} + (1 - d_c) * ĉ_t
         h_t = d_h * h_{t-1} + (1 - d_h) * ĥ_t
 
-    In training, the `d_*` are random masks, drawn anew at each time step, which are 1
+    In training, the `d_*` are random masks, new ones at each time step, which are 1
     with the probability of the rate. In inference, they are the rate.
 
     Args:

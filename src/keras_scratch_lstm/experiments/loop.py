@@ -248,7 +248,7 @@ def _simple_rnn(layer, x):
 def _others(call):
     """Return the other LSTMs of the model whose loop is slower than this one.
 
-    On JAX, every eager call traces the loop of Keras anew.
+    On JAX, every eager call traces the loop of Keras again.
     """
     if keras.backend.backend() != "jax":
         return []
