@@ -134,7 +134,7 @@ def plot_heatmap(
     """
     sample, steps, tokens = _select(trace, sample, steps, tokens)
     values = getattr(trace, check_array(array))[sample, steps].T
-    ax = _new_axes(height=4.5) if ax is None else ax
+    ax = _axes(4.5, ax)
     half = (steps[1] - steps[0]) / 2 if len(steps) > 1 else 0.5
     image = ax.imshow(
         values,
@@ -257,7 +257,7 @@ def plot_gradients(
     """
     if isinstance(gradients, GateTrace):
         gradients = {gradients.layer: gradients}
-    ax = _new_axes(height=3.3)
+    ax = _axes(3.3)
     colors = ["#0072B2", "#E69F00", "#009E73"]
     for k, (name, trace) in enumerate(gradients.items()):
         for array, linestyle in (("h", "-"), ("c", "--")):
@@ -288,7 +288,7 @@ def plot_ablation(
     """
     rows = np.argsort(-np.abs(ablation.change))[:most]
     labels = [f"{ablation.array[row]}, unit {ablation.unit[row]}" for row in rows]
-    ax = _new_axes(height=0.8 + 0.2 * len(rows))
+    ax = _axes(0.8 + 0.2 * len(rows))
     ax.barh(labels, ablation.change[rows], color=_STYLES["f"]["color"])
     ax.invert_yaxis()
     ax.axvline(0, color="black", linewidth=0.8)
@@ -318,7 +318,7 @@ def _color_tokens(values, labels, array, title, ax=None):
     labels = _visible(labels)
     boxes = line_layout(labels, _LINE)
     width, rows = max(x + w for x, _, w in boxes), boxes[-1][1] + 1
-    ax = _new_axes(height=0.9 + 0.23 * rows) if ax is None else ax
+    ax = _axes(0.9 + 0.23 * rows, ax)
     cells = PolyCollection(
         [[(x, y), (x + w, y), (x + w, y + 1), (x, y + 1)] for x, y, w in boxes],
         array=np.ma.masked_invalid(values),
@@ -358,8 +358,13 @@ def _integer_locator():
     return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True)
 
 
-def _new_axes(height):
-    return Figure(figsize=(_WIDTH, height), layout="constrained").subplots()
+def _axes(height, ax=None):
+    """Return `ax`, or the axes of a new figure."""
+    if ax is None:
+        return Figure(figsize=(_WIDTH, height), layout="constrained").subplots()
+    if not isinstance(ax, Axes):
+        raise _validation.invalid("ax", ax, "a `matplotlib.axes.Axes`")
+    return ax
 
 
 def _label_time(ax, steps, tokens):

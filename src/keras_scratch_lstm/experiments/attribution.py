@@ -148,13 +148,15 @@ def _step(terms, beta_c, gamma_c, in_span):
     """Decompose one time step; each of `terms` is `(beta, gamma, bias)` of a gate."""
     i_beta, i_gamma, i_bias = _shapley(_sigmoid, *terms["i"])
     f_beta, f_gamma, f_bias = _shapley(_sigmoid, *terms["f"])
-    g_beta, g_gamma, g_bias = _shapley(np.tanh, *terms["c"])
-    o = _sigmoid(sum(terms["o"]))
-    kept = (f_beta + f_bias) * beta_c
-    added = (i_beta + i_bias) * (g_beta + g_bias) - i_bias * g_bias * (not in_span)
+    c_tilde_beta, c_tilde_gamma, c_tilde_bias = _shapley(np.tanh, *terms["c"])
     i, f = i_beta + i_gamma + i_bias, f_beta + f_gamma + f_bias
-    c = f * (beta_c + gamma_c) + i * (g_beta + g_gamma + g_bias)
-    beta_c = kept + added
+    o = _sigmoid(sum(terms["o"]))
+    c_tilde = c_tilde_beta + c_tilde_gamma + c_tilde_bias
+    c = f * (beta_c + gamma_c) + i * c_tilde
+    beta_c = (f_beta + f_bias) * beta_c
+    beta_c += (i_beta + i_bias) * (c_tilde_beta + c_tilde_bias)
+    if not in_span:
+        beta_c -= i_bias * c_tilde_bias
     gamma_c = c - beta_c
     beta_h, gamma_h, _ = _shapley(np.tanh, beta_c, gamma_c, 0.0)
     return o * beta_h, o * gamma_h, beta_c, gamma_c
