@@ -39,24 +39,30 @@ def variants():
     return {"ScratchLSTM": ScratchLSTM, **cells}
 
 
-def random_text(shape):
-    """One-hot random tokens, and their next tokens as targets."""
+def random_text(shape, padded=False):
+    """One-hot random tokens, and their next tokens as targets.
+
+    With `padded`, the sequences have random lengths, and zeros as padding.
+    """
     import numpy as np
 
     batches, batch, steps = shape
-    tokens = np.random.default_rng(0).integers(
-        VOCABULARY, size=(batches * batch, steps + 1)
-    )
-    one_hot = np.eye(VOCABULARY, dtype="float32")
-    return one_hot[tokens[:, :-1]], tokens[:, 1:].astype("int32")
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(VOCABULARY, size=(batches * batch, steps + 1))
+    x = np.eye(VOCABULARY, dtype="float32")[tokens[:, :-1]]
+    if padded:
+        lengths = rng.integers(1, steps + 1, size=(batches * batch, 1))
+        x[np.arange(steps) >= lengths] = 0
+    return x, tokens[:, 1:].astype("int32")
 
 
-def build_model(make_layer, units, shape):
+def build_model(make_layer, units, shape, padded=False):
     import keras
 
     model = keras.Sequential(
         [
             keras.Input((shape[2], VOCABULARY)),
+            *([keras.layers.Masking()] if padded else []),
             make_layer(units, return_sequences=True),
             keras.layers.Dense(VOCABULARY),
         ]
@@ -68,11 +74,12 @@ def build_model(make_layer, units, shape):
     return model
 
 
-def keras_contender(make_layer):
+def keras_contender(make_layer, padded=False):
     import keras
 
     def make(units, shape):
-        model, (x, y) = build_model(make_layer, units, shape), random_text(shape)
+        model = build_model(make_layer, units, shape, padded)
+        x, y = random_text(shape, padded)
 
         class Clock(keras.callbacks.Callback):
             def on_epoch_begin(self, epoch, logs=None):
@@ -96,8 +103,9 @@ def keras_contender(make_layer):
 def native_torch(units, shape):
     import torch
 
-    lstm = torch.nn.LSTM(VOCABULARY, units, batch_first=True)
-    logits = torch.nn.Linear(units, VOCABULARY)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lstm = torch.nn.LSTM(VOCABULARY, units, batch_first=True, device=device)
+    logits = torch.nn.Linear(units, VOCABULARY, device=device)
     parameters = [*lstm.parameters(), *logits.parameters()]
     optimizer = torch.optim.SGD(parameters, 1.0)
     loss = torch.nn.CrossEntropyLoss()
@@ -106,11 +114,14 @@ def native_torch(units, shape):
 
     def train(batches=shape[0]):
         for X, Y in zip(x[:batches], y[:batches], strict=True):
+            X, Y = X.to(device), Y.to(device)
             optimizer.zero_grad()
             scores = logits(lstm(X)[0])
             loss(scores.flatten(0, 1), Y.flatten()).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     return train
 

@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
 import time
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def peak_memory():
 
 
 def host():
-    """What the results depend on: CPU, threads, settings and versions."""
+    """What the results depend on: CPU, GPU, threads, settings and versions."""
     import keras
 
     versions = {"keras": keras.__version__}
@@ -109,7 +110,10 @@ def host():
         name, _, value = line.partition(":")
         cpu.setdefault(name.strip(), value.strip())
     flags = cpu.get("flags", "").split()
+    query = "nvidia-smi", "--query-gpu=name", "--format=csv,noheader"
+    gpus = keras.distribution.list_devices("gpu")
     return {
+        "gpu": subprocess.check_output(query, text=True).strip() if gpus else None,
         "processor": cpu.get("model name") or platform.processor(),
         "vector_extensions": [name for name in EXTENSIONS if name in flags],
         "cores": os.cpu_count(),

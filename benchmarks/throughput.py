@@ -5,6 +5,7 @@
     python benchmarks/throughput.py --grid     batch size by units
     python benchmarks/throughput.py --steps    long sequences
     python benchmarks/throughput.py --cells    variants of the cell
+    python benchmarks/throughput.py --padded   sequences of random length
 
 All contenders of a backend run interleaved in one process, so that other load affects
 them alike: compare the ratios, not the absolute numbers of two runs. The main table is
@@ -19,6 +20,7 @@ TensorFlow it waits for a polling `tf.data` thread, whatever the layer.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -27,7 +29,7 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from contenders import VOCABULARY, contenders, keras_contender, variants
+from contenders import VOCABULARY, contenders, keras_contender, layers, variants
 from inference import measure_inference
 from measuring import (
     BACKENDS,
@@ -171,6 +173,17 @@ def measure_cells(backend, options):
     }
 
 
+def measure_padded(backend, options):
+    """Training on sequences of random length, with a mask."""
+    shape, functions = (options.batches, options.batch, options.time), {}
+    for name in ("LSTM", "ScratchLSTM"):
+        make = keras_contender(layers()[name], padded=True)
+        functions[name] = make(options.units, shape)
+        functions[name]()
+    times = interleave(functions, options.rounds)
+    return {"tokens_per_sec": rates(times, math.prod(shape)), "ratios": ratios(times)}
+
+
 MEASURES = {
     "main": measure_main,
     "quick": measure_main,
@@ -178,6 +191,7 @@ MEASURES = {
     "steps": measure_steps,
     "inference": measure_inference,
     "cells": measure_cells,
+    "padded": measure_padded,
 }
 
 
@@ -228,6 +242,7 @@ def describe(backend, found):
         for sizes, gflops in found["matmul_gflops"].items()
     )
     facts = [
+        *filter(None, [machine.get("gpu")]),
         f"{machine['cores']} cores of {machine['processor']}",
         "vector extensions: " + " ".join(machine["vector_extensions"]),
         *settings,
@@ -318,7 +333,7 @@ def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=BACKENDS)
     which = parser.add_mutually_exclusive_group()
-    for name in ("quick", "grid", "steps", "inference", "cells"):
+    for name in ("quick", "grid", "steps", "inference", "cells", "padded"):
         which.add_argument(
             f"--{name}", dest="measure", action="store_const", const=name
         )

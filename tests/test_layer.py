@@ -311,6 +311,8 @@ def test_supports_jit_on_a_gpu(mocked_gpu, arguments):
         ({"recurrent_dropout": 0.3, "seed": 3}, True),  # in inference
         ({"use_cudnn": True}, True),
         ({"bidirectional": True}, True),
+        ({"masked": True}, True),
+        ({"bidirectional": True, "masked": True}, True),
         ({"use_cudnn": False}, False),
     ],
     ids=str,
@@ -323,6 +325,8 @@ def test_models_on_a_gpu_give_the_results_of_the_cpu(
     x, y = rng.normal(size=(8, 7, 5)), rng.normal(size=(8, 1))
     arguments = dict(arguments)
     is_bidirectional = arguments.pop("bidirectional", False)
+    first = [layers.Masking()] if arguments.pop("masked", False) else []
+    x[1:3, 4:] = 0
     results = []
     for on_gpu in (True, False):
         monkeypatch.setattr(backend, "has_gpu", lambda on_gpu=on_gpu: on_gpu)
@@ -331,7 +335,8 @@ def test_models_on_a_gpu_give_the_results_of_the_cpu(
         keras.utils.set_random_seed(3)
         layer = ScratchLSTM(6, **arguments)
         layer = layers.Bidirectional(layer) if is_bidirectional else layer
-        model = keras.Sequential([keras.Input(batch_shape=(4, 7, 5)), layer])
+        inputs = keras.Input(batch_shape=(4, 7, 5))
+        model = keras.Sequential([inputs, *first, layer])
         # In XLA, equal seeds give other dropout masks.
         jit_compile = "auto" if on_gpu else False
         model.compile(keras.optimizers.SGD(0.5), "mse", jit_compile=jit_compile)
@@ -344,14 +349,24 @@ def test_models_on_a_gpu_give_the_results_of_the_cpu(
         np.testing.assert_allclose(np.array(one), np.array(other), atol=1e-5)
 
 
-def test_masks_on_a_gpu_run_without_cudnn(draw, mocked_gpu):
-    layer = ScratchLSTM(6, **RETURNS)
-    x = draw(3, 7, 5)
-    for mask, used in ((GAPS, "tensorflow"), (None, "cudnn")):
-        outputs = layer(x, mask=mask)
-        assert_close(outputs, lstm(x, weights_of(layer.cell), mask=mask))
-        assert layer.recurrence == used
-        assert bool(mocked_gpu) == (used == "cudnn")
+@pytest.mark.parametrize(
+    "mask", [None, GAPS, PADDED, LEADING, PADDED[:, ::-1]], ids=[*MASK_IDS, "left"]
+)
+@pytest.mark.parametrize("has_states", [False, True])
+def test_masks_on_a_gpu(draw, mocked_gpu, mask, has_states):
+    layer, x = ScratchLSTM(6, **RETURNS), draw(3, 7, 5)
+    states = [draw(3, 6), draw(3, 6)] if has_states else [np.zeros((3, 6))] * 2
+    if mask is not None:
+        x[~mask] = np.nan
+    outputs, *last = layer(x, mask=mask, initial_state=states if has_states else None)
+    assert layer.recurrence == "cudnn"
+    assert mocked_gpu or mask is not None  # else one that cuDNN cannot compute
+    expected, *expected_last = lstm(
+        np.nan_to_num(x), weights_of(layer.cell), *states, mask
+    )
+    seen = np.ones((3, 7), bool) if mask is None else np.cumsum(mask, 1) > 0
+    assert_close(ops.convert_to_numpy(outputs)[seen], expected[seen])
+    assert_close(last, expected_last)
 
 
 # --- errors ------------------------------------------------------------------

@@ -58,7 +58,7 @@ def test_quick_table(run):
 
 def test_other_tables(run):
     tables = {}
-    for name in ("grid", "steps", "inference", "cells"):
+    for name in ("grid", "steps", "inference", "cells", "padded"):
         _, out = run(f"--{name}")
         tables[name] = json.loads((out / f"{name}.json").read_text())[BACKEND]
     grid = tables["grid"]
@@ -71,6 +71,7 @@ def test_other_tables(run):
     assert tables["inference"]["generation_ratio"] > 0
     assert len(tables["cells"]["ratios"]) == 5
     assert min(tables["cells"]["ratios"].values()) > 0
+    assert list(tables["padded"]["ratios"]) == ["`ScratchLSTM` / `LSTM`"]
 
 
 def test_generators_return_same_text(throughput):

@@ -40,17 +40,16 @@ def implementations(use_cudnn="auto"):
         Dict of name to function `lstm`. The reference loop, `"loop"`, is not in it,
         since it belongs to the layer.
     """
-    backend = _backend()
-    if backend is None:
+    module = _backend()
+    if module is None:
         return {}
     if exports_to_litert():
         return {"litert": importlib.import_module(f"{__name__}.litert").lstm}
     found = {}
-    if use_cudnn and backend.has_gpu():
-        cudnn = importlib.import_module(f"{__name__}.cudnn")
-        found["cudnn"] = getattr(backend, "lstm_in_cudnn", cudnn.lstm)
+    if use_cudnn and hasattr(module, "lstm_in_cudnn") and module.has_gpu():
+        found["cudnn"] = module.lstm_in_cudnn
     if use_cudnn is not True:
-        found[keras.backend.backend()] = backend.lstm
+        found[keras.backend.backend()] = module.lstm
     return {name: found[name] for name in found if forced() in (None, name)}
 
 
@@ -100,13 +99,13 @@ def gradient(function, tensors):
     Returns:
         List of tensors, zeros where the function does not depend on a tensor.
     """
-    backend = _backend()
-    if backend is None:
+    module = _backend()
+    if module is None:
         raise NotImplementedError(
             "Gradients need the TensorFlow, JAX or PyTorch backend. Received: "
             f"KERAS_BACKEND={keras.backend.backend()}"
         )
-    return backend.gradient(function, [keras.ops.convert_to_tensor(x) for x in tensors])
+    return module.gradient(function, [keras.ops.convert_to_tensor(x) for x in tensors])
 
 
 def compiled(function):

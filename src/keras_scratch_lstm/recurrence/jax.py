@@ -14,10 +14,6 @@ from jax import lax, tree
 from jax import numpy as jnp
 
 
-def has_gpu():
-    return jax.default_backend() == "gpu"
-
-
 def lstm(x, h, c, W_x, W_h, b, mask, training):
     weights = (tuple(W_x), tuple(W_h), None if b is None else tuple(b))
     mask = None if mask is None else mask[:, :, None]

@@ -8,6 +8,10 @@ as a few ops; but one in inference, since tf2onnx supports one write per iterati
 
 import tensorflow as tf
 
+from keras_scratch_lstm import _keras
+from keras_scratch_lstm.per_gate import fuse
+from keras_scratch_lstm.recurrence.padding import is_padding, run_padded
+
 UNROLL = 5  # time steps per iteration
 
 
@@ -39,6 +43,35 @@ def lstm(x, h, c, W_x, W_h, b, mask, training):
         seen = tf.cumsum(tf.cast(mask, h.dtype)) > 0
         h_all = tf.where(seen[:, :, None], h_all, 0)
     return h_all, h, c
+
+
+def lstm_in_cudnn(x, h, c, W_x, W_h, b, mask, training):
+    if b is None or x.dtype == tf.bfloat16:
+        raise NotImplementedError
+    if mask is None:
+        return _cudnn(x, h, c, W_x, W_h, b)
+    return tf.cond(
+        is_padding(mask, h, c),
+        lambda: run_padded(_cudnn, x, h, c, W_x, W_h, b, mask),
+        lambda: lstm(x, h, c, W_x, W_h, b, mask, training),
+    )
+
+
+def _cudnn(x, h, c, W_x, W_h, b):
+    """The LSTM of cuDNN, through Keras's binding."""
+    _, h_all, (h, c) = _keras.lstm(
+        tf.transpose(x, (1, 0, 2)),
+        h,
+        c,
+        None,
+        kernel=fuse(W_x),
+        recurrent_kernel=fuse(W_h),
+        bias=fuse(b),
+        activation=tf.tanh,
+        recurrent_activation=tf.sigmoid,
+        return_sequences=True,
+    )
+    return tf.transpose(h_all, (1, 0, 2)), h, c
 
 
 def _recurrence(mask, unroll):

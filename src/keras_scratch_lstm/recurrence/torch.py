@@ -3,11 +3,12 @@
 torch concatenates the gates along rows, in the order i, f, c, o.
 """
 
+import contextlib
+
 import torch
 
 from keras_scratch_lstm.per_gate import FUSED_ORDER, GATES
-
-_PADDING = (-1e4, 1e4, 0, 0)  # pre-activations at padding, for i, f, o, c
+from keras_scratch_lstm.recurrence.padding import is_padding, run_padded
 
 
 def has_gpu():
@@ -25,68 +26,67 @@ def lstm(x, h, c, W_x, W_h, b, mask, training):
     if mask is not None and not _is_padding(mask, h, c):
         return _loop(x, h, c, W_x, W_h, b, mask)
     try:
-        # oneDNN has no LSTM in the dtypes of autocast on a CPU.
-        with (
-            torch.backends.cudnn.flags(enabled=False),
-            torch.autocast(x.device.type, enabled=x.device.type != "cpu"),
-        ):
-            if mask is None:
-                return _torch_lstm(x, h, c, W_x, W_h, b)
-            return _padded_lstm(x, h, c, W_x, W_h, b, mask)
-    except RuntimeError as error:
-        if "Batching rule not implemented" not in str(error):  # within `torch.vmap`
-            raise
+        with _disabled_cudnn(x):
+            return _fused(x, h, c, W_x, W_h, b, mask)
+    except NotImplementedError:
         return _loop(x, h, c, W_x, W_h, b, mask)
 
 
 def lstm_in_cudnn(x, h, c, W_x, W_h, b, mask, training):
-    if mask is not None or x.device.type != "cuda":
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if is_traced or x.device.type != "cuda":
         raise NotImplementedError
-    return _torch_lstm(x, h, c, W_x, W_h, b)
+    if mask is not None and not _is_padding(mask, h, c):
+        raise NotImplementedError
+    return _fused(x, h, c, W_x, W_h, b, mask)
+
+
+def _disabled_cudnn(x):
+    if x.device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.backends.cudnn.flags(enabled=False)
+
+
+def _fused(x, h, c, W_x, W_h, b, mask):
+    try:
+        with torch.autocast("cpu", enabled=False):  # oneDNN has no LSTM in its dtypes
+            if mask is None:
+                return _torch_lstm(x, h, c, W_x, W_h, b)
+            return run_padded(_torch_lstm, x, h, c, W_x, W_h, b, mask)
+    except RuntimeError as error:
+        if "Batching rule not implemented" not in str(error):  # within `torch.vmap`
+            raise
+        raise NotImplementedError from error
 
 
 def _torch_lstm(x, h, c, W_x, W_h, b):
+    in_cuda = x.device.type == "cuda"
+    if b is None and in_cuda:
+        b = W_h[0].new_zeros((len(GATES), h.shape[-1])).unbind()
     weights = [_fuse(W_x), _fuse(W_h)]
     if b is not None:
         bias = _fuse(b)
         weights += [bias, torch.zeros_like(bias)]
+    if in_cuda:  # cuDNN needs all weights and biases in one buffer
+        buffer = torch.cat([weight.flatten() for weight in weights])
+        parts = buffer.split([weight.numel() for weight in weights])
+        pairs = zip(parts, weights, strict=True)
+        weights = [part.view(weight.shape) for part, weight in pairs]
+    states = h[None].contiguous(), c[None].contiguous()
     training = torch.is_grad_enabled()
     h_all, h, c = torch.lstm(
-        x, (h[None], c[None]), weights, b is not None, 1, 0.0, training, False, False
+        x, states, weights, b is not None, 1, 0.0, training, False, False
     )
     return h_all, h[0], c[0]
 
 
 def _is_padding(mask, h, c):
-    """Whether a sample has no masked time step between unmasked ones.
-
-    With masked time steps at the start, it also needs initial states of zero.
-    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    starts = mask[0] + (mask[1:] & ~mask[:-1]).sum(0)
     try:
-        return bool((starts <= 1).all()) and bool(
-            mask[0].all() or not (h.any() or c.any())
-        )
+        return bool(is_padding(mask, h, c))
     except RuntimeError:  # no values, within `torch.vmap` or on the device `meta`
         return False
-
-
-def _padded_lstm(x, h, c, W_x, W_h, b, mask):
-    """`torch.lstm` with one more input, which at padding sets i to 0 and f to 1.
-
-    So `c` stays exactly the same there, and `h` is that of the last unmasked time step.
-    """
-    padding = ~mask[:, :, None]
-    x = torch.cat([x.masked_fill(padding, 0), padding.to(x.dtype)], -1)
-    rows = (W.new_full((1, W.shape[1]), z) for W, z in zip(W_x, _PADDING, strict=True))
-    W_x = [torch.cat(pair) for pair in zip(W_x, rows, strict=True)]
-    h_all, _, c = _torch_lstm(x, h, c, W_x, W_h, b)
-    time = torch.arange(len(x), device=x.device)[:, None]
-    last = torch.where(mask, time, 0).cummax(0).values
-    h_all = h_all.gather(0, last[:, :, None].expand_as(h_all))
-    return h_all, h_all[-1], c
 
 
 def _fuse(weights):

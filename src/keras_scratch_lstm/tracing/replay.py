@@ -76,7 +76,7 @@ class _Function(keras.Model):
     def __init__(self, function, dtype):
         super().__init__(name="function", dtype=dtype)
         self._function = function
-        # cuDNN's LSTM cannot be compiled by XLA on TensorFlow.
+        # On TensorFlow, XLA would compile the loop for every length.
         self.supports_jit = keras.backend.backend() != "tensorflow"
         self.built = True
 
@@ -119,7 +119,7 @@ def _must_recompute_gates(cell):
     """Whether the implementation does not return the gates, but `h` gives them."""
     # In half precision, the rounding of c at each time step is not reproducible.
     is_reproducible = cell.compute_dtype in ("float32", "float64")
-    hides_gates = not {"torch", "cudnn"}.isdisjoint(recurrence.implementations())
+    hides_gates = "torch" in recurrence.implementations(use_cudnn=False)
     return cell.is_standard and is_reproducible and hides_gates
 
 
@@ -130,7 +130,8 @@ def _rnn_arguments(cell):
 
 def _from_hidden_states(cell):
     """Compute h by the layer itself, and all gates from h in one matmul."""
-    rnn = ScratchLSTM(cell=cell, **_rnn_arguments(cell))
+    # By default, cuDNN computes in TF32, which would not agree with the gates.
+    rnn = ScratchLSTM(cell=cell, use_cudnn=False, **_rnn_arguments(cell))
 
     def compute(x, h_0, c_0, mask):
         h, *states = rnn(x, initial_state=[h_0, c_0], mask=mask)
