@@ -71,7 +71,8 @@ def _jax(function, variables):
             return function(*tensors)
 
     gradient = jax.grad(pure, argnums=(0, 1), has_aux=True)
-    compiled = jax.jit(gradient, compiler_options=QUICK_COMPILATION)
+    options = QUICK_COMPILATION if jax.default_backend() == "cpu" else None
+    compiled = jax.jit(gradient, compiler_options=options)
 
     def run(tensors):
         values = [variable.value for variable in variables]
