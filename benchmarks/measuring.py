@@ -4,6 +4,7 @@ import importlib.util
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import time
@@ -111,9 +112,10 @@ def host():
         cpu.setdefault(name.strip(), value.strip())
     flags = cpu.get("flags", "").split()
     query = "nvidia-smi", "--query-gpu=name", "--format=csv,noheader"
-    gpus = keras.distribution.list_devices("gpu")
     return {
-        "gpu": subprocess.check_output(query, text=True).strip() if gpus else None,
+        "gpu": subprocess.check_output(query, text=True).strip()
+        if shutil.which("nvidia-smi")
+        else None,
         "processor": cpu.get("model name") or platform.processor(),
         "vector_extensions": [name for name in EXTENSIONS if name in flags],
         "cores": os.cpu_count(),

@@ -188,7 +188,7 @@ def _jax_penalty(layer, training, x):
 def _torch_penalty(layer, training, x):
     import torch
 
-    x = torch.tensor(x, requires_grad=True)
+    x = ops.convert_to_tensor(x).requires_grad_()
     loss = (layer(x, training=training) ** 2).sum()
     (dx,) = torch.autograd.grad(loss, x, create_graph=True)
     weights = [weight.value for weight in layer.weights]
@@ -204,7 +204,7 @@ on_torch = pytest.mark.skipif(BACKEND != "torch", reason="transformations of tor
 def with_built_in(rng, **arguments):
     """Our layer and the built-in one, with the same random weights."""
     layer = layer_with(rng, **arguments)
-    built_in = keras.layers.LSTM(4, **arguments)
+    built_in = keras.layers.LSTM(4, use_cudnn=False, **arguments)
     built_in.build((3, None, 3))
     built_in.set_weights(fuse(layer.get_weights()))
     return layer, built_in
@@ -269,9 +269,10 @@ def test_strict_dtype_promotion_on_jax(rng, policy, batch, mask):
 def test_vmap_matches_the_batch(rng, map_over, mask, use_bias):
     import torch
 
-    layer = layer_with(rng, return_sequences=True, use_bias=use_bias)
-    inputs = [torch.tensor(rng.normal(size=(3, 5, 3)).astype("float32"))]
-    inputs += [] if mask is None else [torch.tensor(mask)]
+    arguments = {"use_bias": use_bias, "use_cudnn": False}
+    layer = layer_with(rng, return_sequences=True, **arguments)
+    inputs = [rng.normal(size=(3, 5, 3)).astype("float32"), mask]
+    inputs = [ops.convert_to_tensor(one) for one in inputs if one is not None]
 
     def call(inputs):
         x, *mask = (value[None] for value in inputs)
@@ -292,8 +293,8 @@ def test_per_sample_gradients_match_single_samples(rng, mask):
     import torch
 
     layer = layer_with(rng)
-    inputs = [torch.tensor(rng.normal(size=(3, 5, 3)).astype("float32"))]
-    inputs += [] if mask is None else [torch.tensor(mask)]
+    inputs = [rng.normal(size=(3, 5, 3)).astype("float32"), mask]
+    inputs = [ops.convert_to_tensor(one) for one in inputs if one is not None]
     values = [weight.value.detach() for weight in layer.weights]
 
     def loss(values, x, mask=None):
