@@ -32,10 +32,11 @@ class ScratchLSTM(BidirectionalGuard):
     for the same seeds. `layer.cell` has the weights, one per matrix of the equations.
 
     The layer runs a fast implementation: a loop with a hand-written backward pass on
-    TensorFlow and JAX, `torch.lstm` on torch, or cuDNN on a GPU. Where these do not
-    apply (custom gates, other activations, recurrent dropout in training, `unroll`), it
-    runs the reference loop of `keras.layers.RNN`. After a call, `layer.recurrence` is
-    the implementation used: `"tensorflow"`, `"jax"`, `"torch"`, `"cudnn"` or `"loop"`.
+    TensorFlow and JAX, `torch.lstm` on torch, and cuDNN on a GPU on TensorFlow and
+    torch. Where these do not apply (custom gates, other activations, recurrent dropout
+    in training, `unroll`), it runs the reference loop of `keras.layers.RNN`. After a
+    call, `layer.recurrence` is the implementation used: `"tensorflow"`, `"jax"`,
+    `"torch"`, `"cudnn"` or `"loop"`.
     Within the context `keras_scratch_lstm.recurrence.force("loop")`, all layers run the
     reference loop, for transformations that the fast ones do not support, such as
     `jax.linearize`.
@@ -56,7 +57,7 @@ class ScratchLSTM(BidirectionalGuard):
             `layer.states`; they are not weights. Default: `False`.
         unroll: Boolean, whether to unroll the loop. Default: `False`.
         use_cudnn: `True`, `False` or `"auto"`, whether to use cuDNN on a GPU. `True`
-            raises an error if cuDNN cannot be used. Default: `"auto"`.
+            raises an error if cuDNN cannot be used, as on JAX. Default: `"auto"`.
         time_major: Boolean. If `True`, inputs, masks and returned sequences have the
             shape `(time, batch, ...)`. Default: `False`.
         cell: A `ScratchLSTMCell`, or an instance of a subclass, in place of the
