@@ -9,7 +9,7 @@ from keras import layers
 from reference import fuse, run_python
 
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
-from keras_scratch_lstm._keras import sublayers
+from keras_scratch_lstm._keras import all_layers
 
 BACKEND = keras.backend.backend()
 BATCH, TIME, FEATURES, UNITS = 3, 5, 2, 4
@@ -47,7 +47,7 @@ def make_model(kind, *classes):
 
 
 def reset_states(model):
-    for layer in sublayers(model, recursive=True):
+    for layer in all_layers(model):
         if isinstance(layer, layers.RNN) and layer.stateful:
             layer.reset_state()
 

@@ -12,6 +12,7 @@ from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 __all__ = [
     "DropoutRNNCell",
+    "all_layers",
     "compiled_loss",
     "compiled_losses",
     "get_keras_mask",
@@ -23,9 +24,14 @@ __all__ = [
 ]
 
 
-def sublayers(layer, recursive=False):
+def sublayers(layer):
     """Return the layers within a layer, which `model.layers` has for models only."""
-    return layer._flatten_layers(include_self=False, recursive=recursive)
+    return layer._flatten_layers(include_self=False, recursive=False)
+
+
+def all_layers(layer):
+    """Return a layer and all layers within it."""
+    return layer._flatten_layers()
 
 
 def minimize(metric):

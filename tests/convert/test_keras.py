@@ -10,7 +10,7 @@ from keras import constraints, layers, ops, regularizers
 from reference import assert_close, flat, fuse, label
 
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, to_builtin, to_scratch
-from keras_scratch_lstm._keras import sublayers
+from keras_scratch_lstm._keras import all_layers
 
 BACKEND = keras.backend.backend()
 BUILTIN = (layers.LSTM, layers.LSTMCell)
@@ -25,12 +25,8 @@ def x(rng):
     return rng.normal(size=SHAPE).astype("float32")
 
 
-def parts(layer):
-    return [layer, *sublayers(layer, recursive=True)]
-
-
 def count(layer, classes):
-    return sum(type(part) in classes for part in parts(layer))
+    return sum(type(part) in classes for part in all_layers(layer))
 
 
 def config_of(layer):
@@ -44,7 +40,9 @@ def config_of(layer):
 
 def attributes_of(layer):
     """What a layer and those in it keep outside of the configuration."""
-    return [(p.name, p.trainable, getattr(p, "use_cudnn", "")) for p in parts(layer)]
+    return [
+        (p.name, p.trainable, getattr(p, "use_cudnn", "")) for p in all_layers(layer)
+    ]
 
 
 def random_weights(layer, rng):
@@ -247,7 +245,7 @@ def test_a_given_cell_becomes_arguments_of_the_built_in_layer(rng, x):
 @pytest.mark.parametrize("case", ["layer", "Sequential", "Functional"])
 def test_trainable_flags_are_copied(rng, case):
     builtin, _ = make(case, rng)
-    lstms = [part for part in parts(builtin) if type(part) is layers.LSTM]
+    lstms = [part for part in all_layers(builtin) if type(part) is layers.LSTM]
     builtin.trainable = False
     if case != "layer":
         builtin.trainable = True
@@ -255,7 +253,7 @@ def test_trainable_flags_are_copied(rng, case):
     lstms[-1].cell.trainable = True
     lstms[-1].cell.recurrent_kernel.trainable = False
     scratch = to_scratch(builtin)
-    copies = {part.name: part for part in parts(scratch)}
+    copies = {part.name: part for part in all_layers(scratch)}
     for weight in copies[lstms[-1].name].weights:
         assert weight.trainable == (not weight.name.startswith("W_h"))
     again = to_builtin(scratch)
@@ -286,7 +284,7 @@ def test_random_seeds_and_state_of_preprocessing_layers_are_copied(rng, x):
 
 
 def states(model):
-    found = [part.states for part in parts(model) if isinstance(part, layers.RNN)]
+    found = [part.states for part in all_layers(model) if isinstance(part, layers.RNN)]
     assert len(keras.tree.flatten(found)) == 9
     return keras.tree.flatten(found)
 

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import constraints, layers, regularizers
 
-from keras_scratch_lstm._keras import sublayers
+from keras_scratch_lstm._keras import all_layers, sublayers
 from keras_scratch_lstm._validation import invalid
 from keras_scratch_lstm.cell import ScratchLSTMCell
 from keras_scratch_lstm.layer import ScratchLSTM
@@ -93,8 +93,7 @@ def to_builtin(layer_or_model: Any) -> Any:
 
 
 def _convert(old, classes):
-    is_layer = isinstance(old, layers.Layer)
-    parts = [old, *sublayers(old, recursive=True)] if is_layer else []
+    parts = all_layers(old) if isinstance(old, layers.Layer) else []
     lstms = [part for part in parts if isinstance(part, tuple(classes))]
     if not lstms:
         names = " or ".join(f"`{cls.__name__}`" for cls in classes)
@@ -155,7 +154,7 @@ def _config(value):
 
 def _copy_by_config(old, classes):
     """Copy a layer without its weights, its LSTMs as the other classes."""
-    parts = {type(part) for part in [old, *sublayers(old, recursive=True)]}
+    parts = {type(part) for part in all_layers(old)}
     # By their full names, as their short names may also be those of Keras classes.
     swapped = {_full_name(cls): new for cls, new in classes.items()}
     own = [cls for cls in parts if not cls.__module__.startswith("keras.")]

@@ -180,9 +180,8 @@ def _measure(metric, model, targets):
 
 def _is_fixed(model):
     """Whether the number of samples must be that of the inputs."""
-    layers = [model, *_keras.sublayers(model, recursive=True)]
-    shapes = [x.shape for x in getattr(model, "inputs", None) or []]
-    return any(shape[0] is not None for shape in shapes) or any(
+    inputs = getattr(model, "inputs", None) or []
+    return any(x.shape[0] is not None for x in inputs) or any(
         getattr(layer, "stateful", False) or getattr(layer, "time_major", False)
-        for layer in layers
+        for layer in _keras.all_layers(model)
     )

@@ -101,7 +101,7 @@ def _check_cell(layer):
 
 
 def _find_head(call, head):
-    layers = [call.model, *_keras.sublayers(call.model, recursive=True)]
+    layers = _keras.all_layers(call.model)
     found = [layer for layer in layers if layer is head or layer.name == head]
     units = call.shape[2]
     if not (

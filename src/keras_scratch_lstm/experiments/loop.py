@@ -96,7 +96,7 @@ def _find_lstm(model, layer):
 
 
 def _find_simple_rnn(model, layer):
-    layers = [model, *_keras.sublayers(model, recursive=True)]
+    layers = _keras.all_layers(model)
     found = [x for x in layers if isinstance(x, keras.layers.SimpleRNN)]
     if layer is not None:
         found = [x for x in found if x is layer or x.name == layer]

@@ -55,8 +55,7 @@ def directions_of(layer):
 
 def is_stateful(model):
     """Return whether a layer of the model is stateful."""
-    layers = [model, *_keras.sublayers(model, recursive=True)]
-    return any(getattr(layer, "stateful", False) for layer in layers)
+    return any(getattr(part, "stateful", False) for part in _keras.all_layers(model))
 
 
 def find_lstms(model, layer=None):
@@ -201,7 +200,7 @@ def _rows(x, start, size, padding):
 def _batch_sizes(model, samples, batch_size):
     """Return how many samples to run at a time, and the model's fixed batch size."""
     batch_size = _validation.positive_integer("batch_size", batch_size)
-    layers = [model, *_keras.sublayers(model, recursive=True)]
+    layers = _keras.all_layers(model)
     if any(getattr(layer, "time_major", False) for layer in layers):
         return samples, None  # the samples may be on either axis of the inputs
     shapes = [x.shape for x in getattr(model, "inputs", None) or []]
