@@ -436,7 +436,10 @@ def test_invalid_inputs(draw, arguments, call, message):
 @pytest.mark.skipif("cudnn" in recurrence.implementations(), reason="needs no GPU")
 @pytest.mark.parametrize("arguments", [{}, {"activation": "relu"}, {"unroll": True}])
 def test_use_cudnn_without_a_gpu(draw, arguments):
-    layer = ScratchLSTM(6, use_cudnn=True, name="one", **arguments)
+    rates = {"dropout": 0.5, "recurrent_dropout": 0.5}
+    layer = ScratchLSTM(6, use_cudnn=True, name="one", **rates, **arguments)
     message = "`use_cudnn` must be 'auto' or False where .*`one` with use_cudnn=True"
     with pytest.raises(ValueError, match=message):
         layer(draw(3, 7, 5))
+    layer.use_cudnn = "auto"
+    assert layer(draw(2, 7, 5), training=True).shape == (2, 6)  # with new masks

@@ -184,6 +184,9 @@ class ScratchLSTM(BidirectionalGuard):
         mask: Tensor | None = None,
         training: bool = False,
     ) -> Any:
+        # An earlier call may have ended in an error and left its masks.
+        self.cell.reset_dropout_mask()
+        self.cell.reset_recurrent_dropout_mask()
         if isinstance(mask, (list, tuple)):  # Keras adds those of the states
             mask = mask[0] if mask else None
         if mask is not None:

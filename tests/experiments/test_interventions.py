@@ -276,16 +276,25 @@ def test_first_call_of_a_shared_layer_is_edited(x):
     assert_close(outputs, to_numpy(layer(np.full_like(x, 0.5))))
 
 
-def test_model_is_unchanged_after_an_error(x):
-    model = classifier(make("LSTM"))
+def without_value(layer):
+    return [name for name, value in vars(layer).items() if value is None]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_model_is_unchanged_after_an_error(kind, error, x):
+    model = classifier(make(kind))
     layer, before = model.layers[0], to_numpy(model(x))
-    attributes = sorted(vars(layer))
+    layer.cell.dropout = layer.cell.recurrent_dropout = 0.5
+    model(x)
+    attributes, unset = sorted(vars(layer)), without_value(layer.cell)
 
     def fail(gates, t):
-        raise RuntimeError("in the edit")
+        raise error("in the edit")
 
-    with pytest.raises(RuntimeError, match="in the edit"):
+    with pytest.raises(error, match="in the edit"):
         run_with_edits(model, x, Edit("f", fail))
+    assert without_value(layer.cell) == unset  # the dropout masks, too
     for value in (None, np.ones(UNITS + 1)):
         with pytest.raises(ValueError, match=r"`value` must be a function .* \(3, 4\)"):
             run_with_edits(model, x, Edit("f", lambda gates, t, value=value: value))

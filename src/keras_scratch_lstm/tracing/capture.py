@@ -126,10 +126,20 @@ class _Stop(BaseException):
     """Stop the forward pass at the traced layer; `except Exception` ignores it."""
 
 
+@contextlib.contextmanager
 def frozen(model):
-    """Return a scope that discards updates of states, and has no gradients on torch."""
+    """Discard updates of states; on torch, also the gradients of variables."""
     values = [(v, ops.stop_gradient(v.value)) for v in model.variables]
-    return keras.StatelessScope(values)
+    try:
+        with keras.StatelessScope(values):
+            yield
+    except BaseException:
+        # The cells keep the dropout masks of a call that ends in an error.
+        for layer in _keras.all_layers(model):
+            if isinstance(layer, _keras.DropoutRNNCell):
+                layer.reset_dropout_mask()
+                layer.reset_recurrent_dropout_mask()
+        raise
 
 
 @contextlib.contextmanager
