@@ -18,6 +18,7 @@ from keras_scratch_lstm import (
     run_with_edits,
     trace_gates,
 )
+from keras_scratch_lstm.recurrence import force
 
 CELLS = [
     PeepholeLSTMCell,
@@ -297,3 +298,17 @@ def test_rates_are_checked_and_saved(make, name):
         make(4, **{name: 1.5})
     config = make(4, **{name: 0.25}).get_config()
     assert config[name] == make.from_config(config).get_config()[name] == 0.25
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="other backends move tensors")
+@pytest.mark.parametrize("cell_class", [ScratchLSTMCell, *CELLS])
+def test_inputs_are_moved_to_the_device_of_the_weights(draw, cell_class):
+    """The device `meta` stands in for a GPU."""
+    x, h, c = (ops.convert_to_tensor(draw(3, *shape)) for shape in ((7, 5), (6,), (6,)))
+    mask = ops.convert_to_tensor(np.arange(7) < np.array([[7], [4], [1]]))
+    with keras.device("meta"), force("loop"):
+        cell = cell_class(6, dropout=0.5, recurrent_dropout=0.5)
+        layer = ScratchLSTM(cell=cell, return_state=True)
+        layer.build(x.shape)
+        outputs = layer(x, [h, c], mask=mask, training=True)
+    assert {tensor.device.type for tensor in outputs} == {"meta"}

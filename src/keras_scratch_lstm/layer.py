@@ -184,6 +184,7 @@ class ScratchLSTM(BidirectionalGuard):
         mask: Tensor | None = None,
         training: bool = False,
     ) -> Any:
+        sequences = ops.convert_to_tensor(sequences)  # on the device of the weights
         # An earlier call may have ended in an error and left its masks.
         self.cell.reset_dropout_mask()
         self.cell.reset_recurrent_dropout_mask()
