@@ -46,6 +46,12 @@ def lstm(x, w, h=0, c=0, mask=None):
     return np.stack(outputs, 1), h, c
 
 
+def tensor(array):
+    """A float tensor that NumPy cannot read on torch, like one on a GPU."""
+    tensor = keras.ops.convert_to_tensor(np.float32(array))
+    return tensor.requires_grad_() if hasattr(tensor, "requires_grad_") else tensor
+
+
 def fuse(values):
     """Twelve (or eight) per-gate arrays as the built-in cell's three (or two)."""
     step = len(values) // 4

@@ -8,6 +8,7 @@ import operator
 from pathlib import Path
 
 import keras
+import numpy as np
 
 _MAX_LENGTH = 300  # characters of a received value in a message
 
@@ -53,6 +54,13 @@ def path(argument, value):
     except TypeError:
         pass
     raise invalid(argument, value, "the path of a file")
+
+
+def to_numpy(value, dtype=None):
+    """A NumPy array of what `np.asarray` takes, or of a tensor on any device."""
+    if keras.ops.is_tensor(value):
+        value = keras.ops.convert_to_numpy(value)
+    return np.asarray(value, dtype)
 
 
 def are_numbers(tensor):

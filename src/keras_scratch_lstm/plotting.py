@@ -232,7 +232,7 @@ def plot_attribution(
     Returns:
         A `matplotlib.figure.Figure`.
     """
-    scores = np.asarray(scores)
+    scores = _validation.to_numpy(scores)
     if scores.ndim != 1 or not scores.size:
         raise _validation.invalid("scores", scores, "an array of shape (time,)")
     labels = list(map(str, range(len(scores))))

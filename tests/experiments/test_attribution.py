@@ -15,7 +15,7 @@ from edit_reference import (
     numpy_lstm,
 )
 from keras import ops
-from reference import sigmoid
+from reference import sigmoid, tensor
 
 from keras_scratch_lstm import contextual_decomposition, integrated_gradients
 
@@ -149,6 +149,20 @@ def test_integrated_gradients_are_complete(kind, sequences, x, rng):
         np.testing.assert_allclose(scores.sum((1, 2)), at_x - at_start, atol=1e-4)
     if sequences:
         np.testing.assert_array_equal(scores[:, 2:], 0)  # later than the output
+
+
+def test_baseline_and_scores_may_be_tensors(x, rng):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from keras_scratch_lstm import plotting
+
+    model = classifier(make("LSTM"))
+    baseline = rng.normal(size=FEATURES).astype("float32")
+    expected = integrated_gradients(model, x, 1, baseline=baseline)
+    scores = integrated_gradients(model, x, 1, baseline=tensor(baseline))
+    np.testing.assert_array_equal(scores, expected)
+    scores = scores[0, :, 0]
+    (cells,) = plotting.plot_attribution(tensor(scores)).axes[0].collections
+    np.testing.assert_array_equal(cells.get_array(), scores)
 
 
 def test_integrated_gradients_match_a_riemann_sum(x):

@@ -14,6 +14,7 @@ from edit_reference import (
     numpy_lstm,
 )
 from keras import ops
+from reference import tensor
 
 from keras_scratch_lstm import (
     Edit,
@@ -69,6 +70,13 @@ def test_edits_match_numpy(kind, array, x, rng):
     expected, h = numpy_lstm(layer, x, edit)
     assert_equal_traces(trace, expected)
     assert_close(outputs, apply_dense(model, h))
+
+
+def test_value_may_be_a_tensor(x, rng):
+    layer, value = make("LSTM"), rng.normal(size=(TIME, 1)).astype("float32")
+    expected, _ = run_with_edits(layer, x, Edit("c", value))
+    actual, _ = run_with_edits(layer, x, Edit("c", tensor(value)))
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_functions_see_the_arrays_of_the_time_step(x):

@@ -5,9 +5,11 @@ import threading
 
 import numpy as np
 import pytest
+from reference import tensor
 
 from keras_scratch_lstm import GateTrace
 from keras_scratch_lstm.tracing import files
+from keras_scratch_lstm.tracing.tokens import tokens_per_sample
 from keras_scratch_lstm.tracing.trace import ARRAYS
 
 pytestmark = pytest.mark.one_backend
@@ -96,6 +98,16 @@ def test_correlate_matches_numpy(masked, array, rng):
 def test_invalid_features(features, array, match, trace):
     with pytest.raises(ValueError, match=match):
         trace.correlate(features, array)
+
+
+def test_features_and_tokens_may_be_tensors(trace, rng):
+    values = rng.integers(1, 9, (2, 3)).astype("float32")
+    expected = trace.correlate({"a": values})
+    np.testing.assert_equal(trace.correlate({"a": tensor(values)}), expected)
+    tokens = values.astype(str).tolist()
+    assert tokens_per_sample(tensor(values), 2, 3) == tokens
+    assert tokens_per_sample(list(tensor(values)), 2, 3) == tokens
+    assert tokens_per_sample(list(tensor(values[0])), 2, 3) == tokens[:1]
 
 
 @pytest.mark.parametrize(

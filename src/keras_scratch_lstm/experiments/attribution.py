@@ -231,7 +231,8 @@ def integrated_gradients(
     call = loop.find_call(model_or_layer, inputs, layer)
     x = call.sequences
     try:
-        difference = x - np.broadcast_to(np.asarray(baseline, x.dtype), x.shape)
+        start = _validation.to_numpy(baseline, x.dtype)
+        difference = x - np.broadcast_to(start, x.shape)
     except (TypeError, ValueError):
         rule = f"a number or an array that broadcasts to {x.shape}"
         raise _validation.invalid("baseline", baseline, rule) from None

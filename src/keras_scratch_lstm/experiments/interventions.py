@@ -177,7 +177,7 @@ def _new_values(edit, call, place):
         value = value[np.ix_(*place)]
     shape = tuple(map(len, place))
     try:
-        value = np.broadcast_to(np.asarray(value, "float64"), shape)
+        value = np.broadcast_to(_validation.to_numpy(value, "float64"), shape)
     except (TypeError, ValueError):
         rule = (
             "a number, a `GateTrace`, a function, or an array that broadcasts to the "

@@ -3,6 +3,7 @@
 import itertools
 import unicodedata
 
+import keras
 import numpy as np
 
 from keras_scratch_lstm import _validation
@@ -204,7 +205,7 @@ def _to_list(value, limit):
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     elif hasattr(value, "__array__") and not isinstance(value, str):
-        value = np.asarray(value).tolist()
+        value = _validation.to_numpy(value).tolist()
     try:
         is_finite = isinstance(value, (str, list, tuple))
         return list(value if is_finite else itertools.islice(value, limit + 1))
@@ -213,4 +214,6 @@ def _to_list(value, limit):
 
 
 def _to_string(token):
+    if keras.ops.is_tensor(token):
+        token = keras.ops.convert_to_numpy(token).item()
     return token.decode("utf-8", "replace") if isinstance(token, bytes) else str(token)

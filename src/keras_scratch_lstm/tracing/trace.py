@@ -170,7 +170,7 @@ class GateTrace:
         with np.errstate(invalid="ignore"):  # infinite values
             x = center(values)
             for name, feature in features.items():
-                feature = np.asarray(feature)
+                feature = _validation.to_numpy(feature)
                 has_shape = feature.shape in (shape, shape[1:])
                 if feature.dtype.kind not in "biuf" or not has_shape:
                     rule = f"booleans or numbers of shape {shape[1:]} or {shape}"
