@@ -24,6 +24,7 @@ STORY = 'He said (very\nslowly): "It is 12:30." I ate 8 Figs [or so].\n' * 3
         ([list("abc"), ("x", "y", "z")], ["abc", "xyz"]),
         (["abc", ["x", "y", "z"]], ["abc", "xyz"]),
         (iter(["a", "b", "c"]), ["abc"]),
+        ([iter("abc"), (token for token in "xyz")], ["abc", "xyz"]),
         (np.array(list("abc")), ["abc"]),
         (np.array([list("abc"), list("xyz")]), ["abc", "xyz"]),
         (np.array([b"a", b"b", b"c"], "O"), ["abc"]),

@@ -22,23 +22,13 @@ def tokens_per_sample(tokens, batch, time):
         time: Integer, the number of time steps.
     """
     limit = max(batch, time)
-    samples = _to_list(tokens, limit)
-    if samples is None:
+    items = _to_list(tokens, limit)
+    if items is None:
         rule = f"a string or a list of {time} tokens, or a list of {batch} of these"
         raise _validation.invalid("tokens", tokens, rule)
-    if isinstance(tokens, str):
-        samples = [tokens]
-    elif all(isinstance(i, str | bytes) or _to_list(i, 0) is None for i in samples):
-        are_texts = len(samples) == batch and all(
-            isinstance(item, str) and len(item) == time for item in samples
-        )
-        if are_texts and batch == time > 1:
-            raise ValueError(
-                f"`tokens` is ambiguous: {time} tokens of one sample, or the text of "
-                f"{batch} samples. Pass a list of lists, one per sample."
-            )
-        samples = samples if are_texts else [samples]
-    samples = [_to_list(sample, limit) for sample in samples]
+    samples = [_to_list(item, limit) for item in items]
+    if isinstance(tokens, str) or not _are_samples(items, samples, batch, time):
+        samples = [items]
     lengths = [0 if sample is None else len(sample) for sample in samples]
     if len(samples) not in (1, batch) or set(lengths) != {time}:
         raise ValueError(
@@ -47,6 +37,24 @@ def tokens_per_sample(tokens, batch, time):
             f"{', '.join(map(str, lengths[:8]))} tokens"
         )
     return [[_to_string(token) for token in sample] for sample in samples]
+
+
+def _are_samples(items, lists, batch, time):
+    """Whether each item has the tokens of a sample, rather than being one token."""
+    if any(
+        one is not None and not isinstance(item, str | bytes)
+        for item, one in zip(items, lists, strict=True)
+    ):
+        return True
+    are_texts = len(items) == batch and all(
+        isinstance(item, str) and len(item) == time for item in items
+    )
+    if are_texts and batch == time > 1:
+        raise ValueError(
+            f"`tokens` is ambiguous: {time} tokens of one sample, or the text of "
+            f"{batch} samples. Pass a list of lists, one per sample."
+        )
+    return are_texts
 
 
 def tokens_of_sample(tokens, batch, time, sample):
