@@ -208,6 +208,30 @@ def test_tokens_of_batches_of_different_lengths(rng, clock):
             assert history["tokens_per_sec"] == [8 * 5 + 3 * 7 + 1 * 2] * 2
 
 
+def test_long_epochs_are_counted_exactly(data):
+    class Long(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.model.metrics[0].predictions.assign(2**24)  # exact in float32, too
+
+    x, y = data
+    logger = PerplexityLogger(verbose=0)
+    fit(build(), x[:1], y[:1], callbacks=[logger, Long()])
+    assert round(logger.tokens_per_sec * logger.seconds) == 2**24 + TIME
+
+
+def test_epoch_ends_when_the_device_has_finished(data, monkeypatch):
+    """The counter is the last thing that an epoch computes."""
+    now, read = [0.0], ops.convert_to_numpy
+
+    def wait(tensor):
+        now[0] = 2.0
+        return read(tensor)
+
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(callbacks.ops, "convert_to_numpy", wait)
+    assert fit(build(), *data)["tokens_per_sec"] == [37 * TIME / 2]
+
+
 @pytest.mark.one_backend
 def test_train_step_without_metrics_warns(data):
     class Model(keras.Sequential):

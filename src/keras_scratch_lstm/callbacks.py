@@ -119,8 +119,9 @@ class PerplexityLogger(keras.callbacks.Callback):
 
     def _end_training_of_epoch(self):
         if self._epoch_seconds is None:
-            self._epoch_seconds = time.perf_counter() - self._epoch_start
+            # Reading the counter waits for the batches that a GPU still processes.
             self._epoch_tokens = int(ops.convert_to_numpy(self._counter))
+            self._epoch_seconds = time.perf_counter() - self._epoch_start
 
     def _add_perplexities(self, logs):
         for name, (loss, weight) in _cross_entropies(self.model).items():
@@ -194,12 +195,12 @@ def _count_predictions(model):
         return metric.predictions
     strategy = getattr(model, "distribute_strategy", None)
     with strategy.scope() if strategy else contextlib.nullcontext():
-        metric.predictions = metric.add_variable((), "zeros", name="predictions")
+        metric.predictions = metric.add_variable((), "zeros", "int", name="predictions")
     compute_metrics = type(model).compute_metrics.__get__(model)
 
     def count(x, y, y_pred, sample_weight=None):
         sizes = [
-            ops.cast(math.prod(ops.shape(output)[:-1]), "float32")
+            ops.cast(math.prod(ops.shape(output)[:-1]), metric.predictions.dtype)
             for output in keras.tree.flatten(y_pred)
         ]
         metric.predictions.assign_add(ops.max(ops.stack(sizes)))
