@@ -367,6 +367,7 @@ def test_monitor_does_not_change_training(series):
     [
         ({"metrics": "saturation"}, "`metrics` must be a list .*'weight_norms'"),
         ({"metrics": ["norms"]}, r"Received: metrics=\['norms'\]"),
+        ({"metrics": 5}, "Received: metrics=5"),
         ({"probe": np.zeros((0, TIME, FEATURES))}, "`probe` must be"),
         ({"layer": "middle"}, "`layer` must be .* 'lower', 'upper'"),
         ({"layer": LAYERS["LSTM"](name="other")}, "`layer` must be .* 'lower'"),

@@ -239,3 +239,6 @@ def test_plot_ablation_has_the_largest_changes():
     ]
     widths = [bar.get_width() for bar in ax.patches]
     np.testing.assert_allclose(widths, [-0.8, 0.3])
+    for most in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="`most` must be a positive integer"):
+            plotting.plot_ablation(ablation, most)

@@ -5,7 +5,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -269,12 +269,13 @@ class GateMonitor(keras.callbacks.Callback):
         self, probe: Any, layer: Any = None, metrics: Sequence[str] = METRICS
     ) -> None:
         super().__init__()
-        if isinstance(metrics, str) or not set(metrics) <= set(METRICS):
+        names = list(metrics) if isinstance(metrics, Iterable) else [metrics]
+        if isinstance(metrics, str) or not all(name in METRICS for name in names):
             raise _validation.invalid(
                 "metrics", metrics, "a list with 'saturation', 'weight_norms' or both"
             )
         self.layer = layer
-        self.metrics = metrics
+        self.metrics = names
         # A dataset may be shuffled, and an iterator has each batch once.
         batches = read_batches(probe, argument="probe")
         self._probe = [check_inputs(batch, "probe")[0] for batch in batches]

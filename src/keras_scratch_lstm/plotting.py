@@ -280,12 +280,13 @@ def plot_ablation(
 
     Args:
         ablation: Result of `ablate_units`.
-        most: Integer, the number of rows to plot. Default: 20.
+        most: Positive integer, the number of rows to plot. Default: 20.
         path: See `plot_gates`.
 
     Returns:
         A `matplotlib.figure.Figure`.
     """
+    most = _validation.positive_integer("most", most)
     rows = np.argsort(-np.abs(ablation.change))[:most]
     labels = [f"{ablation.array[row]}, unit {ablation.unit[row]}" for row in rows]
     ax = _axes(0.8 + 0.2 * len(rows))

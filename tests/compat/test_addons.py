@@ -64,6 +64,7 @@ def test_bidirectional_wrapper_does_not_lose_the_weights():
         lambda weights: [weights[1], *weights[1:2], *weights[2:-1], weights[0]],
         lambda weights: [weight.astype(str) for weight in weights],
         lambda weights: ScratchLSTM(4),
+        lambda weights: [[[1], [2, 3]], *weights[1:]],
     ],
 )
 def test_other_weights_are_rejected(change):

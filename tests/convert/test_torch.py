@@ -163,6 +163,7 @@ def without(*names):
             without(*STATE_DICT),
             "`torch.nn.LSTM` without `proj_size`, or its state dict",
         ),
+        (lambda w: dict(enumerate(w.values())), "Received: lstm_or_state_dict=['0', "),
         (lambda w: w | {f"b.{k}": v for k, v in w.items()}, "one LSTM. Pass those"),
         (lambda w: w | {"weight_hr_l0": np.ones((2, 6))}, "'weight_hr_l0']"),
         (lambda w: w | {"weight_ih_l2": np.ones((24, 6))}, "'weight_ih_l2'"),

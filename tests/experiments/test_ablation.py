@@ -1,10 +1,12 @@
+import sys
+
 import keras
 import numpy as np
 import pytest
 from edit_reference import BATCH, UNITS, classifier, make
 from keras import ops
 
-from keras_scratch_lstm import Edit, ablate_units, run_with_edits
+from keras_scratch_lstm import Ablation, Edit, ablate_units, run_with_edits
 
 BOTH = pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM"])
 
@@ -114,6 +116,13 @@ def test_table_and_progress(x, y, capsys):
     frame = ablation.to_dataframe()
     assert list(frame.columns) == ["array", "unit", "metric", "change"]
     np.testing.assert_array_equal(frame["change"], ablation.metric - ablation.baseline)
+
+
+@pytest.mark.one_backend
+def test_missing_pandas(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="`to_dataframe` needs pandas: run `pip in"):
+        Ablation(0.0, *np.zeros((3, 1))).to_dataframe()
 
 
 @pytest.mark.one_backend

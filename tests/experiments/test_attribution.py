@@ -189,6 +189,7 @@ def test_integrated_gradients_match_a_riemann_sum(x):
     [
         ({"target": 3}, r"`target` must be an index of one sample's .* \(3,\)"),
         ({"target": (0, 1)}, "`target` must be an index"),
+        ({"target": True}, "`target` must be an index .* Received: target=True"),
         ({"target": 0, "points": 0}, "`points` must be a positive integer"),
         ({"target": 0, "baseline": [1.0] * 3}, r"`baseline` must be .* \(3, 5, 2\)"),
     ],

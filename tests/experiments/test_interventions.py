@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import keras
 import numpy as np
 import pytest
@@ -51,7 +53,7 @@ def test_edits_match_numpy(kind, array, x, rng):
     value = rng.normal(size=(2, 3, 1))
     edits = [
         Edit(array, 0.25, units=[1, 3], steps=slice(1, 3), samples=0),
-        Edit(array, scale=0.5, steps=-1),
+        Edit(array, scale=Fraction(1, 2), steps=-1),
         Edit(array, value, units=2, steps=[0, 2, 3], samples=[2, 0]),
     ]
 

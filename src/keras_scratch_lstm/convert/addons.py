@@ -72,7 +72,7 @@ def _check(weights):
     try:
         weights = [np.asarray(weight) for weight in weights]
         shapes = [weight.shape for weight in weights]
-    except TypeError:
+    except (TypeError, ValueError):
         raise invalid("weights", weights, rule) from None
     units = shapes[1][0] if len(shapes) > 1 and shapes[1] else 0
     features = shapes[0][0] if shapes and shapes[0] else 0

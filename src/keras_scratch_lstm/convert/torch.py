@@ -93,9 +93,9 @@ def _read(lstm_or_state_dict):
 
     prefix = _prefix(weights)
     return {
-        key.removeprefix(prefix): read(key, value)
+        str(key).removeprefix(prefix): read(key, value)
         for key, value in weights.items()
-        if not prefix or str(key).startswith(prefix)
+        if str(key).startswith(prefix)
     }
 
 

@@ -11,7 +11,7 @@ from keras import ops
 from keras_scratch_lstm import _keras, _validation
 from keras_scratch_lstm.experiments import loop
 from keras_scratch_lstm.experiments.interventions import Selection, select
-from keras_scratch_lstm.tracing.trace import ARRAYS
+from keras_scratch_lstm.tracing.trace import ARRAYS, import_pandas
 
 if TYPE_CHECKING:
     import pandas
@@ -40,10 +40,8 @@ class Ablation:
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """Convert the table to a pandas `DataFrame`."""
-        import pandas as pd
-
         columns = {"array": self.array, "unit": self.unit, "metric": self.metric}
-        return pd.DataFrame({**columns, "change": self.change})
+        return import_pandas().DataFrame({**columns, "change": self.change})
 
 
 def ablate_units(

@@ -254,7 +254,9 @@ def integrated_gradients(
 def _pick(outputs, index, target):
     shape = tuple(getattr(outputs, "shape", ()))[1:]
     is_valid = len(index) == len(shape) and all(
-        isinstance(k, (int, np.integer)) and -size <= k < size
+        isinstance(k, (int, np.integer))
+        and not isinstance(k, bool)
+        and -size <= k < size
         for k, size in zip(index, shape, strict=True)
     )
     if not is_valid:

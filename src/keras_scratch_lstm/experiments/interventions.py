@@ -166,7 +166,7 @@ def _new_values(edit, call, place):
     """Return a function `(values, step, t)` for what the edit assigns."""
     value, (batch, _, units) = edit.value, call.shape
     if edit.scale is not None:
-        return lambda values, step, t: values * edit.scale
+        return lambda values, step, t: values * float(edit.scale)
     if callable(value):
         return functools.partial(_computed, value)
     if isinstance(value, GateTrace):

@@ -28,6 +28,17 @@ def check_array(array):
     return array
 
 
+def import_pandas():
+    """Import pandas, which is an optional dependency."""
+    try:
+        import pandas
+    except ImportError:
+        raise ImportError(
+            "`to_dataframe` needs pandas: run `pip install pandas`."
+        ) from None
+    return pandas
+
+
 class Saturation(NamedTuple):
     """Fractions of time steps, each `(units,)`, at which a gate is saturated."""
 
@@ -196,12 +207,7 @@ class GateTrace:
             ImportError: If pandas is not installed.
             ValueError: If `tokens` is invalid.
         """
-        try:
-            import pandas as pd
-        except ImportError:
-            raise ImportError(
-                "`to_dataframe` needs pandas: run `pip install pandas`."
-            ) from None
+        pd = import_pandas()
         batch, time, units = self.i.shape
         shape = batch, time, units, len(ARRAYS)
         sample, step, unit, gate = np.indices(shape, dtype="int32", sparse=True)
