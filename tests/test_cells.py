@@ -300,6 +300,18 @@ def test_rates_are_checked_and_saved(make, name):
     assert config[name] == make.from_config(config).get_config()[name] == 0.25
 
 
+@pytest.mark.parametrize("cell_class", [ScratchLSTMCell, *CELLS])
+def test_calls_of_the_cell_alone_advance_the_seed_like_those_of_a_layer(
+    draw, cell_class
+):
+    x, rates = draw(3, 1, 5), {"dropout": 0.5, "recurrent_dropout": 0.5}
+    cell, in_layer = (cell_class(6, seed=1, **rates) for _ in range(2))
+    cell(x[:, 0], cell.get_initial_state(3), training=True)
+    layers.RNN(in_layer)(x, training=True)
+    one, other = (numpy(each.seed_generator.state) for each in (cell, in_layer))
+    np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.skipif(BACKEND != "torch", reason="other backends move tensors")
 @pytest.mark.parametrize("cell_class", [ScratchLSTMCell, *CELLS])
 def test_inputs_are_moved_to_the_device_of_the_weights(draw, cell_class):

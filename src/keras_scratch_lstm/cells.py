@@ -298,8 +298,11 @@ class DropConnectLSTMCell(ScratchLSTMCell):
     def _apply_gates(self, x, h, c, training):
         if not training:
             return super()._apply_gates(x, h, c, training)
+        # Before the scope, which would discard the updates of the seed.
         self.get_dropout_mask(x)
+        self.get_recurrent_dropout_mask(h)
         W_h = super()._recurrent_weights(training)
+        # For `gates`; all variables, since the scope hides those of one around it.
         values = [(variable, variable.value) for variable in self.variables]
         values += zip(W_h, self._recurrent_weights(training), strict=True)
         with keras.StatelessScope(values):
