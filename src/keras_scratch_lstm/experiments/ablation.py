@@ -154,12 +154,10 @@ def _ablate(call, rows, values, measure):
             lambda x: ops.concatenate([ops.convert_to_tensor(x)] * len(rows)), inputs
         )
     outputs, _ = loop.run(call, visit, inputs)
-    if len(rows) == 1:
-        return [measure(outputs)]
-    parts = keras.tree.map_structure(lambda y: ops.split(y, len(rows)), outputs)
+    parts = [ops.split(y, len(rows)) for y in keras.tree.flatten(outputs)]
     return [
-        measure(keras.tree.map_structure_up_to(outputs, lambda y, k=k: y[k], parts))
-        for k in range(len(rows))
+        measure(keras.tree.pack_sequence_as(outputs, part))
+        for part in zip(*parts, strict=True)
     ]
 
 

@@ -74,9 +74,8 @@ def trace_gradients(
     # Adding zeros to an array gives the gradient by that array.
     zeros = ops.zeros((time, len(names), batch, units), call.layer.cell.compute_dtype)
     (gradients,) = recurrence.gradient(loss_of, [zeros])
-    empty = loop.Step(None, None, None, None, None, None)
     steps = {
-        t: empty._replace(**dict(zip(names, gradient, strict=True)))
+        t: loop.Step(**dict(zip(names, gradient, strict=True)))
         for t, gradient in enumerate(ops.unstack(gradients))
     }
     return loop.to_trace(call, steps)

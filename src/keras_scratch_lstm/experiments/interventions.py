@@ -14,7 +14,7 @@ from keras import ops
 from keras_scratch_lstm import _validation
 from keras_scratch_lstm.experiments import loop
 from keras_scratch_lstm.tracing import GateTrace
-from keras_scratch_lstm.tracing.trace import ARRAYS
+from keras_scratch_lstm.tracing.trace import ARRAYS, check_array
 
 Selection = int | slice | Iterable[int] | None
 
@@ -59,10 +59,7 @@ class Edit:
     samples: Selection = None
 
     def __post_init__(self) -> None:
-        if self.array not in ARRAYS:
-            raise _validation.invalid(
-                "array", self.array, f"one of {str(ARRAYS)[1:-1]}"
-            )
+        check_array(self.array)
         if (self.value is None) == (self.scale is None):
             raise ValueError(
                 "Exactly one of `value` and `scale` must be given. Received: "
@@ -164,11 +161,23 @@ def _bind(edit, call):
 
 def _new_values(edit, call, place):
     """Return a function `(values, step, t)` for what the edit assigns."""
-    value, (batch, _, units) = edit.value, call.shape
     if edit.scale is not None:
         return lambda values, step, t: values * float(edit.scale)
-    if callable(value):
-        return functools.partial(_computed, value)
+    if callable(edit.value):
+        return functools.partial(_computed, edit.value)
+    batch, _, units = call.shape
+    samples, steps, selected_units = place
+    full = np.zeros((len(steps), batch, units))
+    value = _selected_values(edit, call, place).swapaxes(0, 1)
+    full[:, samples[:, None], selected_units] = value
+    full = ops.unstack(ops.cast(full, call.layer.cell.compute_dtype))
+    at_step = dict(zip(steps.tolist(), full, strict=True))
+    return lambda values, step, t: at_step[t]
+
+
+def _selected_values(edit, call, place):
+    """Check a number, an array or a `GateTrace`, and return its selected values."""
+    value = edit.value
     if isinstance(value, GateTrace):
         value = getattr(value, edit.array)
         if value.shape != call.shape:
@@ -190,11 +199,7 @@ def _new_values(edit, call, place):
     if not np.isfinite(value[read]).all():
         rule = "finite at all unmasked time steps that it edits"
         raise _validation.invalid("value", value, rule)
-    full = np.zeros((len(place[1]), batch, units))
-    full[:, place[0][:, None], place[2]] = value.swapaxes(0, 1)
-    full = ops.unstack(ops.cast(full, call.layer.cell.compute_dtype))
-    at_step = dict(zip(place[1].tolist(), full, strict=True))
-    return lambda values, step, t: at_step[t]
+    return value
 
 
 def _computed(function, values, step, t):

@@ -24,12 +24,12 @@ class Step(NamedTuple):
     `SimpleRNN` has only `h`.
     """
 
-    i: Any
-    f: Any
-    o: Any
-    c_tilde: Any
-    c: Any
-    h: Any
+    i: Any = None
+    f: Any = None
+    o: Any = None
+    c_tilde: Any = None
+    c: Any = None
+    h: Any = None
 
 
 class Call(NamedTuple):
@@ -166,31 +166,29 @@ def _loop(layer, x, initial_state, mask, visit, steps, record):
     mask = mask[0] if isinstance(mask, (list, tuple)) else mask
     mask = None if mask is None else ops.cast(mask, "bool")
     advance = _lstm(layer, x) if len(initial_state) == 2 else _simple_rnn(layer, x)
-    h, c = (*initial_state, None)[:2]
-    step = Step(None, None, None, None, c, h)
+    states = "hc"[: len(initial_state)]
+    step = Step(**dict(zip(states, initial_state, strict=True)))
     # Before the first unmasked time step, Keras's scan on JAX returns the state.
     is_scan = keras.backend.backend() == "jax" and not layer.unroll
-    output = h if is_scan else ops.zeros_like(h)
+    output = step.h if is_scan else ops.zeros_like(step.h)
     outputs, time = {}, x.shape[1]
     for t in reversed(range(time)) if layer.go_backwards else range(time):
         before, step = step, advance(visit, step, t)
         if record:
             steps[t] = step
         if mask is None:
-            output = step.h
-        else:
-            unmasked = mask[:, t, None]
-            output = ops.where(unmasked, step.h, output)
-            states = [
-                None if new is None else ops.where(unmasked, new, old)
-                for new, old in ((step.c, before.c), (step.h, before.h))
-            ]
-            step = step._replace(c=states[0], h=states[1])
-        zeroed = mask is not None and layer.zero_output_for_mask
-        outputs[t] = output * ops.cast(unmasked, output.dtype) if zeroed else output
-    last = outputs[t]
-    states = [state for state in (step.h, step.c) if state is not None]
-    return last, ops.stack(list(outputs.values()), axis=1), states
+            outputs[t] = step.h
+            continue
+        unmasked = mask[:, t, None]
+        outputs[t] = output = ops.where(unmasked, step.h, output)
+        if layer.zero_output_for_mask:
+            outputs[t] = output * ops.cast(unmasked, output.dtype)
+        # Masked time steps keep the states.
+        for name in states:
+            kept = ops.where(unmasked, getattr(step, name), getattr(before, name))
+            step = step._replace(**{name: kept})
+    sequence = ops.stack(list(outputs.values()), axis=1)
+    return outputs[t], sequence, [getattr(step, name) for name in states]
 
 
 def _lstm(layer, x):

@@ -246,14 +246,14 @@ def _capture(model, target, batch):
 
 
 def _forward(model, batch):
-    """Return `model`, or `model.call` if only its fixed number of steps differs.
+    """Return `model`, or `model.call` if its fixed number of time steps differs.
 
     A model with `keras.Input((35,))` rejects other lengths, though its LSTM does not.
     """
     inputs = getattr(model, "inputs", None) or []
     if len(inputs) == 1 and hasattr(batch, "shape"):
         fixed, shape = inputs[0].shape, batch.shape
-        if len(fixed) == len(shape) and len(fixed) > 1 and fixed[1] != shape[1]:
+        if len(fixed) == len(shape) > 1 and fixed[1] not in (None, shape[1]):
             return model.call
     return model
 
