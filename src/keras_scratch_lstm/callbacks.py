@@ -284,10 +284,11 @@ class GateMonitor(keras.callbacks.Callback):
         layers = self.layer
         if layers is None:
             layers = capture.find_all(self.model)
-        if not layers or not isinstance(layers, list | tuple):
-            layers = [self.layer]
+        elif not isinstance(layers, list | tuple):
+            layers = [layers]
         self._lstms = [
-            (layer, capture.find_lstms(self.model, layer)[1]) for layer in layers
+            (layer, capture.find_lstms(self.model, layer)[1])
+            for layer in layers or [self.layer]  # raises an error if there are none
         ]
         names = [lstm.name for _, lstms in self._lstms for lstm in lstms]
         if len(set(names)) < len(names):
@@ -321,15 +322,25 @@ class GateMonitor(keras.callbacks.Callback):
         values = {}
         for layer, lstms in self._lstms:
             if "saturation" in self.metrics:
-                dataset = ((batch,) for batch in self._probe)
-                trace = trace_gates(self.model, dataset, layer, batches=None)
-                for lstm, one in zip(lstms, (trace, trace.backward), strict=False):
-                    for gate, sides in one.saturation().items():
-                        for side, fractions in sides._asdict().items():
-                            name = f"{lstm.name}/{gate}_{side}_saturated"
-                            values[name] = float(fractions.mean())
-            for lstm in lstms if "weight_norms" in self.metrics else ():
-                for name, weight in named_weights(lstm.cell):
-                    norm = np.linalg.norm(ops.convert_to_numpy(weight))
-                    values[f"{lstm.name}/{name}_norm"] = float(norm)
+                values |= self._saturation(layer, lstms)
+            if "weight_norms" in self.metrics:
+                values |= _weight_norms(lstms)
         return values
+
+    def _saturation(self, layer, lstms):
+        dataset = ((batch,) for batch in self._probe)
+        trace = trace_gates(self.model, dataset, layer, batches=None)
+        return {
+            f"{lstm.name}/{gate}_{side}_saturated": float(fractions.mean())
+            for lstm, one in zip(lstms, (trace, trace.backward), strict=False)
+            for gate, sides in one.saturation().items()
+            for side, fractions in sides._asdict().items()
+        }
+
+
+def _weight_norms(lstms):
+    return {
+        f"{lstm.name}/{name}_norm": float(np.linalg.norm(ops.convert_to_numpy(weight)))
+        for lstm in lstms
+        for name, weight in named_weights(lstm.cell)
+    }

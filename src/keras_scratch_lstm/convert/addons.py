@@ -10,9 +10,6 @@ from keras_scratch_lstm.cells import LayerNormLSTMCell, PeepholeLSTMCell
 from keras_scratch_lstm.layer import CELL_ARGUMENTS, ScratchLSTM
 from keras_scratch_lstm.per_gate import FUSED_ORDER
 
-_PEEPHOLES = ("p_i", "p_f", "p_o")
-_NORMS = ("norm_x", "norm_h", "norm_c")
-
 
 def from_addons(weights: Sequence[Any], **arguments: Any) -> ScratchLSTM:
     """Convert an LSTM cell of TensorFlow Addons to a layer with the same weights.
@@ -41,12 +38,11 @@ def from_addons(weights: Sequence[Any], **arguments: Any) -> ScratchLSTM:
     """
     weights = _check(weights)
     is_peephole = len(weights) <= 6
-    names = _PEEPHOLES if is_peephole else _NORMS
-    per_name = 1 if is_peephole else 2
-    fused, others = weights[: -3 * per_name], weights[-3 * per_name :]
+    make_cell = PeepholeLSTMCell if is_peephole else LayerNormLSTMCell
+    more = 3 if is_peephole else 6  # weights than the standard cell
+    fused, others = weights[:-more], weights[-more:]
     options = {key: arguments.pop(key) for key in CELL_ARGUMENTS & arguments.keys()}
     policy = {key: arguments[key] for key in ("dtype",) if key in arguments}
-    make_cell = PeepholeLSTMCell if is_peephole else LayerNormLSTMCell
     features, units = len(fused[0]), len(fused[1])
     cell = make_cell(units, use_bias=len(fused) == 3, **options, **policy)
     layer = ScratchLSTM(cell=cell, **arguments)
@@ -54,12 +50,8 @@ def from_addons(weights: Sequence[Any], **arguments: Any) -> ScratchLSTM:
     for prefix, values in zip(("W_x", "W_h", "b_"), fused, strict=False):
         for gate, value in zip(FUSED_ORDER, np.split(values, 4, -1), strict=True):
             getattr(cell, prefix + gate).assign(value)
-    for k, name in enumerate(names):
-        values = others[per_name * k : per_name * (k + 1)]
-        if is_peephole:
-            getattr(cell, name).assign(values[0])
-        else:
-            getattr(cell, name).set_weights(values)
+    for weight, value in zip(cell.weights[-more:], others, strict=True):
+        weight.assign(value)
     layer._has_converted_weights = True
     return layer
 

@@ -96,12 +96,12 @@ def read_weights(file):
     return Weights(groups, _text(root.attrs.get("backend")) or "tensorflow")
 
 
-def read_array(dataset, shape):
+def read_array(name, dataset, shape):
     """The array of a dataset, which must have the shape; read only if it has."""
     if dataset.shape != shape:
-        raise FileError(f"must have shape {shape}. Received: {dataset.shape}")
+        raise FileError(f"`{name}` must have shape {shape}. Received: {dataset.shape}")
     if dataset.dtype.kind not in "fiub":
-        raise FileError(f"must hold numbers. Received: dtype={dataset.dtype}")
+        raise FileError(f"`{name}` must hold numbers. Received: dtype={dataset.dtype}")
     return np.asarray(dataset[()])
 
 

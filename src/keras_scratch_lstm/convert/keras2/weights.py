@@ -75,12 +75,10 @@ def _assign_layer(pairs, datasets, backend):
         is_cudnn = _is_cudnn(owner, [dataset for _, dataset in found])
         if is_cudnn:
             shapes[-1] = found[-1][1].shape
-        arrays = []
-        for (variable, dataset), shape in zip(found, shapes, strict=True):
-            try:
-                arrays.append(read_array(dataset, shape))
-            except FileError as error:
-                raise FileError(f"`{variable.name}` {error}") from error
+        arrays = [
+            read_array(variable.name, dataset, shape)
+            for (variable, dataset), shape in zip(found, shapes, strict=True)
+        ]
         if is_cudnn:
             arrays = _from_cudnn(owner, *arrays)
         if backend == "theano" and type(owner).__name__ in _CONVOLUTIONS:
