@@ -97,13 +97,7 @@ class Perplexity(keras.metrics.Metric):
         cross_entropy = ops.sparse_categorical_crossentropy(
             ops.where(valid, token, 0), y_pred, from_logits=True
         )
-        weights = ops.ones_like(cross_entropy)
-        for factor in (sample_weight, mask):
-            if factor is not None:
-                factor = ops.cast(factor, dtype)
-                while 0 < len(factor.shape) < len(weights.shape):
-                    factor = ops.expand_dims(factor, -1)
-                weights = weights * ops.broadcast_to(factor, ops.shape(weights))
+        weights = _product(ops.ones_like(cross_entropy), sample_weight, mask)
         if self.ignore_class is not None:
             ignored = ops.logical_and(is_integer, ops.equal(token, self.ignore_class))
             weights = ops.where(ignored, 0, weights)
@@ -136,6 +130,17 @@ class Perplexity(keras.metrics.Metric):
             self.add_variable((), "zeros", dtype, name=name + suffix)
             for suffix in ("", "_error")
         ]
+
+
+def _product(weights, *factors):
+    """Multiply weights by factors that may lack the last axes, or be `None`."""
+    for factor in factors:
+        if factor is not None:
+            factor = ops.cast(factor, weights.dtype)
+            while 0 < len(factor.shape) < len(weights.shape):
+                factor = ops.expand_dims(factor, -1)
+            weights = weights * ops.broadcast_to(factor, ops.shape(weights))
+    return weights
 
 
 def _add(total, value):

@@ -124,9 +124,8 @@ def _decompose(call, in_span):
     x = call.sequences.astype("float64")
     beta_h, beta_c = np.zeros((2, batch, units))
     gamma_h, gamma_c = call.h.astype("float64"), call.c.astype("float64")
-    shape = batch, time, units
-    beta, gamma = np.zeros(shape), np.zeros(shape)
-    mask = np.ones(shape[:2], bool) if call.mask is None else call.mask
+    beta, gamma = np.zeros((2, batch, time, units))
+    mask = np.ones((batch, time), bool) if call.mask is None else call.mask
     for t in reversed(range(time)) if call.layer.go_backwards else range(time):
         terms = {}
         for gate in "ifoc":

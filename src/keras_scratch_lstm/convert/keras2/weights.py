@@ -1,5 +1,7 @@
 """Assign the weights of a Keras 2 file to the layers of a model."""
 
+import itertools
+
 import keras
 import numpy as np
 from keras import layers
@@ -55,14 +57,10 @@ def _grouped(layer, builder):
     own = [(layer, v) for v in layer.weights if id(v) not in inner]
     trainable = [pair for pair in own if pair[1].trainable]
     others = [pair for pair in own if not pair[1].trainable]
-    for part in parts:
-        more, more_others = _grouped(part, builder)
-        if not builder.trainable.get(layer, True):
-            more, more_others = [], more + more_others
-        trainable, others = trainable + more, others + more_others
+    groups = [(trainable, others), *(_grouped(part, builder) for part in parts)]
     if not builder.trainable.get(layer, True):
-        return [], trainable + others
-    return trainable, others
+        groups = [([], trainable + others) for trainable, others in groups]
+    return [list(itertools.chain(*pairs)) for pairs in zip(*groups, strict=True)]
 
 
 def _assign_layer(pairs, datasets, backend):
