@@ -63,6 +63,18 @@ def test_gradients_equal_finite_differences(kind, backwards, rng, dtype_policy):
             assert actual == pytest.approx(expected, rel=1e-6, abs=1e-8)
 
 
+def test_gradients_of_an_independent_loss_are_zeros(rng):
+    class StopGradient(keras.layers.Layer):
+        def call(self, x):
+            return ops.stop_gradient(x)
+
+    x = rng.normal(size=(BATCH, TIME, FEATURES)).astype("float32")
+    model = keras.Sequential([classifier(make("LSTM")), StopGradient()])
+    model(x)
+    gradients = trace_gradients(model, x, np.ones((BATCH, 3), "float32"), "mse")
+    np.testing.assert_array_equal(gradients.h, 0)
+
+
 def test_gradients_of_a_simple_rnn(rng):
     x = rng.normal(size=(BATCH, TIME, FEATURES)).astype("float32")
     y = rng.normal(size=(BATCH, 3)).astype("float32")

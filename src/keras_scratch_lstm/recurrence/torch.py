@@ -19,6 +19,8 @@ def gradient(function, tensors):
     with torch.enable_grad():
         tensors = [tensor.detach().requires_grad_() for tensor in tensors]
         value = function(tensors)
+        if not value.requires_grad:  # autograd would raise an error
+            return [torch.zeros_like(tensor) for tensor in tensors]
         return torch.autograd.grad(value, tensors, materialize_grads=True)
 
 
