@@ -18,7 +18,6 @@ from keras_scratch_lstm import (
     run_with_edits,
     trace_gates,
 )
-from keras_scratch_lstm.recurrence import force
 
 CELLS = [
     PeepholeLSTMCell,
@@ -313,14 +312,16 @@ def test_calls_of_the_cell_alone_advance_the_seed_like_those_of_a_layer(
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="other backends move tensors")
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("cell_class", [ScratchLSTMCell, *CELLS])
-def test_inputs_are_moved_to_the_device_of_the_weights(draw, cell_class):
+def test_inputs_are_moved_to_the_device_of_the_weights(draw, cell_class, masked):
     """The device `meta` stands in for a GPU."""
     x, h, c = (ops.convert_to_tensor(draw(3, *shape)) for shape in ((7, 5), (6,), (6,)))
-    mask = ops.convert_to_tensor(np.arange(7) < np.array([[7], [4], [1]]))
-    with keras.device("meta"), force("loop"):
-        cell = cell_class(6, dropout=0.5, recurrent_dropout=0.5)
+    mask = np.arange(7) < np.array([[7], [4], [1]])
+    mask = ops.convert_to_tensor(mask) if masked else None
+    with keras.device("meta"):
+        cell = cell_class(6, dropout=0.5, recurrent_dropout=0.5 * masked)
         layer = ScratchLSTM(cell=cell, return_state=True)
         layer.build(x.shape)
-        outputs = layer(x, [h, c], mask=mask, training=True)
+        outputs = layer(x, initial_state=[h, c], mask=mask, training=True)
     assert {tensor.device.type for tensor in outputs} == {"meta"}
