@@ -7,7 +7,7 @@ No layer is told that it is being exported.
 
 import inspect
 
-from keras.src.backend import get_keras_mask, lstm
+from keras.src.backend.common.masking import get_keras_mask
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 __all__ = [
@@ -32,6 +32,13 @@ def sublayers(layer):
 def all_layers(layer):
     """Return a layer and all layers within it."""
     return layer._flatten_layers()
+
+
+def lstm(*args, **kwargs):
+    """Run Keras's binding of cuDNN on TensorFlow."""
+    from keras.src.backend.tensorflow.rnn import lstm
+
+    return lstm(*args, **kwargs)
 
 
 def minimize(metric):
