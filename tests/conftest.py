@@ -10,6 +10,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 import pytest
 
+collect_ignore = ["compat/make_addons.py", "convert/make_keras2.py"]  # scripts
 BOOK = Path(__file__).parents[2] / "shared" / "data" / "timemachine.txt"
 
 

@@ -36,7 +36,7 @@ def run(tmp_path):
 
 def test_main_table(run, throughput):
     pytest.importorskip("matplotlib")
-    printed, out = run()
+    printed, out = run("--rounds=1")  # each runs each contender in a process of its own
     found = json.loads((out / "main.json").read_text())[BACKEND]
     names = {"RNN(LSTMCell)", "LSTM", "RNN(ScratchLSTMCell)", "ScratchLSTM"}
     assert names <= set(found["tokens_per_sec"]) == set(throughput.contenders(BACKEND))
@@ -51,6 +51,9 @@ def test_main_table(run, throughput):
 
 def test_quick_table(run):
     printed, out = run("--quick")
+    found = json.loads((out / "quick.json").read_text())[BACKEND]
+    for speed in found["tokens_per_sec"].values():
+        assert 0 < speed["min"] <= speed["median"] <= speed["max"]
     assert f"\n| {BACKEND} | `ScratchLSTM` | " in printed
     assert "one time step)" in printed.splitlines()[0]  # the rate of its matmul
     assert (out / "quick.md").read_text() == printed

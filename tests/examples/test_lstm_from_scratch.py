@@ -1,5 +1,6 @@
 """The notebook runs, and its saved outputs are up to date."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,6 @@ pytestmark = [
     # From the client of the kernel.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:zmq|jupyter_client"),
 ]
-
-nbformat = pytest.importorskip("nbformat", reason="nbclient is not installed")
-nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "lstm_from_scratch.ipynb"
 # From here on, outputs depend on the training.
@@ -34,13 +32,16 @@ def code_cells(notebook):
 
 @pytest.fixture(scope="module")
 def saved():
+    # Imported late, since it takes seconds.
+    nbformat = pytest.importorskip("nbformat", reason="nbclient is not installed")
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
 @pytest.fixture(scope="module")
 def run(saved):
     """The notebook after a run, which raises an error in it."""
-    again = nbformat.from_dict(saved)
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+    again = copy.deepcopy(saved)
     for cell in code_cells(again):
         cell.outputs, cell.execution_count = [], None
     folder = {"metadata": {"path": str(NOTEBOOK.parent)}}

@@ -46,6 +46,8 @@ def test_backends_for_inference_only(backend):
         pytest.skip(f"{backend} is not installed")
     tests = Path(__file__).with_name("test_replay.py")
     selected = "conversion_and_saving or both_methods or both_directions"
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected]
-    printed = run_python(*command, __file__, tests, KERAS_BACKEND=backend)
+    command = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    printed = run_python(
+        *command, "-k", selected, __file__, tests, KERAS_BACKEND=backend
+    )
     assert "12 passed" in printed
