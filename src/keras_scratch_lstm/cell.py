@@ -43,13 +43,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
     same seeds the same initial weights, dropout masks and outputs. In addition, every
     initializer, regularizer and constraint can be set per gate, by a dict with the
     keys `"i"`, `"f"`, `"o"` and `"c"`; gates that are left out keep the default.
-
-    Override `gates` to write a custom cell, such as one with `f = 1 - i`:
-
-        class CoupledCell(ScratchLSTMCell):
-            def gates(self, x, h, c):
-                gates = super().gates(x, h, c)
-                return gates._replace(f=1 - gates.i)
+    Override `gates` to write a custom cell, as `CoupledLSTMCell` does.
 
     Args:
         units: Positive integer, size of `h` and `c`.
@@ -104,12 +98,9 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
     References:
 
     - [Hochreiter and Schmidhuber, 1997](https://doi.org/10.1162/neco.1997.9.8.1735)
-    - [Gers, Schmidhuber and Cummins, 2000](
-        https://doi.org/10.1162/089976600300015015), forget gate
-    - [Jozefowicz, Zaremba and Sutskever, 2015](
-        https://proceedings.mlr.press/v37/jozefowicz15.html), forget gate bias
-    - [Zhang, Lipton, Li and Smola, 2023](
-        https://d2l.ai/chapter_recurrent-modern/lstm.html), notation
+    - [Gers et al., 2000](https://doi.org/10.1162/089976600300015015), forget gate
+    - [Jozefowicz et al., 2015](https://proceedings.mlr.press/v37/jozefowicz15.html)
+    - [Zhang et al., 2023](https://d2l.ai/chapter_recurrent-modern/lstm.html), notation
     """
 
     _gates_with_weights: tuple[str, ...] = GATES
@@ -231,23 +222,6 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         for name, (module, _) in per_gate.OPTIONS.items():
             config[name] = per_gate.serialize(getattr(self, name), module.serialize)
         return config
-
-    def set_weights(self, weights: Sequence[Tensor]) -> None:
-        self._reject_fused_weights(len(weights))
-        super().set_weights(weights)
-
-    def load_own_variables(self, store: Any) -> None:
-        self._reject_fused_weights(len(store.keys()))
-        super().load_own_variables(store)
-
-    def _reject_fused_weights(self, number):
-        # A file of a built-in layer has 0 at the path of a `ScratchLSTM`.
-        if self.built and number in (0, 3 if self.use_bias else 2):
-            raise ValueError(
-                f"`weights` must be the {len(self.weights)} weights of `{self.name}`. "
-                f"Received: {number}. Load those of a built-in LSTM into the built-in "
-                "model, then call `to_scratch`."
-            )
 
     def __getattr__(self, name):
         if name in per_gate.WEIGHT_NAMES and not vars(self).get("built"):
