@@ -20,6 +20,7 @@ __all__ = [
     "is_exported_to_litert",
     "lstm",
     "minimize",
+    "operation",
     "sublayers",
 ]
 
@@ -39,6 +40,11 @@ def lstm(*args, **kwargs):
     from keras.src.backend.tensorflow.rnn import lstm
 
     return lstm(*args, **kwargs)
+
+
+def operation(tensor):
+    """Return the layer or operation that a symbolic tensor is an output of."""
+    return tensor._keras_history.operation
 
 
 def minimize(metric):

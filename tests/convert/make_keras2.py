@@ -17,6 +17,7 @@ warnings.simplefilter("ignore")  # Keras 2 warns that HDF5 is a legacy format
 
 import h5py
 import numpy as np
+import tensorflow as tf
 import tf_keras
 from tf_keras import Input, Model, Sequential, layers
 from tf_keras.src.saving.legacy.hdf5_format import _convert_rnn_weights
@@ -152,8 +153,65 @@ def attention():
     return Model(inputs, layers.Average()([pooled, layers.GaussianNoise(1.0)(pooled)]))
 
 
+def slices():
+    inputs = Input((None, FEATURES))
+    h = layers.LSTM(5, return_sequences=True)(inputs)
+    parts = [h[:, -1], h[:, 1:5:2], h[:, -2:], h[:, :-1, 2], h[-1], h[1:3]]
+    parts += [h[:, ::-1], h[:, 4:0:-2, ::-1], h[:, -2:-5:-1], h[:, :1:-3], h[::-1]]
+    parts += [h[..., 0], h[..., ::-2, 1], h[0, ..., -3::-1], h[...], h[:, 9:1:-1, 1:9]]
+    parts += [h[tf.newaxis], h[:, None, ::-1], h[..., None, 0, None, ::-1, None]]
+    return Model(inputs, [*parts, tf.concat([h[:, -1], h[:, 0]], axis=-1)])
+
+
+def arithmetic():
+    """With layers that have the names of Keras 3's operations, and a mask to drop."""
+    inputs = Input((TIME, FEATURES))
+    h = layers.LSTM(4, return_sequences=True)(layers.Masking()(inputs))
+    d = layers.Dense(4, activation="softplus", name="multiply")(h)
+    array = np.linspace(1, 2, 4, dtype="float32")
+    parts = [layers.Add(name="add")([h, d]), h + d, h - d, h * d, h / d, -h, d**2]
+    parts += [h + 1, 1 + h, h - 0.5, 0.5 - h, 2 * h, h * 2, h / 3, 3 / d, 2**h]
+    parts += [h + array, array + h, h - array, array - h, array * h, array / d]
+    parts += [h * tf.constant(array), tf.constant([1, 2, 3, 4.0]) ** h, h @ np.eye(4)]
+    weights = tf.nn.softmax(layers.Dense(1, activation="tanh")(h), axis=1)
+    context = tf.reduce_sum(weights * h, axis=1)
+    scores = tf.matmul(h, d, transpose_b=True) / np.sqrt(4.0)
+    context += tf.reduce_max(tf.nn.softmax(scores) @ d, axis=1)
+    return Model(inputs, [*parts, layers.LSTM(3)(2 * h), context])
+
+
+def functions():
+    x = Input((TIME, FEATURES))
+    h = layers.LSTM(4, return_sequences=True)(x)
+    d = layers.Dense(4, activation="softplus")(h)
+    parts = [f(x) for f in (tf.abs, tf.exp, tf.sigmoid, tf.sign, tf.square, tf.tanh)]
+    parts += [f(x) for f in (tf.nn.relu, tf.nn.elu, tf.nn.silu, tf.nn.softplus)]
+    parts += [tf.math.log(d), tf.sqrt(d), tf.nn.softmax(h), tf.clip_by_value(x, 0, 1)]
+    parts += [tf.reduce_sum(h, 1), tf.reduce_mean(x, axis=[1, -1], name="mean")]
+    parts += [tf.reduce_max(h, axis=-1, keepdims=True), tf.reduce_min(h, axis=1)]
+    parts += [tf.maximum(0.0, x), tf.minimum(h, x), tf.matmul(h, d, transpose_a=True)]
+    parts += [
+        tf.expand_dims(h, -1),
+        tf.squeeze(h[:, -1:], axis=1),
+        tf.squeeze(h[:, :1]),
+    ]
+    parts += [tf.reshape(h, (-1, TIME // 2, 8)), tf.transpose(h, perm=[0, 2, 1])]
+    parts += [
+        tf.stack([h, tf.add(h, d)], 2),
+        tf.unstack(h, axis=1)[2],
+        tf.reverse(h, [1]),
+    ]
+    parts += [tf.stack([h], 1), tf.tile(h, [1, 2, 1])]
+    parts += [tf.one_hot(tf.cast(5 * tf.sigmoid(x), "int32"), 5)]
+    parts += [tf.cast(tf.reduce_mean(tf.cast(4 * x, "int32"), axis=1), "float32")]
+    tests = [x > h, x >= h, x < h, x <= h, tf.equal(tf.sign(x), 1)]
+    tests += [tf.not_equal(tf.nn.relu(x), 0.0)]
+    return Model(x, [*parts, *(tf.cast(test, "float32") for test in tests)])
+
+
 SEQUENTIAL = (stock, sentiment, autoencoder, masked, cells, convolutions)
 FUNCTIONAL = (video, seq2seq, bidirectional_states, nested, attention)
+FUNCTIONAL += (slices, arithmetic, functions)
 
 
 def random_stack(rng):

@@ -18,15 +18,17 @@ from keras2_files import KERAS_2_1, SHAPES, serialized, write_keras_2_1
 from reference import lstm
 
 from keras_scratch_lstm import load_keras2, to_scratch, trace_gates
-from keras_scratch_lstm.convert.keras2 import graph
+from keras_scratch_lstm.convert.keras2 import graph, operations
 from keras_scratch_lstm.convert.keras2.layers import SUPPORTED
 from keras_scratch_lstm.convert.keras2.models import Builder
 
 MAKE = Path(__file__).with_name("make_keras2.py")
 STACKS = 8
+OPERATIONS = ("slices", "arithmetic", "functions")
 NAMES = (
     *("stock", "sentiment", "autoencoder", "masked", "cells", "convolutions", "cudnn"),
     *("video", "seq2seq", "bidirectional_states", "nested", "attention", "stateful"),
+    *OPERATIONS,
 )
 # Keras 2 removed the mask without a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:Layer .* does not support masking")
@@ -142,6 +144,33 @@ def test_loaded_model_can_be_saved_traced_and_converted(files, tmp_path):
     z[:, 1:] += trace.h[:, :-1] @ recurrent_kernel
     i = np.clip(0.2 * z[..., :5] + 0.5, 0, 1)
     np.testing.assert_allclose(trace.i, i, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_model_with_operations_can_be_saved_and_converted(files, tmp_path, name):
+    model = load_keras2(files / f"{name}.h5")
+    model.save(tmp_path / "model.keras")
+    for other in (keras.saving.load_model(tmp_path / "model.keras"), to_scratch(model)):
+        assert_predicts_as_recorded(other, files, name)
+
+
+def test_model_with_operations_can_be_traced(files):
+    (x,), (last, *_) = recorded(files, "slices")
+    h = trace_gates(load_keras2(files / "slices.h5"), x).h
+    np.testing.assert_allclose(h[:, -1], last, atol=1e-5)
+
+
+@pytest.mark.one_backend
+def test_operations_keep_their_names_and_all_are_compared(files):
+    functions = set()
+    for name in OPERATIONS:
+        with h5py.File(files / f"{name}.h5") as file:
+            specs = json.loads(file.attrs["model_config"])["config"]["layers"]
+        functions |= {str(spec["config"].get("function")) for spec in specs}
+        found = {part.name for part in load_keras2(files / f"{name}.h5").operations}
+        assert found >= {spec["name"] for spec in specs}
+    functions = {function.removeprefix("compat.v1.") for function in functions}
+    assert functions >= set(operations.OPERATIONS)
 
 
 def test_frozen_layers_and_regularizers_are_kept(files):

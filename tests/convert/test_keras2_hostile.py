@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 from keras import layers
-from keras2_files import KERAS_2_1, SHAPES, serialized, write_keras_2_1
+from keras2_files import KERAS_2_1, serialized, write_keras_2_1
 
 from keras_scratch_lstm import load_keras2
 
@@ -45,6 +45,19 @@ def functional(nodes, outputs=(["d", 0, 0],)):
     return serialized("Functional", name="m", layers=specs, **ends)
 
 
+def operation(node, function="math.add"):
+    """A model of an input `x` and of an operation `d`."""
+    config = functional([node])
+    config["config"]["layers"][1] |= serialized("TFOpLambda", function=function)
+    config["config"]["layers"][1]["config"]["name"] = "d"
+    return config
+
+
+def getitem(index):
+    return operation(["x", 0, 0, {"slice_spec": index}], "__operators__.getitem")
+
+
+INDEX = [{"start": None, "stop": -1, "step": 1}, 0]
 SYSTEM = {"module": "os", "class_name": "system", "config": {"command": "touch ran"}}
 CODE = {"class_name": "__lambda__", "config": {"value": "4wEAAA=="}}
 CONFIGURATIONS = {
@@ -59,6 +72,39 @@ CONFIGURATIONS = {
         changed(add("Mine")),
     ),
     "operation": (r"'last' \(TFOpLambda\)", changed(add("TFOpLambda", function="add"))),
+    "function": (
+        r"layer 'd' \(TFOpLambda\): the function is not supported. Use only __operators"
+        r"__.getitem, .*. Received: 'os.system'",
+        operation(["x", 0, 0, {}], "os.system"),
+    ),
+    "list of functions": ("function is not", operation(["x", 0, 0, {}], ["math.add"])),
+    "no function": ("function is not supported", operation(["x", 0, 0, {}], None)),
+    "no argument": ("'d' cannot be called", operation(["x", 0, 0, {}])),
+    "unknown argument": (
+        "'d' cannot be called: `z` is not supported. Received: z=2",
+        operation(["x", 0, 0, {"y": 1, "z": 2}]),
+    ),
+    "text argument": ("'d' cannot be called", operation(["x", 0, 0, {"y": "a"}])),
+    "ragged array": (
+        "'d' cannot be called",
+        operation(["x", 0, 0, {"y": [[1], [1, 2]]}]),
+    ),
+    "text node": ("'d' cannot be called", operation("x")),
+    "number node": ("'d' cannot be called", operation(3)),
+    "constants": ("no inputs", operation(["_CONSTANT_VALUE", -1, [1], {"y": [2.0]}])),
+    "shape of a tensor": (
+        "'d' cannot be called: `shape` is not supported",
+        operation(["x", 0, 0, {"shape": [["x", 0, 0], 3]}], "reshape"),
+    ),
+    "index": ("the index 'a' is not supported", getitem([0, "a"])),
+    "boolean index": ("the index True is not supported", getitem(True)),
+    "slice": ("index {'start': 1} is not supported", getitem({"start": 1})),
+    "slice step": (
+        "the index .* is not supported",
+        getitem({"start": None, "stop": None, "step": 0}),
+    ),
+    "tensor index": ("`slice_spec` is not supported", getitem([0, ["x", 0, 0]])),
+    "many indices": ("'d' cannot be called", getitem([0, 0, 0])),
     "lambda": (
         r"code in files is not run. Pass its function: `custom_objects={'last': f",
         changed(add("Lambda", function=["4wEA", None, None], function_type="lambda")),
@@ -259,10 +305,10 @@ def mutated(value, rng):
 def test_mutated_configurations_load_or_raise_one_error(tmp_path, rng):
     path = tmp_path / "model.h5"
     functions = functional([[["x", 0, 0, {}]]])
-    for k in range(100):
-        start, shapes = (KERAS_2_1, SHAPES) if k % 2 else (functions, {})
+    for k in range(150):
+        start = (KERAS_2_1, functions, getitem(INDEX))[k % 3]
         config = mutated(start, rng)
-        write_keras_2_1(path, rng, config, shapes)
+        write_keras_2_1(path, rng, config)
         print(json.dumps(config))
         with contextlib.suppress(OneError):
             try:

@@ -27,9 +27,9 @@ def load_keras2(
 ) -> Any:
     """Load a model that Keras 2 saved as HDF5.
 
-    The result is a model of Keras 3's own layers, with the predictions of the
-    original. It is not compiled. `CuDNNLSTM` and `CuDNNGRU` become `LSTM` and `GRU`.
-    No code in the file is run.
+    The result is a model of Keras 3's own layers and operations, with the predictions
+    of the original. It is not compiled. `CuDNNLSTM` and `CuDNNGRU` become `LSTM` and
+    `GRU`. No code in the file is run.
 
     Names with characters that Keras 3 does not accept are changed.
     Keras 2's `hard_sigmoid` differs from that of Keras 3; a model with it can be saved,

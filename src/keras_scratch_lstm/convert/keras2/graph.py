@@ -4,8 +4,13 @@ import re
 from collections.abc import Mapping
 
 import keras
+import numpy as np
 
+from keras_scratch_lstm import _keras
+from keras_scratch_lstm.convert.keras2 import operations
 from keras_scratch_lstm.convert.keras2.files import FileError
+
+_CONSTANT = "_CONSTANT_VALUE"
 
 
 def read(spec):
@@ -100,13 +105,16 @@ def _build_shape(config, stack):
 def functional(builder, config):
     """Build a Functional model: make its layers, then call them as its nodes say."""
     graph = _Graph(config)
-    taken, parts = set(), []
+    taken, parts = graph.taken, []
     for key, spec in graph.specs.items():
         class_name, arguments = read(spec)
         if class_name == "InputLayer":
             tensor = input_tensor(arguments, taken)
             graph.outputs[key] = [[tensor]]
             taken.add(tensor.name)
+        elif class_name in operations.CLASSES:
+            graph.layers[key] = operations.operation(class_name, arguments)
+            graph.outputs[key] = []
         else:
             parts.append(builder.layer(spec, taken))
             graph.layers[key] = parts[-1]
@@ -126,11 +134,13 @@ class _Graph:
     """The calls of the layers of a model.
 
     A reference `[name, node, index]`, which may have the arguments of the call as a
-    fourth item, is an output of one of the calls of a layer.
+    fourth item, is an output of one of the calls of a layer. A constant has its value
+    as `index`.
     """
 
     def __init__(self, config):
         self.specs, self.nodes, self.layers, self.outputs = {}, {}, {}, {}
+        self.taken, self.named = set(), set()
         for spec in config["layers"]:
             _, arguments = read(spec)
             key = spec.get("name", arguments.get("name"))
@@ -165,6 +175,7 @@ class _Graph:
         return all(
             name in self.outputs and index - self.offset[name] < len(self.outputs[name])
             for name, index, *_ in _references(node)
+            if name != _CONSTANT
         )
 
     def _call(self, key, node, arguments):
@@ -178,15 +189,30 @@ class _Graph:
             inputs, *states = inputs
             arguments = {"initial_state": states, **arguments}
         try:
-            return layer(inputs, **arguments)
+            result = layer(inputs, **arguments)
+            if not isinstance(layer, keras.layers.Layer):
+                self._name_operations(key, result)
         except Exception as error:  # of any type, depending on the backend
             reason = str(error).partition("\n")[0]
             raise FileError(f"layer {key!r} cannot be called: {reason}") from error
+        return result
+
+    def _name_operations(self, key, tensors):
+        """Name new operations as in the file; layers may have Keras's own names."""
+        for operation in map(_keras.operation, keras.tree.flatten(tensors)):
+            is_layer = isinstance(operation, keras.layers.Layer)
+            if not is_layer and operation not in self.named:
+                operation.name = unique_name(key, self.taken)
+                self.taken.add(operation.name)
+                self.named.add(operation)
+                self._name_operations(key, operation.input)
 
     def tensors(self, value):
         """Replace the references in a nested structure by their tensors."""
         if _is_reference(value):
             name, node, index, *_ = value
+            if name == _CONSTANT:
+                return np.asarray(index) if isinstance(index, list) else index
             node -= self.offset.get(name, 0)
             if name not in self.outputs or node < 0 or index < 0:
                 raise FileError(f"the output {value!r:.80} does not exist.")
@@ -206,7 +232,8 @@ def _is_reference(value):
         return False
     name, node, index, *arguments = value
     types = isinstance(name, str), isinstance(node, int), isinstance(index, int)
-    return all(types) and all(isinstance(each, Mapping) for each in arguments)
+    is_valid = all(types) or (name == _CONSTANT and node == -1)
+    return is_valid and all(isinstance(each, Mapping) for each in arguments)
 
 
 def _references(value):
