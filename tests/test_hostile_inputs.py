@@ -248,6 +248,11 @@ def test_random_change_of_configuration(kind, data):
         else:
             within.pop(last)
             within[data.draw(st.text(max_size=6))] = value
+    dtype = {"dtype": config.get("dtype")}
+    try:
+        outcome(lambda: keras.layers.Flatten.from_config(dtype))
+    except AttributeError:
+        return  # For some dtypes, Keras has no better error.
     layer = outcome(lambda: cls.from_config(config))
     if layer is not None:
         assert layer.units > 0
