@@ -17,9 +17,10 @@ It returns the hidden states of all time steps, `(time, batch, units)`, and the 
 and `c`. The activations are sigmoid and tanh. For leading masked time steps, it returns
 what Keras does on the backend: zeros on TensorFlow and torch, the initial `h` on JAX.
 
-An implementation raises `NotImplementedError` for what it does not support. The layer
-then tries the next one, and at last runs the reference loop of `keras.layers.RNN`, with
-which the tests compare all others. Nothing here depends on layers or variables.
+Where a module has `lstm_in_cudnn`, it has the same contract. An implementation raises
+`NotImplementedError` for what it does not support. The layer then tries the next one,
+and at last runs the reference loop of `keras.layers.RNN`, with which the tests compare
+all others. Nothing here depends on layers or variables.
 """
 
 import contextlib
