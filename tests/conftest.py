@@ -63,6 +63,20 @@ def dtype_policy():
     keras.config.set_dtype_policy(before)
 
 
+@pytest.fixture(params=["RNN masks", "RNN does not mask"])
+def masking_of_the_base_class(request, monkeypatch):
+    """As of Keras 3.16, `RNN.__init__` sets `supports_masking` to False."""
+    from keras import layers
+
+    init = layers.RNN.__init__
+
+    def initialize(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.supports_masking = request.param == "RNN masks"
+
+    monkeypatch.setattr(layers.RNN, "__init__", initialize)
+
+
 @pytest.fixture
 def mocked_gpu(monkeypatch):
     """Shapes of the inputs of cuDNN, on a host that seems to have a GPU."""

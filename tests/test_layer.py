@@ -140,20 +140,6 @@ def test_states_are_variables_and_not_weights():
 # --- masks -------------------------------------------------------------------
 
 
-@pytest.fixture(params=["RNN masks", "RNN does not mask"])
-def masking_of_the_base_class(request, monkeypatch):
-    """As of Keras 3.16, `RNN.__init__` sets `supports_masking` to False."""
-    if request.param == "RNN masks":
-        return
-    init = layers.RNN.__init__
-
-    def initialize(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        self.supports_masking = False
-
-    monkeypatch.setattr(layers.RNN, "__init__", initialize)
-
-
 @pytest.mark.usefixtures("masking_of_the_base_class")
 @pytest.mark.parametrize("cell", [None, ScratchLSTMCell])
 def test_mask_reaches_the_loss_and_the_metrics(draw, rng, cell):

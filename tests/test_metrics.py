@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from reference import cross_entropy
 
-from keras_scratch_lstm import Perplexity
+from keras_scratch_lstm import Perplexity, ScratchLSTM
 
 VOCABULARY = 11
 
@@ -98,7 +98,7 @@ def test_masks_and_smaller_last_batch(rng, method):
         [
             keras.Input((6,)),
             keras.layers.Embedding(VOCABULARY, 4, mask_zero=True),
-            keras.layers.LSTM(5, return_sequences=True),
+            ScratchLSTM(5, return_sequences=True),
             keras.layers.Dense(VOCABULARY, kernel_initializer="random_normal"),
         ]
     )

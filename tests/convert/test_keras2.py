@@ -100,6 +100,11 @@ def test_predictions_equal_those_of_keras2(files, name):
     assert modules == {"keras"}
 
 
+@pytest.mark.usefixtures("masking_of_the_base_class")
+def test_layers_pass_on_masks_as_in_keras2(files):
+    assert_predicts_as_recorded(load_keras2(files / "masked.h5"), files, "masked")
+
+
 @pytest.mark.parametrize("k", range(STACKS))
 def test_random_stacks_predict_as_in_keras2(files, k):
     assert_predicts_as_recorded(

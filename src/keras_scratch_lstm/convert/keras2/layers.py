@@ -41,6 +41,8 @@ _ALIASES = {
     "BatchNormalizationV2": "BatchNormalization",
     "ThresholdedReLU": "ReLU",
 }
+# As of Keras 3.16, these do not pass on the mask of their input by default.
+PASSING_MASKS = (layers.RNN, layers.Bidirectional, layers.TimeDistributed)
 _RECURRENT = (layers.RNN, layers.LSTMCell, layers.GRUCell, layers.SimpleRNNCell)
 _INHERITED = ("name", "dtype", "activity_regularizer")
 

@@ -74,6 +74,8 @@ class Builder:
         is_causal = class_name.endswith("Attention") and config.pop("causal", False)
         cls = layers.translate(class_name, config)
         layer = cls(**{key: self._argument(key, v) for key, v in config.items()})
+        if isinstance(layer, layers.PASSING_MASKS):
+            layer.supports_masking = True
         if is_causal:
             self.call_arguments[layer] = {"use_causal_mask": True}
         return layer
