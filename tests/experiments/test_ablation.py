@@ -51,7 +51,7 @@ def test_unit_that_is_not_read_changes_nothing(x, y):
         weight.assign(value)
     ablation = ablate_units(model, x, y, "mse", verbose=0)
     assert ablation.metric[2] == pytest.approx(ablation.baseline, rel=1e-6)
-    assert np.abs(np.delete(ablation.change, 2)).max() > 1e-3
+    assert (np.abs(np.delete(ablation.change, 2)) > 1e-5).all()
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1024])

@@ -295,6 +295,7 @@ def without_value(layer):
 def test_model_is_unchanged_after_an_error(kind, error, x):
     model = classifier(make(kind))
     layer, before = model.layers[0], to_numpy(model(x))
+    weights = model.get_weights()
     layer.cell.dropout = layer.cell.recurrent_dropout = 0.5
     model(x)
     attributes, unset = sorted(vars(layer)), without_value(layer.cell)
@@ -309,6 +310,7 @@ def test_model_is_unchanged_after_an_error(kind, error, x):
         with pytest.raises(ValueError, match=r"`value` must be a function .* \(3, 4\)"):
             run_with_edits(model, x, Edit("f", lambda gates, t, value=value: value))
     assert sorted(vars(layer)) == attributes
+    np.testing.assert_equal(model.get_weights(), weights)
     assert_close(to_numpy(model(x)), before)
 
 
