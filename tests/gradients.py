@@ -91,3 +91,33 @@ def _torch(function, variables):
         return outputs, list(gradients)
 
     return run
+
+
+def compiled_variants(layer, xla):
+    """Functions of an input that call a built layer in training, each compiled.
+
+    Args:
+        layer: A layer that has been built.
+        xla: Boolean, whether to include XLA on TensorFlow.
+    """
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        def call(x):
+            return layer(x, training=True)
+
+        options = [{}, {"jit_compile": True}] if xla else [{}]
+        return [tf.function(call, autograph=False, **each) for each in options]
+    if BACKEND == "jax":
+        import jax
+
+        def call(x, state):
+            with keras.StatelessScope([(layer.cell.seed_generator.state, state)]):
+                return layer(x, training=True)
+
+        def compiled(function):
+            state = layer.cell.seed_generator.state
+            return lambda x: jax.jit(function)(x, state.value)
+
+        return [compiled(call), compiled(jax.checkpoint(call))]
+    return []

@@ -143,7 +143,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         for name in _RATES:
             setattr(self, name, _validation.fraction(name, given[name]))
         # Custom gates may depend on one another, so they share one mask.
-        if recurrent_dropout and type(self).gates is ScratchLSTMCell.gates:
+        if recurrent_dropout and self._has_standard_gates:
             self.dropout_mask_count = len(GATES)  # for DropoutRNNCell
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
@@ -199,11 +199,26 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
     def is_standard(self) -> bool:
         """Whether the activations and `gates` and `call` are the standard ones."""
         return (
-            type(self).gates is ScratchLSTMCell.gates
+            self._has_standard_gates
             and type(self).call is ScratchLSTMCell.call
             and self.activation is activations.tanh
             and self.recurrent_activation is activations.sigmoid
         )
+
+    def prepare_sequences(self, sequences: Tensor, training: bool = False) -> Tensor:
+        """Return the inputs of all time steps as `call` is to receive them.
+
+        `ScratchLSTM` calls this before its loop. A random cell can override it to add
+        masks, which must not be drawn in a compiled loop, as further features.
+
+        Args:
+            sequences: Tensor of shape `(batch, time, features)`.
+            training: Boolean, whether the layer is in training. Default: `False`.
+
+        Returns:
+            Tensor of shape `(batch, time, features or more)`.
+        """
+        return sequences
 
     def get_initial_state(
         self, batch_size: int | None = None, dtype: Any = None
@@ -231,6 +246,10 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
             )
         # On torch, layers are modules, which define `__getattr__`.
         return getattr(super(), "__getattr__", super().__getattribute__)(name)
+
+    @property
+    def _has_standard_gates(self):
+        return type(self).gates is ScratchLSTMCell.gates
 
     def _add_weight(self, name, shape, initializer, kind):
         gate = name[-1]

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_scratch_lstm import _validation
+from keras_scratch_lstm import _validation, recurrence
 from keras_scratch_lstm._types import Config, Shape, Tensor
 from keras_scratch_lstm.cell import Gates, ScratchLSTMCell
 from keras_scratch_lstm.per_gate import GATES
@@ -165,11 +165,17 @@ class ZoneoutLSTMCell(ScratchLSTMCell):
     In training, the `d_*` are random masks, new ones at each time step, which are 1
     with the probability of the rate. In inference, they are the rate.
 
+    Train it in a `ScratchLSTM`, which has the cell draw the masks of all time steps
+    before its loop. `keras.layers.RNN` runs it in inference only.
+
     Args:
         *args: Arguments of `ScratchLSTMCell`.
         zoneout_c: Float in `[0, 1]`, rate for the cell state. Default: 0.5.
         zoneout_h: Float in `[0, 1]`, rate for the hidden state. Default: 0.05.
         **kwargs: Keyword arguments of `ScratchLSTMCell`.
+
+    Raises:
+        ValueError: If it is called in training without a `ScratchLSTM`.
 
     Example:
 
@@ -190,54 +196,48 @@ class ZoneoutLSTMCell(ScratchLSTMCell):
         super().__init__(*args, **kwargs)
         self.zoneout_c = _validation.fraction("zoneout_c", zoneout_c)
         self.zoneout_h = _validation.fraction("zoneout_h", zoneout_h)
-        self._seed_of_sequence = None
+
+    def build(self, input_shape: Shape) -> None:
+        super().build(input_shape)
+        self.input_spec = keras.InputSpec(ndim=2)  # with masks or without
+
+    def prepare_sequences(self, sequences: Tensor, training: bool = False) -> Tensor:
+        if not training:
+            return sequences
+        shape = (*ops.shape(sequences)[:2], self.units)
+        rates = self.zoneout_h, self.zoneout_c
+        masks = [
+            recurrence.random_uniform(shape, self.seed_generator) < d for d in rates
+        ]
+        masks = [ops.cast(mask, sequences.dtype) for mask in masks]
+        return ops.concatenate([sequences, *masks], -1)
 
     def call(
         self, inputs: Tensor, states: Sequence[Tensor], training: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
         h, c = states
-        _, (new_h, new_c) = super().call(inputs, states, training)
         d_h, d_c = self.zoneout_h, self.zoneout_c
         if training:
-            random = self._random_numbers(inputs, h, c)
-            d_h = ops.cast(random[0] < d_h, h.dtype)
-            d_c = ops.cast(random[1] < d_c, c.dtype)
+            inputs, d_h, d_c = self._split_masks(inputs)
+        _, (new_h, new_c) = super().call(inputs, states, training)
         h = d_h * h + (1 - d_h) * new_h
         c = d_c * c + (1 - d_c) * new_c
         return h, [h, c]
 
-    def get_dropout_mask(self, step_input: Tensor) -> Tensor:
-        """Also draw the seed of a sequence; `RNN` calls this before its loop."""
-        if self._seed_of_sequence is None:
-            self._seed_of_sequence = self.seed_generator.next()
-        return super().get_dropout_mask(step_input)
-
-    def reset_dropout_mask(self) -> None:
-        super().reset_dropout_mask()
-        self._seed_of_sequence = None
-
-    def _random_numbers(self, x, h, c):
-        self.get_dropout_mask(x)
-        # JAX's loop allows no change of a seed, so each time step hashes its arguments.
-        means = [ops.mean(ops.cast(value, "float32")) for value in (x, h, c)]
-        fraction = ops.sin(1e3 * means[0] + 1e4 * means[1] + 1e5 * means[2])
-        seed = self._seed_of_sequence
-        seed = seed + ops.cast(2**30 * (1 + fraction), seed.dtype)
-        return keras.random.uniform((2, *ops.shape(h)), seed=_Seed(seed))
+    def _split_masks(self, inputs):
+        features, units = self.W_xi.shape
+        if inputs.shape[-1] != features + 2 * units:
+            raise ValueError(
+                f"`{type(self).__name__}` must be in a `ScratchLSTM` in training, "
+                "which draws its masks. Received: inputs without masks. Use "
+                "`ScratchLSTM(cell=...)` in place of `keras.layers.RNN`."
+            )
+        d_h, d_c = inputs[:, features:-units], inputs[:, -units:]
+        return inputs[:, :features], d_h, d_c
 
     def get_config(self) -> Config:
         rates = {"zoneout_c": self.zoneout_c, "zoneout_h": self.zoneout_h}
         return {**super().get_config(), **rates}
-
-
-class _Seed(keras.random.SeedGenerator):
-    """A tensor as the seed of one random operation."""
-
-    def __init__(self, value):
-        self.value = value
-
-    def next(self, ordered=True):
-        return self.value
 
 
 @_register
@@ -274,19 +274,34 @@ class DropConnectLSTMCell(ScratchLSTMCell):
         super().__init__(*args, **kwargs)
         self.drop_connect = _validation.fraction("drop_connect", drop_connect)
         self._weight_masks: Any = None
+        self._in_training = False
 
     def get_dropout_mask(self, step_input: Tensor) -> Tensor:
         """Also draw the masks of the weights; `RNN` calls this before its loop."""
         if self._weight_masks is None and 0 < self.drop_connect < 1:
-            ones, seed = ops.ones((self.units, self.units)), self.seed_generator
-            self._weight_masks = [
-                keras.random.dropout(ones, self.drop_connect, seed=seed) for _ in GATES
+            shape, keep = (self.units, self.units), 1 - self.drop_connect
+            random = [
+                recurrence.random_uniform(shape, self.seed_generator) for _ in GATES
             ]
+            self._weight_masks = [ops.cast(r < keep, r.dtype) / keep for r in random]
         return super().get_dropout_mask(step_input)
 
     def reset_dropout_mask(self) -> None:
         super().reset_dropout_mask()
         self._weight_masks = None
+
+    def gates(self, x: Tensor, h: Tensor, c: Tensor) -> Gates:
+        sigmoid, tanh = self.recurrent_activation, self.activation
+        W_hi, W_hf, W_ho, W_hc = self._recurrent_weights(self._in_training)
+        i = sigmoid(x @ self.W_xi + h @ W_hi + self.b_i)
+        f = sigmoid(x @ self.W_xf + h @ W_hf + self.b_f)
+        o = sigmoid(x @ self.W_xo + h @ W_ho + self.b_o)
+        c_tilde = tanh(x @ self.W_xc + h @ W_hc + self.b_c)
+        return Gates(i, f, o, c_tilde)
+
+    @property
+    def _has_standard_gates(self):
+        return type(self).gates is DropConnectLSTMCell.gates
 
     def _recurrent_weights(self, training):
         weights = super()._recurrent_weights(training)
@@ -296,17 +311,13 @@ class DropConnectLSTMCell(ScratchLSTMCell):
         return [ops.cast(mask, weight.dtype) * weight for weight, mask in pairs]
 
     def _apply_gates(self, x, h, c, training):
-        if not training:
+        if training:
+            self.get_dropout_mask(x)  # of a call of the cell alone
+        self._in_training = training
+        try:
             return super()._apply_gates(x, h, c, training)
-        # Before the scope, which would discard the updates of the seed.
-        self.get_dropout_mask(x)
-        self.get_recurrent_dropout_mask(h)
-        W_h = super()._recurrent_weights(training)
-        # For `gates`; all variables, since the scope hides those of one around it.
-        values = [(variable, variable.value) for variable in self.variables]
-        values += zip(W_h, self._recurrent_weights(training), strict=True)
-        with keras.StatelessScope(values):
-            return super()._apply_gates(x, h, c, training)
+        finally:
+            self._in_training = False
 
     def get_config(self) -> Config:
         return {**super().get_config(), "drop_connect": self.drop_connect}

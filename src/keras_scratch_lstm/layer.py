@@ -236,6 +236,7 @@ class ScratchLSTM(BidirectionalGuard):
                 f"with these inputs. Received: `{self.name}` with use_cudnn=True"
             )
         self.recurrence = "loop"
+        sequences = cell.prepare_sequences(sequences, training)
         last, outputs, states = super().inner_loop(
             sequences, initial_state, mask, training
         )

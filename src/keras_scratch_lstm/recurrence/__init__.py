@@ -117,6 +117,15 @@ def compiled(function):
     return getattr(_backend(), "compiled", _identity)(function)
 
 
+def random_uniform(shape, seed_generator):
+    """Draw numbers in [0, 1) that depend on the seed alone, compiled by XLA or not.
+
+    On TensorFlow, `keras.random.uniform` draws other numbers when compiled by XLA.
+    """
+    draw = getattr(_backend(), "random_uniform", keras.random.uniform)
+    return draw(shape, seed=seed_generator)
+
+
 def repeat_masked_outputs(outputs, mask):
     """Repeat the previous output at masked time steps, where Keras's loop does not.
 

@@ -26,6 +26,14 @@ def gradient(function, tensors):
     return tape.gradient(value, tensors, unconnected_gradients="zero")
 
 
+def random_uniform(shape, seed):
+    # XLA draws the same integers as TensorFlow, but not the same floats.
+    limits = {"minval": None, "maxval": None, "dtype": tf.uint32}
+    seed = tf.cast(seed.next(), "int64")
+    bits = tf.random.stateless_uniform(shape, seed, alg="philox", **limits)
+    return tf.cast(tf.bitwise.right_shift(bits, 8), "float32") / 2**24
+
+
 def lstm(x, h, c, W_x, W_h, b, mask, training):
     time, batch = tf.shape(x)[0], tf.shape(x)[1]
     rows = tf.reshape(x, (-1, x.shape[-1]))
