@@ -52,9 +52,10 @@ def zero_state(batch_size, units):
 def train(name, args, vocabulary, batches, interrupt):
     """Trains the book's model, like `time_machine.train`, but without checkpoints."""
     keras.utils.set_random_seed(args.seed)
-    net = d2l.RNNModelScratch(
-        len(vocabulary), args.units, zero_state, lstm, lstm_parameters
-    )
+    with keras.device(args.device):
+        net = d2l.RNNModelScratch(
+            len(vocabulary), args.units, zero_state, lstm, lstm_parameters
+        )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     updater = keras.optimizers.SGD(args.learning_rate)
     random_order = args.sampling == "random"
@@ -68,7 +69,10 @@ def train(name, args, vocabulary, batches, interrupt):
             values.append(float(value))
         if interrupt.requested:
             break
-    result = SimpleNamespace(epochs=epoch + 1, history=history, failure=None)
+    device = net.trainable_variables[0].device
+    result = SimpleNamespace(
+        epochs=epoch + 1, history=history, failure=None, device=device
+    )
     # Each token once, by frequency, gives the same indices.
     vocab = d2l.Vocab([vocabulary.tokens[1:]])
     return result, {p: d2l.predict_ch8(p, 50, net, vocab) for p in PREFIXES}

@@ -6,6 +6,7 @@ import json
 import keras
 import matplotlib
 from common import replacing
+from devices import normalize
 from matplotlib import pyplot as plt
 
 matplotlib.use("Agg")  # no window
@@ -23,9 +24,9 @@ def summarize(name, checkpoint, samples, text, batches):
     history, tokens = checkpoint.history, batches.tokens_per_epoch
     seconds = sum(tokens / rate for rate in history["tokens_per_sec"])
     speed = checkpoint.epochs * tokens / seconds
-    on_cpu = "cpu" in str(keras.ops.zeros(1).device).lower()
-    perplexity, device = history["perplexity"][-1], "/CPU:0" if on_cpu else "/GPU:0"
-    line = f"perplexity {perplexity:.1f}, {speed:.1f} tokens/sec on {device}"
+    perplexity, device = history["perplexity"][-1], str(checkpoint.device)
+    line = f"perplexity {perplexity:.1f}, {speed:.1f} tokens/sec"
+    line += f" on /{normalize(device).upper()}"
     return {
         "layer": name,
         "backend": keras.backend.backend(),

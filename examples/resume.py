@@ -28,6 +28,11 @@ class Checkpoint(keras.callbacks.Callback):
         self.epochs, self.history, self.failure = 0, {}, None
         self.restore()
 
+    @property
+    def device(self):
+        """The device of the model, as the backend reports it."""
+        return self.model.weights[0].value.device
+
     def on_epoch_end(self, epoch, logs=None):
         values = [logs["loss"], *self.model.get_weights()]
         if not all(np.isfinite(value).all() for value in values):

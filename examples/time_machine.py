@@ -1,12 +1,13 @@
 """Train an LSTM on H. G. Wells's "The Time Machine", character by character.
 
-The experiment of "Dive into Deep Learning", trained by `model.fit`:
+The experiment of "Dive into Deep Learning", by `model.fit` under a device strategy:
 https://d2l.ai/chapter_recurrent-modern/lstm.html
 
     python examples/time_machine.py --epochs 20     # a short run: about one minute
     python examples/time_machine.py                 # 500 epochs, as in the book
     python examples/time_machine.py --compare-d2l   # also train the book's own code
     python examples/time_machine.py --resume        # continue an interrupted run
+    python examples/time_machine.py --device cpu:0  # on TensorFlow: OneDeviceStrategy
 
 A resumed run gives the same weights, bit for bit, as an uninterrupted one.
 """
@@ -23,6 +24,8 @@ def parse_arguments(argv=None):
     common.add_training_options(parser, "runs/time_machine", "sequential")
     text = "continue the run in --out; pass the same options, or more --epochs"
     parser.add_argument("--resume", action="store_true", help=text)
+    text = "such as cpu:0 or /GPU:0; if omitted, the first GPU, or else the CPU"
+    parser.add_argument("--device", help=text)
     text = "also train the book's own code, which --resume trains again"
     parser.add_argument("--compare-d2l", action="store_true", help=text)
     return parser.parse_args(argv)
@@ -37,6 +40,7 @@ import hashlib
 import keras
 import numpy as np
 from book_text import PREFIXES, Minibatches, Vocabulary, load_text, tokenize
+from devices import find_device
 from report import summarize, write_report
 from resume import Checkpoint, Interrupt, checkpoints, prepare
 from tqdm import tqdm
@@ -113,26 +117,36 @@ def create_model(name, args, vocabulary, optimizer=keras.optimizers.SGD, **optio
 # --- training ----------------------------------------------------------------
 
 
+def device_scope(device):
+    """Returns a context in which models are created, compiled and fit on a device."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.distribute.OneDeviceStrategy(device).scope()
+    return keras.device(device.replace("cpu:0", "cpu"))  # as torch names it
+
+
 def train(name, args, vocabulary, batches, interrupt):
     """Trains a model and saves it; returns the `Checkpoint` and generated texts."""
     steps = batches.steps_per_epoch
     # Several steps per call from Python save time. Keras on torch allows only one.
     choices = range(1, 2 if BACKEND == "torch" else 11)
     per_call = max(count for count in choices if steps % count == 0)
-    model = create_model(name, args, vocabulary, steps_per_execution=per_call)
-    checkpoint = Checkpoint(args.out / "checkpoints", name, model)
-    progress = Progress(name, checkpoint.epochs, args.epochs, vocabulary)
-    logger = PerplexityLogger(verbose=0)
-    batches.first_epoch = checkpoint.epochs
-    model.fit(
-        batches,
-        initial_epoch=checkpoint.epochs,
-        epochs=args.epochs,
-        steps_per_epoch=steps,
-        shuffle=False,
-        verbose=0,
-        callbacks=[logger, ResetStates(), checkpoint, progress, interrupt],
-    )
+    with device_scope(args.device):
+        model = create_model(name, args, vocabulary, steps_per_execution=per_call)
+        checkpoint = Checkpoint(args.out / "checkpoints", name, model)
+        progress = Progress(name, checkpoint.epochs, args.epochs, vocabulary)
+        logger = PerplexityLogger(verbose=0)
+        batches.first_epoch = checkpoint.epochs
+        model.fit(
+            batches,
+            initial_epoch=checkpoint.epochs,
+            epochs=args.epochs,
+            steps_per_epoch=steps,
+            shuffle=False,
+            verbose=0,
+            callbacks=[logger, ResetStates(), checkpoint, progress, interrupt],
+        )
     if checkpoint.epochs:
         with common.replacing(args.out / f"{name}.keras") as path:
             model.save(path)
@@ -199,6 +213,7 @@ def main(argv=None):
 def compare(args):
     """Trains the layers one after another; returns an error message or 0."""
     use_one_thread_per_op()
+    args.device = find_device(args.device)
     text, vocabulary, batches = load_data(args)
     trainers = dict.fromkeys(LAYERS if args.layer == "all" else [args.layer], train)
     if args.compare_d2l:
@@ -239,7 +254,8 @@ def compare(args):
 
 def settings(args, corpus):
     """Returns what the weights of an epoch depend on."""
-    names = ("units", "batch_size", "num_steps", "learning_rate", "sampling", "seed")
+    names = ["units", "batch_size", "num_steps", "learning_rate", "sampling", "seed"]
+    names += ["device"]
     text = hashlib.sha256(corpus.tobytes()).hexdigest()
     versions = {"backend": BACKEND, "keras": keras.__version__}
     return {name: getattr(args, name) for name in names} | {"text": text} | versions

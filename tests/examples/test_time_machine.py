@@ -30,6 +30,12 @@ def read(out):
     return json.loads((out / "results.json").read_text())["runs"], history
 
 
+def name_in_book(run):
+    """The device that the backend reported, as the book names it."""
+    kind, number = re.search(r"(cpu|gpu|cuda)\W?(\d*)$", run["device"].lower()).groups()
+    return f"/{'CPU' if kind == 'cpu' else 'GPU'}:{number or 0}"
+
+
 def test_report(book, out, capsys):
     assert time_machine.main(["--text", str(book), "--out", str(out), *SMALL]) == 0
     printed = capsys.readouterr().out
@@ -47,7 +53,7 @@ def test_report(book, out, capsys):
         assert run["tokens_per_sec"] == pytest.approx(3 * 24 * 20 / seconds)
         assert float(rows[-1]["perplexity"]) == run["perplexity"]
         line = f"perplexity {run['perplexity']:.1f}, {run['tokens_per_sec']:.1f} "
-        assert re.fullmatch(line + r"tokens/sec on /[CG]PU:0", run["closing_line"])
+        assert run["closing_line"] == line + f"tokens/sec on {name_in_book(run)}"
         assert f"{name}: {run['closing_line']}\n" in printed
         model = keras.saving.load_model(out / f"{name}.keras")
         assert model.get_layer("rnn").cell.units == 8
@@ -101,6 +107,42 @@ def test_states_are_reset_at_each_epoch(text, out, monkeypatch, sampling):
     else:
         assert all(after == [0, 0] for _, after in seen)
         assert all(min(before) > 0 for before, _ in seen[1:])
+
+
+@pytest.mark.parametrize("device", [None, "/CPU:0", "cpu:0"])
+def test_training_runs_under_a_device_strategy(text, out, monkeypatch, device):
+    seen = []
+
+    class Spy(time_machine.ResetStates):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append((self.model, keras.ops.zeros(1).device))
+
+    monkeypatch.setattr(time_machine, "ResetStates", Spy)
+    arguments = ["--text", str(text), "--out", str(out), *SMALL]
+    arguments += ["--layer", "ScratchLSTMCell", "--epochs", "1"]
+    arguments += ["--device", device] if device else []
+    assert time_machine.main(arguments) == 0
+    ((run,), _), ((model, used), *_) = read(out), seen
+    assert model.get_layer("rnn").stateful
+    assert run["device"] == str(model.weights[0].value.device) == str(used)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        assert isinstance(model.distribute_strategy, tf.distribute.OneDeviceStrategy)
+        devices = model.distribute_strategy.extended.worker_devices
+        assert devices == (run["device"],)
+
+
+def test_devices_that_do_not_exist(text, out):
+    for device in ("/GPU:7", "cpu:9", "abacus", ""):
+        arguments = ["--text", str(text), "--out", str(out), "--device", device]
+        answer = time_machine.main(arguments)
+        assert re.fullmatch(
+            r"time_machine\.py: error: --device must be one of .*cpu:0\. "
+            rf"Received: {device}",
+            answer,
+        )
+    assert not out.exists()
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="d2l's loop needs tensorflow")
