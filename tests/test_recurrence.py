@@ -379,6 +379,43 @@ def test_compiled_training_matches_the_loop(rng, fast, compiled):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@on_torch
+@each_mask
+@pytest.mark.parametrize("kind", ["layer", "bidirectional", "stateful"])
+def test_torch_compile_of_a_model(rng, kind, mask):
+    """A whole graph, but for the states of a stateful layer in training."""
+    import torch
+
+    torch.compiler.reset()
+    layer = ScratchLSTM(4, return_sequences=True, stateful=kind == "stateful")
+    wrapped = keras.layers.Bidirectional(layer) if kind == "bidirectional" else layer
+    inputs = keras.Input(batch_shape=(3, 5, 3))
+    masked = [] if mask is None else [keras.layers.Masking()]
+    model = keras.Sequential([inputs, *masked, wrapped, keras.layers.Dense(2)])
+    x = rng.normal(size=(3, 5, 3)) * (1 if mask is None else mask[..., None])
+    x = torch.tensor(x, dtype=torch.float32)
+    weights = [weight.value for weight in model.trainable_weights]
+
+    def compiled(fullgraph):
+        return torch.compile(model, fullgraph=fullgraph, backend="aot_eager")
+
+    def run(call):
+        if kind == "stateful":
+            layer.reset_state()
+        calls = [call(x) for _ in range(2)]  # the second continues a stateful layer
+        loss = sum((outputs**2).sum() for outputs in calls)
+        gradients = torch.autograd.grad(loss, weights) if loss.requires_grad else ()
+        return [tensor.detach() for tensor in (*calls, *gradients)]
+
+    in_training = compiled(fullgraph=kind != "stateful")
+    for one, other in zip(run(in_training), run(model), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    with torch.no_grad():
+        in_inference = run(compiled(fullgraph=True))
+        for one, other in zip(in_inference, run(model), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 @on_jax  # which reports the memory
 @pytest.mark.parametrize("batch", [32, 128])
 def test_training_takes_no_more_memory_than_the_built_in(batch):

@@ -12,6 +12,8 @@ from keras_scratch_lstm._types import Activation, Choice, Config, Shape, Tensor
 from keras_scratch_lstm.per_gate import FUSED_ORDER, GATES
 
 _RATES = ("dropout", "recurrent_dropout")
+# On torch, layers are modules, which define `__getattr__`.
+_get_attribute = getattr(keras.layers.Layer, "__getattr__", object.__getattribute__)
 _PLAIN = ("units", "use_bias", "unit_forget_bias", *_RATES, "seed")
 
 
@@ -244,8 +246,7 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
                 f"`{name}` does not exist until `{self.name}` is built. Call the layer "
                 "on data once, or `build` it."
             )
-        # On torch, layers are modules, which define `__getattr__`.
-        return getattr(super(), "__getattr__", super().__getattribute__)(name)
+        return _get_attribute(self, name)
 
     @property
     def _has_standard_gates(self):

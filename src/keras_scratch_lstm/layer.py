@@ -200,8 +200,7 @@ class ScratchLSTM(BidirectionalGuard):
         if initial_state is not None:
             self._check_initial_state(initial_state, sequences.shape[0])
         elif self.stateful:
-            # A copy, since torch updates the states in place before the backward pass.
-            initial_state = [ops.copy(state) for state in self.states]
+            initial_state = recurrence.copies(self.states)
         result = super().call(sequences, initial_state, mask, training)
         if not (self.time_major and self.return_sequences):
             return result

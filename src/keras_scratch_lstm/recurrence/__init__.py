@@ -24,14 +24,20 @@ all others. Nothing here depends on layers or variables.
 """
 
 import contextlib
-import contextvars
 import importlib
+import threading
 
 import keras
 
 from keras_scratch_lstm import _keras
 
-_forced = contextvars.ContextVar("forced", default=None)  # per thread
+_forced = threading.local()  # not a `ContextVar`, which `torch.compile` cannot trace
+
+# The module of the backend, if it has one. Imported once: `torch.compile` traces calls.
+_NAME = keras.backend.backend()
+_MODULE = None
+if _NAME in ("tensorflow", "jax", "torch"):
+    _MODULE = importlib.import_module(f"{__name__}.{_NAME}")
 
 
 def implementations(use_cudnn="auto"):
@@ -41,16 +47,15 @@ def implementations(use_cudnn="auto"):
         Dict of name to function `lstm`. The reference loop, `"loop"`, is not in it,
         since it belongs to the layer.
     """
-    module = _backend()
-    if module is None:
+    if _MODULE is None:
         return {}
     if exports_to_litert():
         return {"litert": importlib.import_module(f"{__name__}.litert").lstm}
     found = {}
-    if use_cudnn and hasattr(module, "lstm_in_cudnn") and module.has_gpu():
-        found["cudnn"] = module.lstm_in_cudnn
+    if use_cudnn and hasattr(_MODULE, "lstm_in_cudnn") and _MODULE.has_gpu():
+        found["cudnn"] = _MODULE.lstm_in_cudnn
     if use_cudnn is not True:
-        found[keras.backend.backend()] = module.lstm
+        found[_NAME] = _MODULE.lstm
     return {name: found[name] for name in found if forced() in (None, name)}
 
 
@@ -64,21 +69,22 @@ def force(name):
             `"litert"` is the fused op of an exported LiteRT model; where it does not
             apply, the layer raises an error.
     """
-    token = _forced.set(name)
+    before = forced()
+    _forced.name = name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.name = before
 
 
 def forced():
     """The name passed to `force`, or `None`."""
-    return _forced.get()
+    return getattr(_forced, "name", None)
 
 
 def exports_to_litert():
     """Whether layers must run the implementation that becomes LiteRT's fused op."""
-    if keras.backend.backend() != "tensorflow" or forced() not in (None, "litert"):
+    if _NAME != "tensorflow" or forced() not in (None, "litert"):
         return False
     exports = forced() == "litert" or _keras.is_exported_to_litert()
     return exports and not _keras.is_default_signature()
@@ -86,8 +92,7 @@ def exports_to_litert():
 
 def supports_jit(use_cudnn="auto"):
     """Whether XLA can compile a model that runs `implementations(use_cudnn)`."""
-    is_tensorflow = keras.backend.backend() == "tensorflow"
-    return not (is_tensorflow and use_cudnn and _backend().has_gpu())
+    return not (_NAME == "tensorflow" and use_cudnn and _MODULE.has_gpu())
 
 
 def gradient(function, tensors):
@@ -100,13 +105,12 @@ def gradient(function, tensors):
     Returns:
         List of tensors, zeros where the function does not depend on a tensor.
     """
-    module = _backend()
-    if module is None:
+    if _MODULE is None:
         raise NotImplementedError(
             "Gradients need the TensorFlow, JAX or PyTorch backend. Received: "
-            f"KERAS_BACKEND={keras.backend.backend()}"
+            f"KERAS_BACKEND={_NAME}"
         )
-    return module.gradient(function, [keras.ops.convert_to_tensor(x) for x in tensors])
+    return _MODULE.gradient(function, [keras.ops.convert_to_tensor(x) for x in tensors])
 
 
 def compiled(function):
@@ -114,7 +118,7 @@ def compiled(function):
 
     On other backends than JAX, this would not save time, and returns the function.
     """
-    return getattr(_backend(), "compiled", _identity)(function)
+    return getattr(_MODULE, "compiled", _identity)(function)
 
 
 def random_uniform(shape, seed_generator):
@@ -122,8 +126,16 @@ def random_uniform(shape, seed_generator):
 
     On TensorFlow, `keras.random.uniform` draws other numbers when compiled by XLA.
     """
-    draw = getattr(_backend(), "random_uniform", keras.random.uniform)
+    draw = getattr(_MODULE, "random_uniform", keras.random.uniform)
     return draw(shape, seed=seed_generator)
+
+
+def copies(states):
+    """Copies of state variables, which torch updates in place before the backward pass.
+
+    On other backends, the values are immutable, and returned as they are.
+    """
+    return getattr(_MODULE, "copies", list)(states)
 
 
 def repeat_masked_outputs(outputs, mask):
@@ -133,16 +145,8 @@ def repeat_masked_outputs(outputs, mask):
         outputs: Outputs of the reference loop, of shape `(batch, time, size)`.
         mask: Boolean tensor of shape `(batch, time)`.
     """
-    return getattr(_backend(), "repeat_masked_outputs", _identity)(outputs, mask)
+    return getattr(_MODULE, "repeat_masked_outputs", _identity)(outputs, mask)
 
 
 def _identity(value, *_):
     return value
-
-
-def _backend():
-    """The module of the current backend, or `None` if it has no fast implementation."""
-    name = keras.backend.backend()
-    if name not in ("tensorflow", "jax", "torch"):
-        return None
-    return importlib.import_module(f"{__name__}.{name}")

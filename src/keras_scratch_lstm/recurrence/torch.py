@@ -25,7 +25,8 @@ def gradient(function, tensors):
 
 
 def lstm(x, h, c, W_x, W_h, b, mask, training):
-    if mask is not None and not _is_padding(mask, h, c):
+    padding_only = mask is None or _is_padding(mask, h, c)
+    if not padding_only or _is_compiled_for_training():
         return _loop(x, h, c, W_x, W_h, b, mask)
     try:
         with _disabled_cudnn(x):
@@ -41,6 +42,24 @@ def lstm_in_cudnn(x, h, c, W_x, W_h, b, mask, training):
     if mask is not None and not _is_padding(mask, h, c):
         raise NotImplementedError
     return _fused(x, h, c, W_x, W_h, b, mask)
+
+
+def _is_compiled_for_training():
+    """Whether `torch.compile` needs gradients; those of `torch.lstm` fail there."""
+    is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return is_compiled and torch.is_grad_enabled()
+
+
+def copies(states):
+    return _copies_outside(states) if _is_compiled_for_training() else _copies(states)
+
+
+def _copies(states):
+    return [state.value.clone() for state in states]
+
+
+# A copy in a graph that also assigns the states would be taken after the assignment.
+_copies_outside = torch.compiler.disable(_copies)
 
 
 def _disabled_cudnn(x):
