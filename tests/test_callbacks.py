@@ -173,12 +173,14 @@ def test_overflow_is_infinite_perplexity(data):
 
 
 @pytest.mark.parametrize("validated", [False, True])
-@pytest.mark.parametrize("time", [TIME, None])
-def test_tokens_and_seconds(data, clock, validated, time):
+@pytest.mark.parametrize(
+    ("time", "metrics"), [(TIME, []), (TIME, [Perplexity]), (None, [Perplexity])]
+)
+def test_tokens_and_seconds(data, clock, validated, time, metrics):
     logger = PerplexityLogger(verbose=0)
     arguments = {"validation_data": data} if validated else {}
     arguments |= {"epochs": 2, "batch_size": 8, "callbacks": [logger]}
-    history = fit(build(time=time), *data, **arguments)
+    history = fit(build([m() for m in metrics], time), *data, **arguments)
     # From the epoch's start to the end of training, the clock is read once.
     tokens = 37 * TIME
     assert history["tokens_per_sec"] == [tokens, tokens]
@@ -202,21 +204,35 @@ def test_tokens_of_batches_of_different_lengths(rng, clock):
     pooled = keras.layers.GlobalMaxPooling1D()(hidden)
     model = keras.Model(inputs, [pooled, hidden])
     for _ in range(2):
-        model.compile("sgd", [None, CROSS_ENTROPY])
+        model.compile("sgd", [None, CROSS_ENTROPY], metrics=[None, Perplexity()])
         for _ in range(2):
             history = fit(model, Batches(), epochs=2)
             assert history["tokens_per_sec"] == [8 * 5 + 3 * 7 + 1 * 2] * 2
 
 
-def test_long_epochs_are_counted_exactly(data):
-    class Long(keras.callbacks.Callback):
-        def on_epoch_begin(self, epoch, logs=None):
-            self.model.metrics[0].predictions.assign(2**24)  # exact in float32, too
+def test_model_is_as_it_was_after_fit(data):
+    """Two models, of which one is trained with the callback, are equal afterwards."""
 
-    x, y = data
-    logger = PerplexityLogger(verbose=0)
-    fit(build(), x[:1], y[:1], callbacks=[logger, Long()])
-    assert round(logger.tokens_per_sec * logger.seconds) == 2**24 + TIME
+    def state(model):
+        attributes = {name: type(value) for name, value in vars(model).items()}
+        variables = {v.path: numpy(v) for m in model.metrics for v in m.variables}
+        variables |= {v.path: numpy(v) for v in model.variables}
+        return attributes, variables, model.train_function
+
+    numpy, models = ops.convert_to_numpy, []
+    for callbacks in ([PerplexityLogger(verbose=0)], [keras.callbacks.Callback()]):
+        accuracy = keras.metrics.SparseCategoricalAccuracy()
+        models.append(build([accuracy, Perplexity()]))
+        fit(models[-1], *data, callbacks=callbacks)
+        assert "compute_metrics" not in vars(models[-1])
+        trained = models[-1].train_function
+        fit(models[-1], *data, callbacks=callbacks)
+        assert models[-1].train_function is trained  # not compiled again
+    (attributes, variables, _), (expected, values, _) = map(state, models)
+    assert attributes == expected
+    assert len(variables) == len(values) > 8
+    for one, other in zip(variables.values(), values.values(), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_epoch_ends_when_the_device_has_finished(data, monkeypatch):
@@ -233,17 +249,25 @@ def test_epoch_ends_when_the_device_has_finished(data, monkeypatch):
 
 
 @pytest.mark.one_backend
-def test_train_step_without_metrics_warns(data):
+def test_unknown_number_of_tokens_warns(data):
     class Model(keras.Sequential):
         def train_step(self, data):
             return {"loss": ops.zeros(())}
 
-    model = Model(build().layers)
-    model.compile("sgd", CROSS_ENTROPY)
-    logger = PerplexityLogger(verbose=0)
-    with pytest.warns(UserWarning, match="does not call `compute_metrics`"):
-        assert "tokens_per_sec" not in fit(model, *data, callbacks=[logger])
-    assert logger.tokens_per_sec is None
+    custom = Model(build().layers)
+    custom.compile("sgd", CROSS_ENTROPY)
+    for model in (custom, build(time=None)):
+        logger = PerplexityLogger(verbose=0)
+        with pytest.warns(UserWarning, match=r"Compile the model with `metrics="):
+            assert "tokens_per_sec" not in fit(model, *data, callbacks=[logger])
+        assert logger.tokens_per_sec is None
+
+
+def test_tokens_are_those_that_perplexity_counts(data, clock):
+    x, y = data
+    model = build([Perplexity(ignore_class=0)])
+    history = fit(model, x, y)
+    assert history["tokens_per_sec"] == [np.sum(y != 0)]
 
 
 @pytest.mark.parametrize("verbose", [0, 1])

@@ -1,6 +1,5 @@
 """Callbacks for `fit`: `PerplexityLogger` and `GateMonitor`."""
 
-import contextlib
 import math
 import re
 import time
@@ -14,6 +13,7 @@ from keras import ops
 
 from keras_scratch_lstm import _keras, _validation
 from keras_scratch_lstm._types import Logs
+from keras_scratch_lstm.metrics import Perplexity
 from keras_scratch_lstm.per_gate import named_weights
 from keras_scratch_lstm.tracing import capture, trace_gates
 from keras_scratch_lstm.tracing.inputs import check_inputs, read_batches
@@ -35,9 +35,10 @@ class PerplexityLogger(keras.callbacks.Callback):
       (sparse) categorical cross-entropy. With several outputs: `<output>_perplexity`.
       A `Perplexity` metric of the model takes precedence. Add one if the model has
       regularization losses, sample weights or masks.
-    - `tokens_per_sec`, the tokens per second of the epoch without its validation. A
-      token is one prediction: batch size times time steps, padding included. Of
-      several outputs, the one with the most predictions counts.
+    - `tokens_per_sec`, the tokens per second of the epoch without its validation. The
+      tokens are those that a `Perplexity` metric of the model counts. Without one, they
+      are the predictions, padding included, if the number of time steps is fixed. Of
+      several outputs, the one with the most tokens counts.
 
     When training ends, it prints a line in the format of *Dive into Deep Learning*:
 
@@ -80,10 +81,8 @@ class PerplexityLogger(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Logs = None) -> None:
         self._reset()
-        self._counter = _count_predictions(self.model)
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
-        self._counter.assign(0)
         self._epoch_seconds = None
         self._epoch_start = time.perf_counter()
         if self._start is None:
@@ -108,8 +107,9 @@ class PerplexityLogger(keras.callbacks.Callback):
             parts.append(f"{self.tokens_per_sec:.1f} tokens/sec")
         else:
             _warn(
-                "`tokens_per_sec` is not logged, since the model's `train_step` does "
-                "not call `compute_metrics`. Call it to have the tokens counted."
+                "`tokens_per_sec` is not logged, since the number of time steps is not "
+                "fixed or `train_step` is custom. Compile the model with "
+                "`metrics=[Perplexity()]` to log it."
             )
         self.closing_line = ", ".join(parts) + _device_of(self.model)
 
@@ -119,8 +119,8 @@ class PerplexityLogger(keras.callbacks.Callback):
 
     def _end_training_of_epoch(self):
         if self._epoch_seconds is None:
-            # Reading the counter waits for the batches that a GPU still processes.
-            self._epoch_tokens = int(ops.convert_to_numpy(self._counter))
+            # Reading a metric waits for the batches that a GPU still processes.
+            self._epoch_tokens = _count_tokens(self.model)
             self._epoch_seconds = time.perf_counter() - self._epoch_start
 
     def _add_perplexities(self, logs):
@@ -183,32 +183,18 @@ def _exp(value):
         return math.inf
 
 
-def _count_predictions(model):
-    """Have `compute_metrics`, which sees each batch, count the predictions.
-
-    Returns:
-        The variable with the count. It belongs to a metric of the model, since JAX
-        would not update it otherwise.
-    """
-    metric = next(iter(model.metrics), keras.metrics.Mean())
-    if hasattr(metric, "predictions"):
-        return metric.predictions
-    strategy = getattr(model, "distribute_strategy", None)
-    with strategy.scope() if strategy else contextlib.nullcontext():
-        metric.predictions = metric.add_variable((), "zeros", "int", name="predictions")
-    compute_metrics = type(model).compute_metrics.__get__(model)
-
-    def count(x, y, y_pred, sample_weight=None):
-        sizes = [
-            ops.cast(math.prod(ops.shape(output)[:-1]), metric.predictions.dtype)
-            for output in keras.tree.flatten(y_pred)
-        ]
-        metric.predictions.assign_add(ops.max(ops.stack(sizes)))
-        return compute_metrics(x, y, y_pred, sample_weight)
-
-    model.compute_metrics = count
-    model.make_train_function(force=True)
-    return metric.predictions
+def _count_tokens(model):
+    """Return the tokens since the metrics of a model were reset, or 0 if unknown."""
+    metrics = keras.tree.flatten([getattr(m, "metrics", m) for m in model.metrics])
+    counts = [metric.tokens for metric in metrics if isinstance(metric, Perplexity)]
+    if not counts and type(model).train_step is keras.Model.train_step:
+        outputs = keras.tree.flatten(getattr(model, "outputs", None) or [])
+        steps = [output.shape[1:-1] for output in outputs]
+        if steps and not any(None in shape for shape in steps):
+            # The metric of the loss counts the samples.
+            steps = max(math.prod(shape) for shape in steps)
+            counts = [metric.count * steps for metric in metrics[:1]]
+    return max((float(ops.convert_to_numpy(count)) for count in counts), default=0)
 
 
 def _device_of(model):

@@ -109,12 +109,17 @@ class Perplexity(keras.metrics.Metric):
 
     def result(self) -> Tensor:
         """Return the perplexity of all tokens since the last reset."""
-        cross_entropy, tokens = (
-            total - error for total, error in (self._cross_entropy, self._tokens)
-        )
+        total, error = self._cross_entropy
+        cross_entropy, tokens = total - error, self.tokens
         counted = ops.not_equal(tokens, 0)
         mean = cross_entropy / ops.where(counted, tokens, 1)
         return ops.where(counted, ops.exp(mean), 0)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Scalar, the total weight of the tokens since the last reset."""
+        total, error = self._tokens
+        return total - error
 
     def get_config(self) -> Config:
         return {
