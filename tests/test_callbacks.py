@@ -220,13 +220,13 @@ def test_model_is_as_it_was_after_fit(data):
         return attributes, variables, model.train_function
 
     numpy, models = ops.convert_to_numpy, []
-    for callbacks in ([PerplexityLogger(verbose=0)], [keras.callbacks.Callback()]):
+    for callback in (PerplexityLogger(verbose=0), keras.callbacks.Callback()):
         accuracy = keras.metrics.SparseCategoricalAccuracy()
         models.append(build([accuracy, Perplexity()]))
-        fit(models[-1], *data, callbacks=callbacks)
+        fit(models[-1], *data, callbacks=[callback])
         assert "compute_metrics" not in vars(models[-1])
         trained = models[-1].train_function
-        fit(models[-1], *data, callbacks=callbacks)
+        fit(models[-1], *data, callbacks=[callback])
         assert models[-1].train_function is trained  # not compiled again
     (attributes, variables, _), (expected, values, _) = map(state, models)
     assert attributes == expected

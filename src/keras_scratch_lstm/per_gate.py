@@ -35,13 +35,39 @@ def resolve(argument, value, get, default=None):
     Gates that a given dict leaves out have the default.
     """
     if not is_per_gate(value):
-        return get(value)
+        value = get(value)
+        if default is None and value is not None:
+            _check_separable(argument, value)
+        return value
     if unknown := set(value) - set(GATES):
         raise ValueError(
             f"The keys of `{argument}` must be among 'i', 'f', 'o' and 'c'. Received: "
             f"{', '.join(sorted(map(repr, unknown)))}"
         )
     return {gate: get(value.get(gate, default)) for gate in GATES}
+
+
+def is_separable(value, weight):
+    """Whether a regularizer or constraint acts on a fused weight as on each gate's."""
+    sums = (regularizers.L1, regularizers.L2, regularizers.L1L2)
+    norms = (constraints.MaxNorm, constraints.MinMaxNorm, constraints.UnitNorm)
+    # A bias has one axis, which spans the gates.
+    by_column = type(value) in norms and value.axis in (0, [0]) and weight != "bias"
+    return by_column or type(value) in (*sums, constraints.NonNeg)
+
+
+def _check_separable(argument, value):
+    """Reject what the built-in cell would apply to all gates at once.
+
+    Custom regularizers and constraints are accepted, since nothing is known of them.
+    """
+    from_keras = type(value).__module__.startswith("keras.")
+    if from_keras and not is_separable(value, argument.split("_")[0]):
+        raise ValueError(
+            f"`{argument}` must act on each gate alone. Received: "
+            f"{type(value).__name__}, which acts across gates if they share a "
+            "variable. Pass a dict with one per gate to apply it to each matrix."
+        )
 
 
 def serialize(value, serialize_one):

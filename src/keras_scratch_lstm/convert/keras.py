@@ -5,13 +5,19 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import constraints, layers, regularizers
+from keras import layers
 
 from keras_scratch_lstm._keras import all_layers, sublayers
 from keras_scratch_lstm._validation import invalid
 from keras_scratch_lstm.cell import ScratchLSTMCell
 from keras_scratch_lstm.layer import ScratchLSTM
-from keras_scratch_lstm.per_gate import GATES, fuse, is_per_gate, named_weights
+from keras_scratch_lstm.per_gate import (
+    GATES,
+    fuse,
+    is_per_gate,
+    is_separable,
+    named_weights,
+)
 
 _TO_SCRATCH = {layers.LSTM: ScratchLSTM, layers.LSTMCell: ScratchLSTMCell}
 _TO_BUILTIN = {scratch: builtin for builtin, scratch in _TO_SCRATCH.items()}
@@ -134,18 +140,9 @@ def _check(part, name, classes):
             first, *others = value.values() if is_per_gate(value) else [value]
             if any(_config(other) != _config(first) for other in others):
                 raise _error(name, f"`{argument}` must be the same for all gates.")
-            if first is not None and not _is_separable(first, weight):
+            if first is not None and not is_separable(first, weight):
                 reason = f"{type(first).__name__} as `{argument}` acts across gates"
                 raise _error(name, f"{reason} if they share a variable.")
-
-
-def _is_separable(value, weight):
-    """Whether it acts on a fused weight as on the weight of each gate."""
-    sums = (regularizers.L1, regularizers.L2, regularizers.L1L2)
-    norms = (constraints.MaxNorm, constraints.MinMaxNorm, constraints.UnitNorm)
-    # A bias has one axis, which spans the gates.
-    by_column = type(value) in norms and value.axis in (0, [0]) and weight != "bias"
-    return by_column or type(value) in (*sums, constraints.NonNeg)
 
 
 def _config(value):
