@@ -75,29 +75,50 @@ def build_model(make_layer, units, shape, padded=False):
 
 
 def keras_contender(make_layer, padded=False):
-    import keras
-
     def make(units, shape):
         model = build_model(make_layer, units, shape, padded)
-        x, y = random_text(shape, padded)
-
-        class Clock(keras.callbacks.Callback):
-            def on_epoch_begin(self, epoch, logs=None):
-                self.start = time.perf_counter()
-
-            def on_epoch_end(self, epoch, logs=None):
-                self.seconds = time.perf_counter() - self.start
-
-        def train(batches=shape[0]):
-            rows, clock = batches * shape[1], Clock()
-            model.fit(
-                x[:rows], y[:rows], batch_size=shape[1], verbose=0, callbacks=[clock]
-            )
-            return clock.seconds
-
-        return train
+        return fit(model, *random_text(shape, padded), shape)
 
     return make
+
+
+def fit(model, x, y, shape):
+    """A function that trains for an epoch, and returns its seconds."""
+    import keras
+
+    class Clock(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.start = time.perf_counter()
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.seconds = time.perf_counter() - self.start
+
+    def train(batches=shape[0]):
+        rows, clock = batches * shape[1], Clock()
+        model.fit(x[:rows], y[:rows], batch_size=shape[1], verbose=0, callbacks=[clock])
+        return clock.seconds
+
+    return train
+
+
+def forecasters(features, units, shape):
+    """Small models of numbers, each with a layer and with a bidirectional one."""
+    import keras
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(shape[0] * shape[1], shape[2], features)).astype("float32")
+    y = x[:, -1, :1]
+    found = {}
+    for name in ("LSTM", "ScratchLSTM"):
+        layer = layers()[name]
+        both = keras.layers.Bidirectional(layer(units))
+        for title, lstm in ((name, layer(units)), (f"Bidirectional({name})", both)):
+            inputs = keras.Input(x.shape[1:])
+            model = keras.Sequential([inputs, lstm, keras.layers.Dense(1)])
+            model.compile("adam", "mse")
+            found[title] = fit(model, x, y, shape)
+    return found
 
 
 def native_torch(units, shape):

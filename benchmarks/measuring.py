@@ -21,6 +21,7 @@ PAIRS = {  # title of the ratio: numerator, denominator
     ),
     "`ScratchLSTM` / native PyTorch loop": ("ScratchLSTM", "torch.nn.LSTM"),
     "`ScratchLSTM` / `torch.nn.LSTM` in `fit`": ("ScratchLSTM", "torch.nn.LSTM in fit"),
+    "`Bidirectional` of each": ("Bidirectional(ScratchLSTM)", "Bidirectional(LSTM)"),
     "`ScratchLSTM` / d2l loop": ("ScratchLSTM", "d2l"),
 }
 

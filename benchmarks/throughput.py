@@ -4,6 +4,7 @@
     python benchmarks/throughput.py --quick    in three minutes, without memory
     python benchmarks/throughput.py --grid     batch size by units
     python benchmarks/throughput.py --steps    long sequences
+    python benchmarks/throughput.py --small    models of numbers, as in forecasting
     python benchmarks/throughput.py --cells    variants of the cell
     python benchmarks/throughput.py --padded   sequences of random length
 
@@ -29,7 +30,14 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from contenders import VOCABULARY, contenders, keras_contender, layers, variants
+from contenders import (
+    VOCABULARY,
+    contenders,
+    forecasters,
+    keras_contender,
+    layers,
+    variants,
+)
 from inference import measure_inference
 from measuring import (
     BACKENDS,
@@ -173,6 +181,21 @@ def measure_cells(backend, options):
     }
 
 
+def measure_small(backend, options):
+    """Training of small models, which are limited by per-op overhead."""
+    found = []
+    for time, features, units in SMALL:
+        shape = options.batches, options.batch, time
+        functions = forecasters(features, units, shape)
+        for train in functions.values():
+            train()
+        times = interleave(functions, options.rounds)
+        sizes = {"time": time, "features": features, "units": units}
+        speeds = rates(times, math.prod(shape))
+        found.append({**sizes, "tokens_per_sec": speeds, "ratios": ratios(times)})
+    return {"models": found}
+
+
 def measure_padded(backend, options):
     """Training on sequences of random length, with a mask."""
     shape, functions = (options.batches, options.batch, options.time), {}
@@ -184,6 +207,7 @@ def measure_padded(backend, options):
     return {"tokens_per_sec": rates(times, math.prod(shape)), "ratios": ratios(times)}
 
 
+SMALL = [(30, 8, 64), (100, 64, 128)]  # time steps, features, units
 MEASURES = {
     "main": measure_main,
     "quick": measure_main,
@@ -192,6 +216,7 @@ MEASURES = {
     "inference": measure_inference,
     "cells": measure_cells,
     "padded": measure_padded,
+    "small": measure_small,
 }
 
 
@@ -220,7 +245,8 @@ def table(results):
                 f"({speed['min']:,.0f}–{speed['max']:,.0f}) | "
                 f"{first} s | {memory} MB | {speed['gflops'] / peak:.0%} |"
             )
-    titles = list(PAIRS)
+    measured = {title for found in results.values() for title in found["ratios"]}
+    titles = [title for title in PAIRS if title in measured]
     lines += [
         "",
         f"| backend | {' | '.join(titles)} |",
@@ -333,7 +359,7 @@ def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=BACKENDS)
     which = parser.add_mutually_exclusive_group()
-    for name in ("quick", "grid", "steps", "inference", "cells", "padded"):
+    for name in ("quick", "grid", "steps", "inference", "cells", "padded", "small"):
         which.add_argument(
             f"--{name}", dest="measure", action="store_const", const=name
         )

@@ -4,11 +4,15 @@ Each replica trains on its rows of each batch. The results equal those of one de
 
     python examples/distributed.py                       # all GPUs of this host
     python examples/distributed.py --virtual-devices 2   # the CPU as two devices
+    python examples/distributed.py --resume              # continue after a lost process
     KERAS_BACKEND=jax srun python examples/distributed.py --cluster   # several hosts
 
 With --cluster, which needs JAX, the processes of SLURM and Open MPI are found. Other
 launchers set KERAS_DISTRIBUTION_JOB_ADDRESSES (host:port of process 0),
 KERAS_DISTRIBUTION_NUM_PROCESSES and KERAS_DISTRIBUTION_PROCESS_ID.
+
+Process 0 saves a checkpoint after each epoch. With --resume, all processes read it, so
+the hosts must share the folder --out.
 """
 
 import sys
@@ -24,6 +28,8 @@ def parse_arguments(argv=None):
     add("--virtual-devices", type=integer, help="split the CPU, to try it without GPUs")
     add("--cluster", action="store_true", help="join the processes of a launcher")
     common.add_training_options(parser, "runs/distributed", "random")
+    text = "continue the run in --out; pass the same options, or more --epochs"
+    add("--resume", action="store_true", help=text)
     add("--stream", type=Path, help="text of any size, used without --max-tokens")
     return parser.parse_args(argv)
 
@@ -36,8 +42,9 @@ import json
 
 import keras
 from book_text import PREFIXES, Minibatches
+from resume import Checkpoint, prepare
 from stream_text import tokenize_file
-from time_machine import ResetStates, create_model, generate, load_data
+from time_machine import ResetStates, create_model, generate, load_data, settings
 
 from keras_scratch_lstm import PerplexityLogger
 
@@ -61,13 +68,16 @@ def main(argv=None):
                 batches = Minibatches(corpus, *size, args.sampling, args.seed)
             else:
                 _, vocabulary, batches = load_data(args)
+                corpus = batches.corpus
             rows = args.batch_size // processes
             batches.rows = slice(rank * rows, (rank + 1) * rows)
             if rank == 0:
                 print(f"{len(replicas)} replicas: {', '.join(replicas)}")
-            model = train(args, vocabulary, batches, is_first=rank == 0)
+            if rank == 0 or args.resume:
+                prepare(args.out / "checkpoints", settings(args, corpus), args.resume)
+            checkpoint = train(args, vocabulary, batches, is_first=rank == 0)
         if rank == 0:  # outside the scope, in which all processes must take part
-            report(model, vocabulary, args.out)
+            report(checkpoint, vocabulary, args.out)
     except (ExampleError, OSError) as error:
         return f"distributed.py: error: {error}"
     return 0
@@ -122,21 +132,27 @@ def distribution(args):
 def train(args, vocabulary, batches, is_first):
     optimizer = ClippedSGD if BACKEND == "tensorflow" else keras.optimizers.SGD
     model = create_model("ScratchLSTM", args, vocabulary, optimizer)
+    folder, name = args.out / "checkpoints", "ScratchLSTM"
+    checkpoint = Checkpoint(folder, name, model, is_first, is_first or args.resume)
+    batches.first_epoch = checkpoint.epochs
     model.fit(
         batches,
+        initial_epoch=checkpoint.epochs,
         epochs=args.epochs,
         steps_per_epoch=batches.steps_per_epoch,
         shuffle=False,
         verbose=2 if is_first else 0,
-        callbacks=[PerplexityLogger(verbose=is_first), ResetStates()],
+        callbacks=[PerplexityLogger(verbose=is_first), ResetStates(), checkpoint],
     )
-    return model
+    return checkpoint
 
 
-def report(model, vocabulary, out):
+def report(checkpoint, vocabulary, out):
     """Saves the model and its history, and prints generated text."""
-    (out / "history.json").write_text(json.dumps(model.history.history, indent=2))
-    model.save(out / "model.keras")
+    if checkpoint.failure:
+        raise ExampleError(f"{checkpoint.failure}.")
+    (out / "history.json").write_text(json.dumps(checkpoint.history, indent=2))
+    checkpoint.model.save(out / "model.keras")
     model = keras.saving.load_model(out / "model.keras")  # with weights on one device
     for prefix in PREFIXES:
         print(f"    {generate(model, vocabulary, prefix)}")

@@ -39,7 +39,13 @@ import keras
 import numpy as np
 from time_machine import build_model
 
-from keras_scratch_lstm import PerplexityLogger, ScratchLSTM, plotting, trace_gates
+from keras_scratch_lstm import (
+    Perplexity,
+    PerplexityLogger,
+    ScratchLSTM,
+    plotting,
+    trace_gates,
+)
 from keras_scratch_lstm.tracing.tokens import token_features
 
 LINE = 88  # characters per line of the plots
@@ -69,7 +75,7 @@ def train(args):
     lstm = ScratchLSTM(args.units, return_sequences=True, name="lstm")
     model = build_model(lstm, len(vocabulary), None, None)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(0.005), loss)
+    model.compile(keras.optimizers.Adam(0.005), loss, metrics=[Perplexity()])
     batches = book_text.Minibatches(tokens, 16, 64, "random", args.seed)
     model.fit(
         batches,

@@ -19,14 +19,17 @@ class Checkpoint(keras.callbacks.Callback):
     or as a file that HDF5 cannot read. Here, a file is complete before it has its name.
 
     A non-finite loss or weight ends training, is not saved, and is told in `failure`.
+    Of several processes that train one model, one `writes`, and all `restore`.
     """
 
-    def __init__(self, folder, name, model):
+    def __init__(self, folder, name, model, writes=True, restore=True):
         super().__init__()
+        self._writes = writes
         self._folder, self._name, self._logs = folder, name, folder / f"{name}.json"
         self.set_model(model)
         self.epochs, self.history, self.failure = 0, {}, None
-        self.restore()
+        if restore:
+            self.restore()
 
     @property
     def device(self):
@@ -41,11 +44,15 @@ class Checkpoint(keras.callbacks.Callback):
             return
         for key, value in logs.items():
             self.history.setdefault(key, []).append(float(value))
+        self.epochs = epoch + 1
+        if self._writes:
+            self._save(epoch)
+
+    def _save(self, epoch):
         with replacing(self._logs) as path:
             path.write_text(json.dumps(self.history))
         with replacing(self._folder / f"{self._name}-{epoch + 1}.keras") as path:
             self.model.save(path)
-        self.epochs = epoch + 1
         for epochs, path in checkpoints(self._folder, self._name).items():
             if epochs < epoch:  # Keep the previous one, in case the disk fails.
                 path.unlink()

@@ -256,9 +256,9 @@ def settings(args, corpus):
     """Returns what the weights of an epoch depend on."""
     names = ["units", "batch_size", "num_steps", "learning_rate", "sampling", "seed"]
     names += ["device"]
-    text = hashlib.sha256(corpus.tobytes()).hexdigest()
+    text = hashlib.sha256(corpus).hexdigest()
     versions = {"backend": BACKEND, "keras": keras.__version__}
-    return {name: getattr(args, name) for name in names} | {"text": text} | versions
+    return {name: vars(args).get(name) for name in names} | {"text": text} | versions
 
 
 def use_one_thread_per_op():

@@ -61,7 +61,7 @@ def test_quick_table(run):
 
 def test_other_tables(run):
     tables = {}
-    for name in ("grid", "steps", "inference", "cells", "padded"):
+    for name in ("grid", "steps", "inference", "cells", "padded", "small"):
         _, out = run(f"--{name}")
         tables[name] = json.loads((out / f"{name}.json").read_text())[BACKEND]
     grid = tables["grid"]
@@ -74,6 +74,10 @@ def test_other_tables(run):
     assert tables["inference"]["generation_ratio"] > 0
     assert len(tables["cells"]["ratios"]) == 5
     assert min(tables["cells"]["ratios"].values()) > 0
+    pairs = ["`ScratchLSTM` / `LSTM`", "`Bidirectional` of each"]
+    for model in tables["small"]["models"]:
+        assert list(model["ratios"]) == pairs
+        assert min(model["ratios"].values()) > 0
     assert list(tables["padded"]["ratios"]) == ["`ScratchLSTM` / `LSTM`"]
 
 

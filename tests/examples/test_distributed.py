@@ -4,12 +4,14 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import distributed
 import keras
 import numpy as np
 import pytest
+import resume
 import time_machine
 
 EXAMPLE = Path(distributed.__file__)
@@ -24,8 +26,8 @@ def case(backends, *values):
     return pytest.param(*values, marks=skip)
 
 
-def launch(arguments, processes):
-    """Runs the example in one process, or in a cluster of some; returns the outputs."""
+def start(arguments, processes):
+    """Starts the example in one process, or in a cluster of some."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
@@ -35,7 +37,7 @@ def launch(arguments, processes):
         "KERAS_DISTRIBUTION_NUM_PROCESSES": str(processes),
         "JAX_PLATFORMS": "cpu",
     }
-    started = [
+    return [
         subprocess.Popen(
             [sys.executable, EXAMPLE, *arguments, *cluster],
             env=os.environ | variables | {"KERAS_DISTRIBUTION_PROCESS_ID": str(rank)},
@@ -45,6 +47,11 @@ def launch(arguments, processes):
         )
         for rank in range(processes)
     ]
+
+
+def launch(arguments, processes):
+    """Runs the example to its end; returns the outputs of all processes."""
+    started = start(arguments, processes)
     try:
         outputs = [process.communicate(timeout=PATIENCE) for process in started]
     finally:
@@ -99,6 +106,41 @@ def test_results_equal_those_of_one_device(
     assert not any("loss" in printed for printed in others)
     model = keras.saving.load_model(out / "model.keras")
     assert model.get_layer("rnn").cell.units == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("devices", "processes"), [case("jax", None, 2), case("tensorflow", 2, 1)]
+)
+def test_killed_run_resumes_bit_identically(text, out, tmp_path, devices, processes):
+    arguments = [*SMALL, "--text", str(text)]
+    if devices:
+        arguments += ["--virtual-devices", str(devices)]
+    endless = [*arguments, "--epochs", "1000000", "--out", str(out)]
+    started = start(endless, processes)
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while (
+            max(resume.checkpoints(out / "checkpoints", "ScratchLSTM"), default=0) < 2
+        ):
+            assert time.monotonic() < deadline
+            assert all(process.poll() is None for process in started)
+            time.sleep(0.1)
+    finally:
+        for process in reversed(started):  # a lost process; the others are stuck
+            process.kill()
+            process.communicate()
+    epochs = max(resume.checkpoints(out / "checkpoints", "ScratchLSTM"))
+    arguments += ["--epochs", str(epochs + 1)]
+    launch([*arguments, "--out", str(out), "--resume"], processes)
+    launch([*arguments, "--out", str(tmp_path / "other")], processes)
+    runs = []
+    for folder in (out, tmp_path / "other"):
+        history = json.loads((folder / "history.json").read_text())
+        weights = keras.saving.load_model(folder / "model.keras").get_weights()
+        runs.append((history["loss"], [weight.tobytes() for weight in weights]))
+    assert len(runs[0][0]) == epochs + 1
+    assert runs[0] == runs[1]
 
 
 @pytest.mark.parametrize(
