@@ -79,7 +79,6 @@ def test_fences_name_a_known_language(page):
 @pytest.mark.filterwarnings("ignore:torch.* results are registered as constants")
 @pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size")
-@pytest.mark.filterwarnings("ignore:LiteRT's fused LSTM op keeps:UserWarning")
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.stem)
 def test_blocks_run(page, tmp_path, monkeypatch):
     if any("from d2l" in code and can_run(code) for code in blocks(page)):

@@ -29,8 +29,6 @@ import importlib
 
 import keras
 
-from keras_scratch_lstm import _keras
-
 _forced = contextvars.ContextVar("forced", default=None)  # per thread
 
 
@@ -44,7 +42,7 @@ def implementations(use_cudnn="auto"):
     module = _backend()
     if module is None:
         return {}
-    if exports_to_litert():
+    if forced() == "litert":
         return {"litert": importlib.import_module(f"{__name__}.litert").lstm}
     found = {}
     if use_cudnn and hasattr(module, "lstm_in_cudnn") and module.has_gpu():
@@ -74,14 +72,6 @@ def force(name):
 def forced():
     """The name passed to `force`, or `None`."""
     return _forced.get()
-
-
-def exports_to_litert():
-    """Whether layers must run the implementation that becomes LiteRT's fused op."""
-    if keras.backend.backend() != "tensorflow" or forced() not in (None, "litert"):
-        return False
-    exports = forced() == "litert" or _keras.is_exported_to_litert()
-    return exports and not _keras.is_default_signature()
 
 
 def supports_jit(use_cudnn="auto"):
