@@ -96,6 +96,8 @@ def litert(model, folder, layer):
     )
 
     def run(x):
+        if layer == "ScratchLSTM":  # the fused op keeps its states
+            interpreter.reset_all_variables()
         interpreter.set_tensor(inputs["index"], x)
         interpreter.invoke()
         return interpreter.get_tensor(outputs["index"])
@@ -110,6 +112,8 @@ def litert_micro(model, folder, layer):
     interpreter = tflite_micro.runtime.Interpreter.from_file(path)
 
     def run(x):
+        if layer == "ScratchLSTM":
+            interpreter.reset()
         interpreter.set_input(x, 0)
         interpreter.invoke()
         return interpreter.get_output(0)
@@ -221,8 +225,8 @@ def core_ml(model, folder, layer):
     inputs = torch.zeros(BATCH, TIME, FEATURES)
     traced = torch.jit.trace(model.eval(), inputs)
     shape = coremltools.TensorType(shape=inputs.shape)
+    # Core ML predicts on macOS only, so there is nothing to run.
     coremltools.convert(traced, inputs=[shape], convert_to="mlprogram")
-    return None  # Core ML predicts on macOS only
 
 
 RUNTIMES = {
@@ -317,15 +321,18 @@ def main():
     parser.add_argument("--out", type=Path, help="folder for runtimes.json and .md")
     args = parser.parse_args()
     if args.worker:
-        return work(*args.worker)
-    results = {}
+        work(*args.worker)
+        return
+    record = args.out and args.out / "runtimes.json"
+    results = json.loads(record.read_text()) if record and record.exists() else {}
     for runtime in args.only:
         results[runtime] = {layer: measure(runtime, layer) for layer in LAYERS}
         print(runtime, json.dumps(results[runtime]), flush=True)
+    results = {name: results[name] for name in RUNTIMES if name in results}
     page = f"{table(results)}\n\n{', '.join(versions())}; {datetime.date.today()}\n"
     print(page)
     if args.out:
-        (args.out / "runtimes.json").write_text(json.dumps(results, indent=1) + "\n")
+        record.write_text(json.dumps(results, indent=1) + "\n")
         (args.out / "runtimes.md").write_text(page)
 
 

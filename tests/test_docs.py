@@ -17,19 +17,21 @@ ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 PAGES = [*READMES, *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = [ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")]
-LANGUAGES = {"python", "shell", "text", "bibtex"}
+LANGUAGES = {"python", "shell", "text", "bibtex", "cpp"}
 # What a block needs, by what it contains.
 PACKAGES = {
     "plotting": "matplotlib",
     "to_dataframe": "pandas",
     "from d2l": "d2l",
     "onnxruntime": "onnxruntime",
-    "Interpreter": "ai_edge_litert",
+    "ai_edge_litert": "ai_edge_litert",
+    "tflite_micro": "tflite_micro",
 }
 BACKENDS = {
     "import tensorflow": "tensorflow",
     ".tflite": "tensorflow",
     "LayoutMap": "jax",
+    "import jax\n": "jax",
     'format="onnx"': "torch",
     "import torch\n": "torch",
 }

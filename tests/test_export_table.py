@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from keras import layers
 
-from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, export_litert
+from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, export_litert, to_builtin
 
 BACKEND = keras.backend.backend()
 PAGE = Path(__file__).parents[1] / "docs" / "deployment.md"
 FEATURES, UNITS, BATCH, TIME = 3, 4, 2, 6
+FREE_SHAPES = (1, 1), (BATCH, TIME), (5, 9)
 
 pytestmark = [
     # Keras exports to ONNX on torch with the older exporter.
@@ -160,8 +161,8 @@ def in_onnx(row, layer, folder):
     if row not in FIXED:
         model = build(row, layer)
         run = run_onnx(model, folder / "model.onnx")
-        shapes = [(1, 1), (BATCH, TIME), (5, 9)]
-        if run and all(is_equal(model, run, (*shape, FEATURES)) for shape in shapes):
+        shapes = [(*shape, FEATURES) for shape in FREE_SHAPES]
+        if run and all(is_equal(model, run, shape) for shape in shapes):
             return "any length"
     model = build(row, layer, fixed=True)
     run = run_onnx(model, folder / "model.onnx", (BATCH, TIME, FEATURES))
@@ -233,6 +234,37 @@ def test_onnx_by_loading_on_torch(tmp_path):
     name = session.get_inputs()[0].name
     for shape in ((1, 1), (BATCH, TIME), (5, 50)):
         assert is_equal(model, lambda x: session.run(None, {name: x})[0], (*shape, 3))
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="ONNX as PyTorch exports it")
+@pytest.mark.parametrize("last", ["TimeDistributed(Dense)", "Dense"])
+def test_onnx_of_dense_at_every_time_step(tmp_path, last):
+    """Keras exports `TimeDistributed` with wrong outputs."""
+    pytest.importorskip("onnxruntime")
+    inputs = keras.Input((None, FEATURES))
+    dense = layers.Dense(2)
+    dense = dense if last == "Dense" else layers.TimeDistributed(dense)
+    h = ScratchLSTM(UNITS, return_sequences=True)(inputs)
+    model = keras.Model(inputs, dense(h))
+    run = run_onnx(model, tmp_path / "model.onnx")
+    shapes = [(*shape, FEATURES) for shape in FREE_SHAPES[1:]]
+    assert {is_equal(model, run, shape) for shape in shapes} == {last == "Dense"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="ONNX as TensorFlow exports it")
+@pytest.mark.parametrize(
+    ("convert", "op"), [(to_builtin, "LSTM"), (lambda model: model, "Loop")]
+)
+def test_onnx_on_tensorflow(tmp_path, convert, op):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("tf2onnx")
+    inputs = keras.Input((None, FEATURES))
+    model = convert(keras.Model(inputs, stacked(ScratchLSTM)(inputs)))
+    run = run_onnx(model, path := str(tmp_path / "model.onnx"))
+    assert [node.op_type for node in onnx.load(path).graph.node].count(op) == 2
+    assert all(is_equal(model, run, (*shape, FEATURES)) for shape in FREE_SHAPES)
 
 
 def documented():

@@ -114,14 +114,15 @@ def test_states_are_kept_until_reset(tmp_path, rng):
     assert np.abs(second - first).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_four_layers_and_100_time_steps(tmp_path, rng, quantize):
     """Keras's own export of this model does not finish (tflite-micro #3674)."""
-    model = keras.Sequential([keras.Input((100, 4))])
+    model = keras.Sequential([keras.Input((100, 32))])
     for k in range(4):
         model.add(layers.LSTM(128, return_sequences=k < 3))
     model.add(layers.Dense(3))
-    x = rng.normal(size=(10, 100, 4)).astype("float32")
+    x = rng.normal(size=(10, 100, 32)).astype("float32")
     options = {"representative_data": x, "verbose": False}
     file = export_litert(model, tmp_path / "model.tflite", quantize=quantize, **options)
     found = run_sequences(load(file), [x[:3]])
