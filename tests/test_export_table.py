@@ -251,8 +251,26 @@ def test_onnx_of_dense_at_every_time_step(tmp_path, last):
     assert {is_equal(model, run, shape) for shape in shapes} == {last == "Dense"}
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="Core ML converts models of PyTorch")
+@pytest.mark.filterwarnings("default")  # those of Core ML's converter
+@pytest.mark.parametrize("row", ["default", "stacked", "`Bidirectional`"])
+def test_core_ml_converts(row):
+    """One LSTM op per layer and direction. Running it needs macOS."""
+    coremltools = pytest.importorskip("coremltools")
+    import torch
+
+    model = build(row, ScratchLSTM, fixed=True).eval()
+    shape = BATCH, TIME, FEATURES
+    traced = torch.jit.trace(model, torch.zeros(shape), check_trace=False)
+    inputs = [coremltools.TensorType(shape=shape)]
+    program = coremltools.convert(traced, inputs=inputs, convert_to="milinternal")
+    ops = program.functions["main"].find_ops(op_type="lstm")
+    assert len(ops) == (1 if row == "default" else 2)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="ONNX as TensorFlow exports it")
+@pytest.mark.filterwarnings("default")  # those of tf2onnx
 @pytest.mark.parametrize(
     ("convert", "op"), [(to_builtin, "LSTM"), (lambda model: model, "Loop")]
 )
