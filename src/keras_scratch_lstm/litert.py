@@ -88,10 +88,7 @@ def export_litert(
     _check_arguments(model, quantize, representative_data, io_dtype)
     if any(isinstance(part, keras.layers.LSTM) for part in _keras.all_layers(model)):
         model = to_scratch(model)
-    data = (
-        [] if representative_data is None else keras.tree.flatten(representative_data)
-    )
-    data = [validation.to_numpy(array) for array in data]
+    data = _arrays(representative_data)
     signature = _signature(model, input_shape, data)
     batches = _batches(signature, data)
     report = print if verbose else str
@@ -101,10 +98,10 @@ def export_litert(
     path.write_bytes(content)
     report(f"Comparing {len(batches[:_COMPARED])} outputs with the model's")
     difference = _largest_difference(model, content, batches[:_COMPARED])
-    runs_on_micro = quantize in (None, "int8") and not {"SELECT", "WHILE"} & {
-        *operators
-    }
-    micro = tuple(map(_registration, operators)) if runs_on_micro else ()
+    fails_on_micro = quantize in ("float16", "dynamic") or (
+        "SELECT" in operators or "WHILE" in operators
+    )
+    micro = () if fails_on_micro else tuple(map(_registration, operators))
     file = LiteRTFile(path, len(content), operators, difference, micro)
     report(file)
     return file
@@ -128,6 +125,13 @@ def _check_arguments(model, quantize, data, io_dtype):
         raise validation.invalid("representative_data", data, "an array for int8")
 
 
+def _arrays(data):
+    """A flat list of arrays, which is empty for `None`."""
+    data = [] if data is None else keras.tree.flatten(data)
+    arrays = [validation.to_numpy(value) for value in data]
+    return [x.astype("float32") if x.dtype == "float64" else x for x in arrays]
+
+
 def _signature(model, input_shape, data):
     """A `tf.TensorSpec` of fixed shape for each input."""
     import tensorflow as tf
@@ -136,8 +140,8 @@ def _signature(model, input_shape, data):
     if input_shape is None:
         shapes = [(1, *value.shape[1:]) for value in data or inputs]
     else:
-        is_one = isinstance(input_shape[0], int | None)
-        shapes = [input_shape] if is_one else list(input_shape)
+        is_nested = any(isinstance(size, (tuple, list)) for size in input_shape)
+        shapes = list(input_shape) if is_nested else [input_shape]
     dtypes = [keras.backend.standardize_dtype(value.dtype) for value in inputs]
     dtypes = dtypes or ["float32"] * len(shapes)  # of a model of its own class
     if not shapes or len(shapes) != len(dtypes) or not all(map(all, shapes)):
@@ -153,10 +157,9 @@ def _batches(signature, data):
     dtypes = [spec.dtype.as_numpy_dtype for spec in signature]
     size, rng = shapes[0][0], np.random.default_rng(0)
     if not data:  # integers are 0, which is a valid index
-        data = [rng.normal(size=(_COMPARED * size, *shape[1:])) for shape in shapes]
-        data = [
-            x * np.issubdtype(t, np.floating) for x, t in zip(data, dtypes, strict=True)
-        ]
+        scales = [float(spec.dtype.is_floating) for spec in signature]
+        sizes = [(_COMPARED * size, *shape[1:]) for shape in shapes]
+        data = list(map(rng.normal, [0.0] * len(scales), scales, sizes))
     count = min(map(len, data)) // size
     if not count or [x.shape[1:] for x in data] != [shape[1:] for shape in shapes]:
         rule = f"arrays for inputs of the shapes {shapes}"
