@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 BATCH, TIME, FEATURES, UNITS = 2, 6, 3, 8
+CALLS = 2
 KINDS = ("plain", "stacked", "bidirectional", "masked", "stateful")
 LAYERS = ("ScratchLSTM", "LSTM")
 PACKAGES = (
@@ -57,7 +58,7 @@ def build(kind, layer):
     }[kind]()
     inputs = keras.Input(batch_shape=(BATCH, TIME, FEATURES))
     model = keras.Sequential([inputs, *parts, layers.Dense(2)])
-    x = np.random.default_rng(0).normal(size=(2, BATCH, TIME, FEATURES))
+    x = np.random.default_rng(0).normal(size=(CALLS, BATCH, TIME, FEATURES))
     if kind == "masked":
         x[:, 0, 4:] = 0
     return model, x.astype("float32")
@@ -162,6 +163,8 @@ def saved_model(model, folder, layer):
 
     def run(x):
         inputs.append(x)
+        if len(inputs) < CALLS:
+            return None  # one process makes all calls
         np.save(folder / "x.npy", inputs)
         command = [sys.executable, "-c", LOAD_SAVED_MODEL, str(folder)]
         subprocess.run(command, check=True)
@@ -328,11 +331,12 @@ def main():
     for runtime in args.only:
         results[runtime] = {layer: measure(runtime, layer) for layer in LAYERS}
         print(runtime, json.dumps(results[runtime]), flush=True)
+        if record:
+            record.write_text(json.dumps(results, indent=1) + "\n")
     results = {name: results[name] for name in RUNTIMES if name in results}
     page = f"{table(results)}\n\n{', '.join(versions())}; {datetime.date.today()}\n"
     print(page)
     if args.out:
-        record.write_text(json.dumps(results, indent=1) + "\n")
         (args.out / "runtimes.md").write_text(page)
 
 

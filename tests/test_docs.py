@@ -164,3 +164,10 @@ def test_benchmark_summary_covers_the_results(page):
             ratios = list(results[backend]["ratios"].values())[:3]
             for (low, high), ratio in zip(ranges, ratios, strict=True):
                 assert float(low) - 0.005 <= ratio <= float(high) + 0.005
+
+
+@pytest.mark.one_backend
+def test_runtimes_are_those_of_the_script():
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    table = (ROOT / "benchmarks" / "results" / "runtimes.md").read_text()
+    assert page.split("<!-- runtimes -->")[1].strip() == table.strip()
