@@ -28,21 +28,21 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 from book_text import Minibatches, Vocabulary, load_text, tokenize
 
-from keras_scratch_lstm import ScratchLSTM, recurrence, to_scratch
-from keras_scratch_lstm.recurrence.litert import remove_limits
+from keras_scratch_lstm import ScratchLSTM, export_litert
 
 SHAPE = (20, 8)
 HELD_OUT = 10_000  # characters
 
 
-def export(model, path, samples, **options):
-    """An interpreter of the exported model."""
-    spec = keras.InputSpec(shape=(1, *samples.shape[1:]), dtype=samples.dtype.name)
-    with recurrence.force("litert"):
-        model.export(
-            path, format="litert", input_signature=[spec], verbose=False, **options
-        )
-    remove_limits(path)
+def export(model, path, samples, quantize=None):
+    """An interpreter of the exported model; `"keras"` is Keras's own export."""
+    if quantize == "keras":
+        spec = keras.InputSpec(shape=(1, *samples.shape[1:]), dtype=samples.dtype.name)
+        options = {"input_signature": [spec], "verbose": False}
+        model.export(path, format="litert", **options)
+    else:
+        options = {"representative_data": samples, "verbose": False}
+        export_litert(model, path, quantize=quantize, **options)
     interpreter = Interpreter(str(path), num_threads=1)
     interpreter.allocate_tensors()
     return interpreter
@@ -58,12 +58,13 @@ def run(interpreter, x):
     return interpreter.get_tensor(output), seconds
 
 
-def compare(forms, samples, folder):
+def compare(forms, calibration, samples, folder):
     """Exports models, and runs each on the samples.
 
     Args:
-        forms: Dict of name to a pair of a model and options of `export`.
-        samples: Array of inputs, the first axis for the samples.
+        forms: Dict of name to a pair of a model and its quantization.
+        calibration: Array of representative inputs, the first axis for the samples.
+        samples: Array of the inputs to run.
         folder: Path for the files.
 
     Returns:
@@ -71,8 +72,8 @@ def compare(forms, samples, folder):
     """
     paths = {name: folder / f"{k}.tflite" for k, name in enumerate(forms)}
     runners = {
-        name: export(model, paths[name], samples, **options)
-        for name, (model, options) in forms.items()
+        name: export(model, paths[name], calibration, quantize)
+        for name, (model, quantize) in forms.items()
     }
     seconds, outputs = ({name: [] for name in forms} for _ in range(2))
     for x in samples:
@@ -99,14 +100,13 @@ def layer_forms(units, rounds, folder):
     )
     unrolled.set_weights(loop.get_weights())
     samples = np.random.default_rng(0).normal(size=(rounds, *SHAPE)).astype("float32")
-    scratch = to_scratch(loop)
     forms = {
-        "`LSTM`, loop": (loop, {}),
-        "`LSTM`, `unroll=True`": (unrolled, {}),
-        "`ScratchLSTM`": (scratch, {}),
-        "`ScratchLSTM`, int8": (scratch, deploy.quantizations(samples)["int8"]),
+        "`LSTM`, loop": (loop, "keras"),
+        "`LSTM`, `unroll=True`": (unrolled, "keras"),
+        "`ScratchLSTM`": (loop, None),
+        "`ScratchLSTM`, int8": (loop, "int8"),
     }
-    results, outputs = compare(forms, samples, folder)
+    results, outputs = compare(forms, samples, samples, folder)
     expected = loop.predict(samples, verbose=0)
     for name, result in results.items():
         result["difference"] = float(np.abs(outputs[name] - expected).max())
@@ -147,9 +147,8 @@ def text_task(rounds, path, units=256, batch_size=32, steps=35, epochs=5):
 def quantized_forms(task, folder):
     """Results of a trained model in four number formats."""
     model, calibration, samples, labels = task
-    options = deploy.quantizations(calibration)
-    forms = {name: (model, option) for name, option in options.items()}
-    results, outputs = compare(forms, samples, folder)
+    forms = {name: (model, quantize) for name, quantize in deploy.FORMATS.items()}
+    results, outputs = compare(forms, calibration, samples, folder)
     expected = model.predict(samples, verbose=0)
     for name, result in results.items():
         result["difference"] = float(np.abs(outputs[name] - expected).max())

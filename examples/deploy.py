@@ -1,6 +1,10 @@
-"""Train a classifier of sensor signals, and run it in LiteRT and ONNX Runtime.
+"""Train a classifier of sensor signals, and deploy it to microcontrollers and servers.
 
 python examples/deploy.py    # needs TensorFlow, PyTorch and the extra `export`
+
+Writes LiteRT files in four number formats, and one for ONNX Runtime. For a firmware:
+`model_data.cc` and `model_data.h`, the int8 file as an array, and `ops.txt`, the
+operators to register.
 """
 
 import os
@@ -27,16 +31,19 @@ if __name__ == "__main__":
 import keras
 import numpy as np
 import onnxruntime
-import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 
-from keras_scratch_lstm import ScratchLSTM, recurrence
-from keras_scratch_lstm.recurrence.litert import remove_limits
+from keras_scratch_lstm import ScratchLSTM, export_litert
 
+FORMATS = {"float32": None, "float16": "float16", "dynamic": "dynamic", "int8": "int8"}
 ON_TORCH = """
 import sys, keras, keras_scratch_lstm
 (model := keras.saving.load_model(sys.argv[1]))(keras.ops.zeros((1, 1, 3)))
 model.export(sys.argv[2], format="onnx", verbose=False)
+"""
+HEADER = """#pragma once
+extern const unsigned char model_data[];
+extern const unsigned int model_data_size;
 """
 
 
@@ -60,32 +67,31 @@ def train(epochs):
     return model
 
 
-def quantizations(samples):
-    default = {"optimizations": [tf.lite.Optimize.DEFAULT]}
-    int8 = {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]}
-    dataset = {"representative_dataset": lambda: ([x[None]] for x in samples)}
-    return {
-        "float32": {},
-        "float16": {**default, "target_spec": {"supported_types": [tf.float16]}},
-        "dynamic": {**default, "experimental_new_dynamic_range_quantizer": False},
-        "int8": {**default, **dataset, "target_spec": int8},
-    }
-
-
-def run_litert(model, path, shape=(1, 48, 3), **options):
-    options["input_signature"] = [keras.InputSpec(shape=shape, dtype="float32")]
-    with recurrence.force("litert"):  # hides the warning that states must be reset
-        model.export(path, format="litert", verbose=False, **options)
-    remove_limits(path)
+def run_litert(path):
     interpreter = Interpreter(str(path), num_threads=1)
     interpreter.allocate_tensors()
     invoke = interpreter.get_signature_runner()
 
     def run(sequence):
         interpreter.reset_all_variables()  # the op keeps its states
-        return invoke(args_0=sequence)["output_0"]
+        return invoke(input_0=sequence)["output_0"]
 
     return run
+
+
+def write_firmware(file, folder):
+    """Writes the file as a C++ array, and the operators to register."""
+    content = file.path.read_bytes()
+    rows = [content[k : k + 16] for k in range(0, len(content), 16)]
+    rows = [" ".join(f"0x{byte:02x}," for byte in row) for row in rows]
+    source = ['#include "model_data.h"', "alignas(16) extern const unsigned char"]
+    source += ["model_data[] = {", *rows, "};"]
+    source += [f"extern const unsigned int model_data_size = {len(content)};", ""]
+    (folder / "model_data.cc").write_text("\n".join(source))
+    (folder / "model_data.h").write_text(HEADER)
+    count = f"MicroMutableOpResolver<{len(file.micro)}> resolver;"
+    calls = [f"resolver.{call};" for call in file.micro]
+    (folder / "ops.txt").write_text("\n".join([count, *calls, ""]))
 
 
 def run_onnx(model, path):
@@ -102,9 +108,11 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     model, runners, rng = train(args.epochs), {}, np.random.default_rng(1)
     (samples, _), (x, labels) = signals(200, rng), signals(500, rng)
-    for name, options in quantizations(samples).items():
-        path = args.out / f"{name}.tflite"
-        runners[path] = run_litert(model, path, **options)
+    for name, quantize in FORMATS.items():
+        path, options = args.out / f"{name}.tflite", {"quantize": quantize}
+        file = export_litert(model, path, representative_data=samples, **options)
+        runners[path] = run_litert(path)
+    write_firmware(file, args.out)  # the last one, in int8
     runners[path] = run_onnx(model, path := args.out / "model.onnx")
     expected = model.predict(x, verbose=0)
     for path, run in runners.items():

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from keras import layers
 
-from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
+from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, export_litert, to_builtin
 
 BACKEND = keras.backend.backend()
 PAGE = Path(__file__).parents[1] / "docs" / "deployment.md"
 FEATURES, UNITS, BATCH, TIME = 3, 4, 2, 6
+FREE_SHAPES = (1, 1), (BATCH, TIME), (5, 9)
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:LiteRT's fused LSTM op keeps:UserWarning"),
     # Keras exports to ONNX on torch with the older exporter.
     pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based"),
     pytest.mark.filterwarnings("ignore:.*might cause the trace to be incorrect"),
@@ -116,19 +116,33 @@ def reset(model):
 
 
 def in_litert(row, layer, folder):
+    """What `export_litert` writes."""
     model = build(row, layer)
-    path = str(folder / "model.tflite")
-    signature = [keras.InputSpec(shape=(BATCH, TIME, FEATURES), dtype="float32")]
     reset(model)
+    path, shape = folder / "model.tflite", (BATCH, TIME, FEATURES)
     try:
-        model.export(path, format="litert", input_signature=signature, verbose=False)
+        export_litert(model, path, input_shape=shape, verbose=False)
     except ValueError as error:
         if "LiteRT's fused LSTM op requires" not in str(error):
             raise
         return "error"
+    return litert_ops(model, path)
+
+
+def in_litert_of_keras(row, layer, folder):
+    """What `model.export` writes."""
+    model = build(row, layer)
+    reset(model)
+    path, shape = str(folder / "model.tflite"), (BATCH, TIME, FEATURES)
+    signature = [keras.InputSpec(shape=shape, dtype="float32")]
+    model.export(path, format="litert", input_signature=signature, verbose=False)
+    return litert_ops(model, path)
+
+
+def litert_ops(model, path):
     from ai_edge_litert.interpreter import Interpreter
 
-    interpreter = Interpreter(path)
+    interpreter = Interpreter(str(path))
     interpreter.allocate_tensors()
 
     def run(x):
@@ -147,8 +161,8 @@ def in_onnx(row, layer, folder):
     if row not in FIXED:
         model = build(row, layer)
         run = run_onnx(model, folder / "model.onnx")
-        shapes = [(1, 1), (BATCH, TIME), (5, 9)]
-        if run and all(is_equal(model, run, (*shape, FEATURES)) for shape in shapes):
+        shapes = [(*shape, FEATURES) for shape in FREE_SHAPES]
+        if run and all(is_equal(model, run, shape) for shape in shapes):
             return "any length"
     model = build(row, layer, fixed=True)
     run = run_onnx(model, folder / "model.onnx", (BATCH, TIME, FEATURES))
@@ -222,6 +236,55 @@ def test_onnx_by_loading_on_torch(tmp_path):
         assert is_equal(model, lambda x: session.run(None, {name: x})[0], (*shape, 3))
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="ONNX as PyTorch exports it")
+@pytest.mark.parametrize("last", ["TimeDistributed(Dense)", "Dense"])
+def test_onnx_of_dense_at_every_time_step(tmp_path, last):
+    """Keras exports `TimeDistributed` with wrong outputs."""
+    pytest.importorskip("onnxruntime")
+    inputs = keras.Input((None, FEATURES))
+    dense = layers.Dense(2)
+    dense = dense if last == "Dense" else layers.TimeDistributed(dense)
+    h = ScratchLSTM(UNITS, return_sequences=True)(inputs)
+    model = keras.Model(inputs, dense(h))
+    run = run_onnx(model, tmp_path / "model.onnx")
+    shapes = [(*shape, FEATURES) for shape in FREE_SHAPES[1:]]
+    assert {is_equal(model, run, shape) for shape in shapes} == {last == "Dense"}
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="Core ML converts models of PyTorch")
+@pytest.mark.filterwarnings("default")  # those of Core ML's converter
+@pytest.mark.parametrize("row", ["default", "stacked", "`Bidirectional`"])
+def test_core_ml_converts(row):
+    """One LSTM op per layer and direction. Running it needs macOS."""
+    coremltools = pytest.importorskip("coremltools")
+    import torch
+
+    model = build(row, ScratchLSTM, fixed=True).eval()
+    shape = BATCH, TIME, FEATURES
+    traced = torch.jit.trace(model, torch.zeros(shape), check_trace=False)
+    inputs = [coremltools.TensorType(shape=shape)]
+    program = coremltools.convert(traced, inputs=inputs, convert_to="milinternal")
+    ops = program.functions["main"].find_ops(op_type="lstm")
+    assert len(ops) == (1 if row == "default" else 2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="ONNX as TensorFlow exports it")
+@pytest.mark.filterwarnings("default")  # those of tf2onnx
+@pytest.mark.parametrize(
+    ("convert", "op"), [(to_builtin, "LSTM"), (lambda model: model, "Loop")]
+)
+def test_onnx_on_tensorflow(tmp_path, convert, op):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("tf2onnx")
+    inputs = keras.Input((None, FEATURES))
+    model = convert(keras.Model(inputs, stacked(ScratchLSTM)(inputs)))
+    run = run_onnx(model, path := str(tmp_path / "model.onnx"))
+    assert [node.op_type for node in onnx.load(path).graph.node].count(op) == 2
+    assert all(is_equal(model, run, (*shape, FEATURES)) for shape in FREE_SHAPES)
+
+
 def documented():
     """The cells of the page's table: `{layer: [LiteRT, LiteRT, ONNX, ONNX]}`."""
     table = PAGE.read_text().split("<!-- exports -->")[1].strip().splitlines()[2:]
@@ -249,7 +312,9 @@ def test_litert_and_saved_model(tmp_path, row):
         pytest.skip("formats of TensorFlow")
     pytest.importorskip("ai_edge_litert")
     assert set(outcomes(in_saved_model, row, tmp_path)) <= {"yes", "–"}
-    assert outcomes(in_litert, row, tmp_path) == documented()[row][:2]
+    fused, of_keras = documented()[row][:2]
+    assert set(outcomes(in_litert, row, tmp_path)) <= {fused, "–"}
+    assert set(outcomes(in_litert_of_keras, row, tmp_path)) <= {of_keras, "–"}
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="the way to ONNX")

@@ -1,4 +1,4 @@
-"""Models that LiteRT's interpreter runs: operators, outputs, states, quantization."""
+"""Files of `export_litert` in LiteRT: operators, outputs, states, quantization."""
 
 import os
 import subprocess
@@ -9,18 +9,13 @@ import numpy as np
 import pytest
 from keras import layers
 
-from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, recurrence, to_scratch
+from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, export_litert
 
 if keras.backend.backend() != "tensorflow":
-    pytest.skip("Keras exports to LiteRT on TensorFlow", allow_module_level=True)
-pytest.importorskip("keras.src.export.litert", reason="Keras 3.13 or newer")
+    pytest.skip("the converter is part of TensorFlow", allow_module_level=True)
 Interpreter = pytest.importorskip("ai_edge_litert.interpreter").Interpreter
-tf = pytest.importorskip("tensorflow")
 
-pytestmark = [
-    pytest.mark.one_backend,
-    pytest.mark.filterwarnings("ignore:LiteRT's fused LSTM op keeps:UserWarning"),
-]
+pytestmark = pytest.mark.one_backend
 FUSED = "UNIDIRECTIONAL_SEQUENCE_LSTM"
 
 
@@ -35,17 +30,19 @@ class InTraining(layers.Wrapper):
         return self.layer(x, training=True)
 
 
-def export(model, path, shape, **kwargs):
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.lstm = ScratchLSTM(4)
+
+    def call(self, x):
+        return self.lstm(x)
+
+
+def export(model, path, shape=None, **kwargs):
     """The interpreter of an exported model."""
-    signature = [keras.InputSpec(shape=shape, dtype="float32")]
-    model.export(
-        path, format="litert", input_signature=signature, verbose=False, **kwargs
-    )
-    return load(model_path=str(path))
-
-
-def load(**kwargs):
-    interpreter = Interpreter(**kwargs)
+    export_litert(model, path, input_shape=shape, verbose=False, **kwargs)
+    interpreter = Interpreter(str(path))
     interpreter.allocate_tensors()
     return interpreter
 
@@ -83,8 +80,9 @@ SUPPORTED = {
     "sequences": lambda n: [ScratchLSTM(n, return_sequences=True)],
     "backwards": lambda n: [ScratchLSTM(n, go_backwards=True, use_bias=False)],
     "stacked": lambda n: [ScratchLSTM(n, return_sequences=True), ScratchLSTM(n)],
+    "built-in": lambda n: [layers.LSTM(n, return_sequences=True), ScratchLSTM(n)],
     "bidirectional": lambda n: [
-        layers.Bidirectional(ScratchLSTM(n, return_sequences=True)),
+        layers.Bidirectional(layers.LSTM(n, return_sequences=True)),
         layers.Dense(2),
     ],
 }
@@ -128,13 +126,33 @@ def test_functional_time_major_and_shared_layers(tmp_path, rng):
     np.testing.assert_allclose(outputs, model.predict(x, verbose=0), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_inputs_and_outputs_keep_their_order(tmp_path, rng, quantize):
+    """The converter orders them anew. In int8, joins with another scale were wrong."""
+    a, b = keras.Input((6, 3), name="z"), keras.Input((2,), name="a")
+    h = layers.LSTM(4)(a)
+    outputs = [layers.Dense(3)(layers.concatenate([h, b])), h, 3 * b]
+    model = keras.Model({"z": a, "a": b}, outputs)
+    data = {"z": normal(rng, 50, 6, 3), "a": 4 * normal(rng, 50, 2)}
+    path, options = tmp_path / "model.tflite", {"representative_data": data}
+    interpreter = export(model, path, quantize=quantize, **options)
+    quantum = np.ptp(data["a"]) / 255 if quantize else 1e-6
+    for k in range(20):
+        inputs = {name: array[k : k + 1] for name, array in data.items()}
+        found = run(interpreter, inputs["a"], inputs["z"])
+        expected = model.predict(inputs, verbose=0)
+        bounds = [8 * quantum, 2 * quantum, 4 * quantum]
+        for value, want, bound in zip(found, expected, bounds, strict=True):
+            np.testing.assert_allclose(value, want, rtol=0, atol=bound)
+
+
 @pytest.mark.slow
-def test_builtin_model_after_to_scratch(tmp_path, rng):
-    builtin = sequential(layers.LSTM(5), layers.Dense(2))
-    interpreter = export(to_scratch(builtin), tmp_path / "model.tflite", (1, 7, 3))
-    assert operators(interpreter).count(FUSED) == 1
+def test_subclassed_model(tmp_path, rng):
+    model = Subclassed()
     x = normal(rng, 1, 7, 3)
-    expected = builtin.predict(x, verbose=0)
+    expected = model(x)
+    interpreter = export(model, tmp_path / "model.tflite", x.shape)
+    assert FUSED in operators(interpreter)
     np.testing.assert_allclose(run(interpreter, x)[0], expected, rtol=0, atol=1e-6)
 
 
@@ -167,26 +185,6 @@ def test_model_trained_on_another_backend(tmp_path, backend):
     np.testing.assert_allclose(outputs, data["y"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.slow
-def test_tensorflow_converter(tmp_path, rng):
-    """`TFLiteConverter` needs fixed shapes in the model, or a SavedModel with them."""
-    model = keras.Sequential([keras.Input(batch_shape=(1, 7, 3)), ScratchLSTM(5)])
-    archive = keras.export.ExportArchive()
-    archive.track(model)
-    with recurrence.force("litert"):
-        archive.add_endpoint("serve", model.call, [tf.TensorSpec((1, 7, 3))])
-        archive.write_out(tmp_path / "saved", verbose=False)
-    x = normal(rng, 1, 7, 3)
-    for converter in (
-        tf.lite.TFLiteConverter.from_keras_model(model),
-        tf.lite.TFLiteConverter.from_saved_model(str(tmp_path / "saved")),
-    ):
-        interpreter = load(model_content=converter.convert())
-        assert operators(interpreter).count(FUSED) == 1
-        expected = model.predict(x, verbose=0)
-        np.testing.assert_allclose(run(interpreter, x)[0], expected, rtol=0, atol=1e-6)
-
-
 def test_export_leaves_training_and_inference_unchanged(tmp_path, rng):
     model = sequential(ScratchLSTM(4), layers.Dense(1))
     model.compile("sgd", "mse")
@@ -194,25 +192,32 @@ def test_export_leaves_training_and_inference_unchanged(tmp_path, rng):
     twin.set_weights(model.get_weights())
     twin.compile("sgd", "mse")
     x, y = normal(rng, 8, 7, 3), normal(rng, 8, 1)
-    with pytest.warns(UserWarning, match="keeps its states"):
-        export(model, tmp_path / "model.tflite", (1, 7, 3))
-    assert model.layers[0].recurrence == "litert"
+    export(model, tmp_path / "model.tflite", (1, 7, 3))
     for one in (model, twin):
         one.fit(x, y, shuffle=False, verbose=0)
     assert model.layers[0].recurrence == "tensorflow"
     np.testing.assert_array_equal(model.predict(x), twin.predict(x))
 
 
-def error_of(model, path, shape):
-    with pytest.raises(ValueError, match="LiteRT's fused LSTM op requires") as error:
-        export(model, path, shape)
-    return str(error.value)
+def test_summary(tmp_path, rng, capsys):
+    model = sequential(ScratchLSTM(5), layers.Dense(2), shape=(7, 3))
+    file = export_litert(model, path := tmp_path / "model.tflite")
+    interpreter = Interpreter(str(path))
+    interpreter.allocate_tensors()
+    assert file.path == path
+    assert file.size == path.stat().st_size
+    assert list(file.operators) == sorted(set(operators(interpreter)))
+    assert file.largest_difference < 1e-6
+    assert "AddUnidirectionalSequenceLSTM()" in file.micro
+    printed = capsys.readouterr().out
+    assert str(file) in printed
+    assert all(name in str(file) for name in (*file.operators, *file.micro, str(path)))
 
 
 INITIAL = keras.Input((3,)), keras.Input((None, 3))
 UNSUPPORTED = {
     "custom gates": lambda: sequential(ScratchLSTM(cell=CoupledCell(4), name="own")),
-    "other activations": lambda: sequential(ScratchLSTM(4, "relu", name="own")),
+    "other activations": lambda: sequential(layers.LSTM(4, "relu", name="own")),
     "a mask": lambda: sequential(layers.Masking(), ScratchLSTM(4, name="own")),
     "compute_dtype='float16'": lambda: sequential(
         ScratchLSTM(4, dtype="mixed_float16", name="own")
@@ -235,30 +240,37 @@ UNSUPPORTED = {
 
 @pytest.mark.parametrize("reason", UNSUPPORTED)
 def test_error_names_layer_and_reason(tmp_path, reason):
-    message = error_of(UNSUPPORTED[reason](), tmp_path / "model.tflite", (1, 7, 3))
-    assert "`own` with " in message
-    assert reason in message
+    with pytest.raises(ValueError, match="`own` with ") as error:
+        export(UNSUPPORTED[reason](), tmp_path / "model.tflite", (1, 7, 3))
+    assert reason in str(error.value)
+    assert not (tmp_path / "model.tflite").exists()
 
 
-@pytest.mark.parametrize("shape", [(None, 7, 3), (1, None, 3)])
-def test_error_for_unknown_dimensions(tmp_path, shape):
-    message = error_of(sequential(ScratchLSTM(4)), tmp_path / "model.tflite", shape)
-    assert "unknown dimensions" in message
-    assert "`input_signature=" in message
+INVALID = {
+    "`model` must": {"model": keras.Sequential([ScratchLSTM(4)])},
+    "`path` must": {"path": 3},
+    "`quantize` must": {"quantize": "int4"},
+    "`io_dtype` must": {"io_dtype": "int8"},
+    "`representative_data` must be an array": {"quantize": "int8"},
+    "`representative_data` must be arrays": {"representative_data": np.ones((0, 7, 3))},
+    "Received: input_shape=None": {},
+    r"Received: input_shape=\(None, 7, 3\)": {"input_shape": (None, 7, 3)},
+    r"Received: input_shape=\[\(1, 7, 3\), \(1, 2\)\]": {
+        "input_shape": [(1, 7, 3), (1, 2)]
+    },
+    "must have no loop": {
+        "model": sequential(layers.GRU(2)),
+        "quantize": "int8",
+        "representative_data": np.ones((5, 7, 3)),
+    },
+}
 
 
-@pytest.mark.slow
-def test_loop_on_request(tmp_path, rng):
-    model = sequential(layers.Masking(), ScratchLSTM(cell=CoupledCell(4)))
-    with recurrence.force("loop"):
-        interpreter = export(model, tmp_path / "model.tflite", (1, 7, 3))
-    names = operators(interpreter)
-    assert "WHILE" in names
-    assert FUSED not in names
-    x = normal(rng, 1, 7, 3)
-    x[:, 2:4] = 0
-    expected = model.predict(x, verbose=0)
-    np.testing.assert_allclose(run(interpreter, x)[0], expected, rtol=0, atol=1e-6)
+@pytest.mark.parametrize("message", INVALID)
+def test_error_for_invalid_arguments(tmp_path, message):
+    arguments = {"model": sequential(ScratchLSTM(4)), "path": tmp_path / "model.tflite"}
+    with pytest.raises(ValueError, match=message):
+        export_litert(**{**arguments, **INVALID[message]})
 
 
 @pytest.mark.slow
@@ -281,73 +293,55 @@ def test_fused_op_streams_one_time_step_per_invocation(tmp_path, rng):
 def test_cell_streams_with_explicit_states(tmp_path, rng):
     model = sequential(ScratchLSTM(5))
     x, h, c = (keras.Input((size,)) for size in (3, 5, 5))
-    _, (h_new, c_new) = model.layers[0].cell(x, [h, c])
-    step = keras.Model([x, h, c], {"h": h_new, "c": c_new})
-    specs = [keras.InputSpec(shape=(1, n), dtype="float32") for n in (3, 5, 5)]
-    path = tmp_path / "step.tflite"
-    step.export(path, format="litert", input_signature=[specs], verbose=False)
-    interpreter = load(model_path=str(path))
+    step = keras.Model([x, h, c], model.layers[0].cell(x, [h, c])[1])
+    interpreter = export(step, tmp_path / "step.tflite")
     assert FUSED not in operators(interpreter)
-    run_step = interpreter.get_signature_runner()  # by name: the order is not kept
     sequence = normal(rng, 1, 9, 3)
-    states = {name: np.zeros((1, 5), "float32") for name in ("h", "c")}
+    states = [np.zeros((1, 5), "float32")] * 2
     for t in range(9):
-        states = run_step(
-            args_0=sequence[:, t], args_0_1=states["h"], args_0_2=states["c"]
-        )
+        states = run(interpreter, sequence[:, t], *states)
     expected = model.predict(sequence, verbose=0)
-    np.testing.assert_allclose(states["h"], expected, rtol=0, atol=1e-6)
-
-
-def int8(samples):
-    """Options of full integer quantization."""
-    return {
-        "optimizations": [tf.lite.Optimize.DEFAULT],
-        "target_spec": {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]},
-        "representative_dataset": lambda: ([x] for x in samples),
-    }
+    np.testing.assert_allclose(states[0], expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("quantization", "bound"),
+    ("quantize", "bound"),
     [
         pytest.param("float16", 1e-3, marks=pytest.mark.slow),
-        pytest.param("dynamic range", 0.02, marks=pytest.mark.slow),
+        pytest.param("dynamic", 0.02, marks=pytest.mark.slow),
         ("int8", 0.05),
     ],
 )
-def test_quantized_outputs(tmp_path, rng, quantization, bound):
-    """Largest difference from float32; outputs are between -1 and 1."""
-    samples = normal(rng, 100, 1, 12, 8)
-    options = {"optimizations": [tf.lite.Optimize.DEFAULT]}
-    if quantization == "dynamic range":  # the new quantizer leaves the op in float32
-        options["experimental_new_dynamic_range_quantizer"] = False
-    if quantization == "float16":
-        options["target_spec"] = {"supported_types": [tf.float16]}
-    if quantization == "int8":
-        options = int8(samples)
-    model = sequential(ScratchLSTM(64, return_sequences=True), shape=(12, 8))
-    path, float32 = tmp_path / "model.tflite", tmp_path / "float32.tflite"
-    interpreter = export(model, path, (1, 12, 8), **options)
+def test_quantized_outputs(tmp_path, rng, quantize, bound):
+    """Largest difference from the model; outputs are between -1 and 1."""
+    samples = normal(rng, 100, 12, 16)
+    model = sequential(ScratchLSTM(64, return_sequences=True), shape=(12, 16))
+    path, options = tmp_path / "model.tflite", {"representative_data": samples}
+    interpreter = export(model, path, quantize=quantize, **options)
     assert operators(interpreter).count(FUSED) == 1
-    exact = export(model, float32, (1, 12, 8))
-    largest = max(
-        np.abs(run(interpreter, x)[0] - run(exact, x)[0]).max() for x in samples[:20]
+    expected = model.predict(samples, verbose=0)
+    found = np.concatenate([run(interpreter, x[None])[0] for x in samples])
+    assert 0 < np.abs(found - expected).max() < bound
+    assert path.stat().st_size < 0.7 * 4 * model.count_params()
+
+
+@pytest.mark.slow
+def test_int8_inputs_and_outputs(tmp_path, rng):
+    samples = normal(rng, 100, 12, 8)
+    model = sequential(layers.Bidirectional(ScratchLSTM(8)), shape=(12, 8))
+    path, options = tmp_path / "model.tflite", {"representative_data": samples}
+    interpreter = export(model, path, quantize="int8", io_dtype="int8", **options)
+    (inputs,), (outputs,) = (
+        interpreter.get_input_details(),
+        interpreter.get_output_details(),
     )
-    assert 0 < largest < bound
-    assert path.stat().st_size < 0.7 * float32.stat().st_size
-
-
-def error_before_and_after_remove_limits(model, path, x, **options):
-    from keras_scratch_lstm.recurrence.litert import remove_limits
-
-    expected, errors = model.predict(x, verbose=0), []
-    interpreter = export(model, path, x.shape, **options)
-    errors.append(np.abs(run(interpreter, x)[0] - expected).max())
-    remove_limits(path)
-    interpreter = load(model_path=str(path))
-    errors.append(np.abs(run(interpreter, x)[0] - expected).max())
-    return errors
+    assert inputs["dtype"] == outputs["dtype"] == np.int8
+    scale, zero = inputs["quantization"]
+    x = np.clip(np.round(samples[:1] / scale) + zero, -128, 127).astype("int8")
+    scale, zero = outputs["quantization"]
+    found = (run(interpreter, x)[0].astype("float32") - zero) * scale
+    expected = model.predict(samples[:1], verbose=0)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.05)
 
 
 def test_cell_states_above_10(tmp_path):
@@ -360,10 +354,9 @@ def test_cell_states_above_10(tmp_path):
     cell.W_xc.assign([[30.0, -30.0]])
     x = np.ones((1, 29, 1), "float32")
     x[:, 15:] = -1
-    path = tmp_path / "model.tflite"
-    before, after = error_before_and_after_remove_limits(model, path, x)
-    assert before > 1
-    assert after < 1e-6
+    interpreter = export(model, tmp_path / "model.tflite")
+    expected = model.predict(x, verbose=0)
+    np.testing.assert_allclose(run(interpreter, x)[0], expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -371,9 +364,9 @@ def test_int8_cell_states_below_a_half(tmp_path, rng):
     """The kernel has no `tanh` for the range that the converter chooses."""
     model = sequential(ScratchLSTM(16), shape=(12, 8))
     model.set_weights([weight / 4 for weight in model.get_weights()])
-    samples = normal(rng, 100, 1, 12, 8)
-    before, after = error_before_and_after_remove_limits(
-        model, tmp_path / "model.tflite", samples[0], **int8(samples)
-    )
-    assert before > 0.05
-    assert after < 0.02
+    samples = normal(rng, 100, 12, 8)
+    path, options = tmp_path / "model.tflite", {"representative_data": samples}
+    interpreter = export(model, path, quantize="int8", **options)
+    expected = model.predict(samples[:1], verbose=0)
+    found = run(interpreter, samples[:1])[0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.02)

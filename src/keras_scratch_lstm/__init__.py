@@ -39,6 +39,7 @@ from keras_scratch_lstm.experiments import (
     trace_gradients,
 )
 from keras_scratch_lstm.layer import ScratchLSTM
+from keras_scratch_lstm.litert import LiteRTFile, export_litert
 from keras_scratch_lstm.metrics import Perplexity
 from keras_scratch_lstm.tracing import GateTrace, trace_gates
 
@@ -53,6 +54,7 @@ __all__ = [
     "GateTrace",
     "Gates",
     "LayerNormLSTMCell",
+    "LiteRTFile",
     "PeepholeLSTMCell",
     "Perplexity",
     "PerplexityLogger",
@@ -61,6 +63,7 @@ __all__ = [
     "ZoneoutLSTMCell",
     "ablate_units",
     "contextual_decomposition",
+    "export_litert",
     "from_addons",
     "from_torch",
     "integrated_gradients",

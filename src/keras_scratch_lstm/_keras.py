@@ -2,10 +2,7 @@
 
 `keras.layers.RNN` prepares dropout masks only for a `DropoutRNNCell`, `lstm` is the
 binding of cuDNN, and a metric is not passed the mask that `get_keras_mask` returns.
-No layer is told that it is being exported.
 """
-
-import inspect
 
 from keras.src.backend.common.masking import get_keras_mask
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
@@ -16,8 +13,6 @@ __all__ = [
     "compiled_loss",
     "compiled_losses",
     "get_keras_mask",
-    "is_default_signature",
-    "is_exported_to_litert",
     "lstm",
     "minimize",
     "operation",
@@ -60,23 +55,3 @@ def compiled_loss(model):
 def compiled_losses(model):
     """Return the losses of a compiled model: tuples `(path, loss, weight, name)`."""
     return getattr(model._compile_loss, "_flat_losses", None) or []
-
-
-def is_exported_to_litert():
-    """Whether a LiteRT exporter is on the call stack: Keras's or TensorFlow's."""
-    exporters = ("keras.src.export.litert", "tensorflow.lite.python.lite")
-    return any(frame.f_globals.get("__name__") in exporters for frame in _frames())
-
-
-def is_default_signature():
-    """Whether Keras traces the signature that a SavedModel has in any case."""
-    # AutoGraph prefixes the name.
-    return any(frame.f_code.co_name.endswith("serving_default") for frame in _frames())
-
-
-def _frames():
-    """The frames of the call stack, the innermost first."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        yield frame
-        frame = frame.f_back

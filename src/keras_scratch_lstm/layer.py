@@ -216,7 +216,7 @@ class ScratchLSTM(BidirectionalGuard):
         mask: Tensor | None,
         training: bool = False,
     ) -> Any:
-        if recurrence.exports_to_litert() and not self.unroll:
+        if recurrence.forced() == "litert" and not self.unroll:
             _litert.check(self, sequences, initial_state, mask, training)
         cell, implementations = self.cell, {}
         drops_h = training and cell.recurrent_dropout

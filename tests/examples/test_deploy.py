@@ -1,15 +1,21 @@
 import re
+import shutil
+import subprocess
 
 import keras
 import pytest
 
 if keras.backend.backend() != "tensorflow":
     pytest.skip("exports on TensorFlow", allow_module_level=True)
-pytest.importorskip("keras.src.export.litert", reason="Keras 3.13 or newer")
 pytest.importorskip("ai_edge_litert")
 
 import deploy
 
+PRINT = """
+#include <cstdio>
+#include "model_data.h"
+int main() { fwrite(model_data, 1, model_data_size, stdout); }
+"""
 pytestmark = [pytest.mark.one_backend, pytest.mark.slow]
 
 
@@ -30,3 +36,20 @@ def test_files_run_and_quantized_ones_are_smaller(tmp_path, capsys):
     assert difference[int8] > difference[float32]
     assert all(abs(value - accuracy[float32]) <= 5 for value in accuracy.values())
     assert accuracy[float32] > 50  # chance is 25
+    calls = (tmp_path / "ops.txt").read_text().splitlines()
+    assert calls[0] == f"MicroMutableOpResolver<{len(calls) - 1}> resolver;"
+    assert "resolver.AddUnidirectionalSequenceLSTM();" in calls
+    if shutil.which("g++"):
+        (tmp_path / "print.cc").write_text(PRINT)
+        command = [
+            "g++",
+            "print.cc",
+            "model_data.cc",
+            "-Wall",
+            "-Werror",
+            "-o",
+            "print",
+        ]
+        subprocess.run(command, cwd=tmp_path, check=True)
+        printed = subprocess.check_output(tmp_path / "print")
+        assert printed == (tmp_path / int8).read_bytes()

@@ -29,8 +29,6 @@ import threading
 
 import keras
 
-from keras_scratch_lstm import _keras
-
 _forced = threading.local()  # not a `ContextVar`, which `torch.compile` cannot trace
 
 # The module of the backend, if it has one. Imported once: `torch.compile` traces calls.
@@ -49,7 +47,7 @@ def implementations(use_cudnn="auto"):
     """
     if _MODULE is None:
         return {}
-    if exports_to_litert():
+    if forced() == "litert":
         return {"litert": importlib.import_module(f"{__name__}.litert").lstm}
     found = {}
     if use_cudnn and hasattr(_MODULE, "lstm_in_cudnn") and _MODULE.has_gpu():
@@ -80,14 +78,6 @@ def force(name):
 def forced():
     """The name passed to `force`, or `None`."""
     return getattr(_forced, "name", None)
-
-
-def exports_to_litert():
-    """Whether layers must run the implementation that becomes LiteRT's fused op."""
-    if _NAME != "tensorflow" or forced() not in (None, "litert"):
-        return False
-    exports = forced() == "litert" or _keras.is_exported_to_litert()
-    return exports and not _keras.is_default_signature()
 
 
 def supports_jit(use_cudnn="auto"):

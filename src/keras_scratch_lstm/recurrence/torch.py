@@ -7,7 +7,7 @@ import contextlib
 
 import torch
 
-from keras_scratch_lstm.per_gate import FUSED_ORDER, GATES
+from keras_scratch_lstm.per_gate import FUSED_ORDER, GATES, fuse
 from keras_scratch_lstm.recurrence.padding import is_padding, run_padded
 
 
@@ -86,7 +86,7 @@ def _torch_lstm(x, h, c, W_x, W_h, b):
         b = W_h[0].new_zeros((len(GATES), h.shape[-1])).unbind()
     weights = [_fuse(W_x), _fuse(W_h)]
     if b is not None:
-        bias = _fuse(b)
+        bias = fuse(b)  # without `t`, which Core ML lacks for one axis
         weights += [bias, torch.zeros_like(bias)]
     if in_cuda:  # cuDNN needs all weights and biases in one buffer
         buffer = torch.cat([weight.flatten() for weight in weights])
