@@ -7,7 +7,7 @@ No layer is told that it is being exported.
 
 import inspect
 
-from keras.src.backend.common.masking import get_keras_mask
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 __all__ = [
@@ -18,9 +18,11 @@ __all__ = [
     "get_keras_mask",
     "is_default_signature",
     "is_exported_to_litert",
+    "keep_message",
     "lstm",
     "minimize",
     "operation",
+    "set_keras_mask",
     "sublayers",
 ]
 
@@ -60,6 +62,11 @@ def compiled_loss(model):
 def compiled_losses(model):
     """Return the losses of a compiled model: tuples `(path, loss, weight, name)`."""
     return getattr(model._compile_loss, "_flat_losses", None) or []
+
+
+def keep_message(error):
+    """Have an error pass through the call of a layer without Keras's additions."""
+    error._keras_call_info_injected = True
 
 
 def is_exported_to_litert():

@@ -35,7 +35,11 @@ from keras_scratch_lstm import _validation
 from keras_scratch_lstm._types import Path, Tokens
 from keras_scratch_lstm.experiments import Ablation
 from keras_scratch_lstm.tracing.tokens import line_layout, tokens_of_sample
-from keras_scratch_lstm.tracing.trace import SATURATED, GateTrace, check_array
+from keras_scratch_lstm.tracing.trace import (
+    SATURATED,
+    GateTrace,
+    check_array,
+)
 
 _WIDTH = 9  # inches
 _DPI = 150
