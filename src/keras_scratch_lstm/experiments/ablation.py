@@ -152,11 +152,14 @@ def ablate_units(
             progress.update(len(results))
     except KeyboardInterrupt:
         pass
-    layer, array, unit = (
-        zip(*rows[: len(results)], strict=True) if results else [()] * 3
+    rows = rows[: len(results)]
+    return Ablation(
+        baseline,
+        layer=np.array([lstm.name for lstm, _, _ in rows]),
+        array=np.array([name for _, name, _ in rows]),
+        unit=np.array([unit for _, _, unit in rows], int),
+        loss=np.array(results),
     )
-    columns = [one.name for one in layer], array, np.array(unit, int), results
-    return Ablation(baseline, *map(np.array, columns))
 
 
 class _Study:

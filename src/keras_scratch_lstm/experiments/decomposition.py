@@ -125,8 +125,8 @@ def _check_cell(layer):
     )
     if not is_standard:
         raise ValueError(
-            "`layer` must have sigmoid gates, tanh activations and a cell that does not "
-            f"override `gates` or `call`. Received: {layer.name!r}"
+            "`layer` must have sigmoid gates, tanh activations and a cell that does "
+            f"not override `gates` or `call`. Received: {layer.name!r}"
         )
 
 

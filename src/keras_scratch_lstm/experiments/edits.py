@@ -178,20 +178,17 @@ class _Binding:
 
     def _bind(self, edit, lstm, size, shape, mask):
         """Return the place of an edit in this batch, its scale and its value."""
-        time, units = shape
+        time, features = shape
         rows = select("samples", edit.samples, self.samples * size)
-        place = (
-            rows,
-            select("steps", edit.steps, time),
-            select("units", edit.units, units),
-        )
+        steps = select("steps", edit.steps, time)
+        place = rows, steps, select("units", edit.units, features)
         first = self.start * size
         here = (rows >= first) & (rows < first + self.batch.samples * size)
         inside = np.ix_(rows[here] - first, *place[1:])
         if edit.scale is not None:
             return inside, float(edit.scale), 0.0
-        whole = (self.samples * size, time, units)
-        read = np.ones((here.sum(), len(place[1])), bool)
+        whole = (self.samples * size, time, features)
+        read = np.ones((here.sum(), len(steps)), bool)
         if mask is not None:
             read = mask[inside[0][..., 0], inside[1][..., 0]]
         value = _value(edit, self._trace_of(edit, lstm), place, whole)[here]

@@ -62,14 +62,13 @@ def run(model, inputs, lstms, maps=None, record=(), call_index=0):
         if not observed[lstm] or index != call_index:
             return loop(sequences, states, mask, {}, ())[:3]
         with _errors_as_they_are():
-            found = arrays[lstm] = _record_arguments(
-                lstm, sequences, states, mask, record
-            )
+            arguments = sequences, states, mask
+            found = arrays[lstm] = _record_arguments(lstm, *arguments, record)
             shape = *sequences.shape[:2], lstm.cell.units
             shapes = dict.fromkeys(loop.arrays, shape) | {"x": tuple(sequences.shape)}
             changes = {} if maps is None else maps(lstm, shapes, found.get("mask"))
             names = tuple(name for name in loop.arrays if name in record)
-            *results, recorded = loop(sequences, states, mask, changes, names)
+            *results, recorded = loop(*arguments, changes, names)
             _check_observed(lstm, loop, changes)
         found.update(recorded)
         if "mask" in found:

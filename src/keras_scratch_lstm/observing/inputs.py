@@ -54,17 +54,14 @@ def read(model, inputs, targets=None, *, batch_size, batches=None):
         for start in range(0, samples, size):
             count = min(size, samples - start)
             padding = fixed - count if fixed else 0
-            take = functools.partial(_rows, start=start, size=count)
-            parts = (batch, y)
+            parts = (batch, y) if y is not None else (batch,)
             if count < samples:
-                parts = [
-                    None if x is None else keras.tree.map_structure(take, x)
-                    for x in parts
-                ]
-            x, y_part = parts
+                take = functools.partial(_rows, start=start, size=count)
+                parts = keras.tree.map_structure(take, parts)
+            x, *parts = parts
             if padding:
                 x = keras.tree.map_structure(functools.partial(_pad, size=padding), x)
-            yield Batch(x, y_part, count, padding)
+            yield Batch(x, parts[0] if parts else None, count, padding)
 
 
 def read_batches(inputs, targets=None, batches=1, argument="inputs", stateful=False):
@@ -165,7 +162,7 @@ def is_fixed(model):
 
 
 def repeat(inputs, times):
-    """Repeat all samples of a batch: the first `samples` rows, then again, and so on."""
+    """Repeat a batch: all of its samples, then all again, and so on."""
     if times == 1:
         return inputs
     return keras.tree.map_structure(

@@ -4,6 +4,7 @@ An experiment is an affine map `v -> a * v + b` of an array at every time step. 
 is the experiment without maps, and the gradient by an array is that by its `b` at 0.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import keras
@@ -52,7 +53,7 @@ class Loop:
         # A `SimpleRNN` has only h.
         self.arrays = ARRAYS if isinstance(self.cell, ScratchLSTMCell) else ("h",)
         self.unobserved = set()  # names of arrays that can be recorded only
-        self._run = recurrence.compiled(self._run_uncompiled)
+        self._functions = {}  # compiled, of what they record and change
 
     def __call__(self, x, states, mask, maps, record):
         """Run the layer.
@@ -91,6 +92,7 @@ class Loop:
     def _run_in_chunks(self, xs, carry, always, record):
         """Run the compiled loop, with the recorded arrays in bounded memory."""
         weights = _weights_of(self.layer.cell)
+        run = self._function(tuple(record), tuple(always), tuple(xs))
         time = size = xs["x"].shape[0]
         if record:
             size = max(1, _CHUNK_SIZE // int(np.prod(carry[1][0].shape)))
@@ -102,7 +104,7 @@ class Loop:
                 chunk = keras.tree.map_structure(
                     lambda v, stop=stop: None if v is None else v[stop], xs
                 )
-            carry, arrays = self._run(weights, chunk, carry, always, record=record)
+            carry, arrays = run(weights, chunk, carry, always)
             outputs.append(arrays.pop("output"))
             for name, values in arrays.items():
                 recorded[name].append(self._to_numpy(values))
@@ -112,7 +114,14 @@ class Loop:
             arrays = {name: np.flip(values, 1) for name, values in arrays.items()}
         return outputs, carry, arrays
 
-    def _run_uncompiled(self, weights, xs, carry, always, record):
+    def _function(self, record, *names):
+        """Return the loop, compiled once for each kind of experiment."""
+        if (record, *names) not in self._functions:
+            function = functools.partial(self._run, record)
+            self._functions[record, *names] = recurrence.compiled(function)
+        return self._functions[record, *names]
+
+    def _run(self, record, weights, xs, carry, always):
         # On JAX, a model's variables are not available to other threads.
         with keras.StatelessScope(list(zip(self.cell.weights, weights, strict=True))):
             return self._scan(xs, carry, always, record)

@@ -1,4 +1,4 @@
-"""The standard cell on torch, which runs no compiled loop: fewer and larger operations."""
+"""The standard cell on torch, where a loop is not compiled: fewer, larger operations."""
 
 import keras
 from keras import ops
@@ -37,7 +37,7 @@ def project(cell, x):
 
 
 def has_fast_path(cell):
-    """Whether `run_fast` reproduces the arrays; half precision rounds every time step."""
+    """Whether `run_fast` gives the arrays; half precision rounds at each time step."""
     return cell.is_standard and cell.compute_dtype in ("float32", "float64")
 
 
@@ -59,10 +59,9 @@ def run_fast(cell, x, mask, carry):
     z_x, _ = project(cell, x)
     gates = _gates(cell, z_x + h_prev @ _fuse(cell, "W_h"))
     c, cell_states = c_0, []
-    for t, (i, f, c_tilde) in enumerate(
-        zip(gates.i, gates.f, gates.c_tilde, strict=True)
-    ):
-        new = f * c + i * c_tilde
+    i_c_tilde = gates.i * gates.c_tilde
+    for t, f in enumerate(gates.f):
+        new = f * c + i_c_tilde[t]
         c = new if mask is None else ops.where(mask[t], new, c)
         cell_states.append(c)
     arrays = {**gates._asdict(), "c": ops.stack(cell_states), "h": output}

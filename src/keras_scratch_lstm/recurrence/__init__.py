@@ -111,7 +111,7 @@ def gradient(function, tensors):
 
 
 def compiled(function):
-    """Compile a function of nested tensors and the hashable keyword `record`.
+    """Compile a function of nested tensors.
 
     On torch and backends for inference only, this returns the function.
     """

@@ -30,7 +30,7 @@ def gradient(function, tensors):
 
 
 def compiled(function):
-    return jax.jit(function, static_argnames="record")
+    return jax.jit(function)
 
 
 def scan(body, carry, xs, like):
