@@ -109,7 +109,7 @@ def main():
             {
                 "trace": lambda model=model: trace_gates(model, x),
                 "edit": lambda model=model, lstm=lstm: run_with_edits(
-                    model, x, Edit("h", 0.0, units=[0]), lstm
+                    model, x, edits=Edit("h", 0.0, units=[0]), layer=lstm
                 ),
                 "predict": lambda model=model: model.predict_on_batch(x),
                 "call": lambda model=model: wait_for(model(x)),
@@ -125,7 +125,7 @@ def main():
     model = build(LAYERS["`LSTM`"](args.units))
     start = time.perf_counter()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    ablate_units(model, x, x, loss, verbose=0)
+    ablate_units(model, x, x, loss=loss, verbose=0)
     seconds = time.perf_counter() - start
     print(f"\nAblation of all {args.units} units of `LSTM`: {seconds:.1f} s")
 

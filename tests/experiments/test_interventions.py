@@ -68,7 +68,7 @@ def test_edits_match_numpy(kind, array, x, rng):
                 values[[2, 0], 2] = value[:, [0, 2, 3].index(t), 0]
         return values
 
-    outputs, trace = run_with_edits(model, x, edits)
+    outputs, trace = run_with_edits(model, x, edits=edits)
     expected, h = numpy_lstm(layer, x, edit)
     assert_equal_traces(trace, expected)
     assert_close(outputs, apply_dense(model, h))
@@ -76,8 +76,8 @@ def test_edits_match_numpy(kind, array, x, rng):
 
 def test_value_may_be_a_tensor(x, rng):
     layer, value = make("LSTM"), rng.normal(size=(TIME, 1)).astype("float32")
-    expected, _ = run_with_edits(layer, x, Edit("c", value))
-    actual, _ = run_with_edits(layer, x, Edit("c", tensor(value)))
+    expected, _ = run_with_edits(layer, x, edits=Edit("c", value))
+    actual, _ = run_with_edits(layer, x, edits=Edit("c", tensor(value)))
     np.testing.assert_array_equal(actual, expected)
 
 
@@ -86,7 +86,7 @@ def test_functions_see_the_arrays_of_the_time_step(x):
     outputs, trace = run_with_edits(
         layer,
         x,
-        [
+        edits=[
             Edit("f", lambda gates, t: 1 - gates.i, units=slice(2)),
             Edit("h", lambda gates, t: gates.h + t * gates.c, steps=[1, 2]),
         ],
@@ -109,7 +109,7 @@ def test_functions_see_the_arrays_of_the_time_step(x):
 @pytest.mark.parametrize("kind", LAYERS)
 def test_no_edits_give_the_outputs_and_the_trace_of_the_model(kind, x):
     model = classifier(make(kind))
-    outputs, trace = run_with_edits(model, x, [])
+    outputs, trace = run_with_edits(model, x, edits=[])
     assert_close(outputs, to_numpy(model(x)))
     assert_equal_traces(trace, vars(trace_gates(model, x)))
 
@@ -117,8 +117,8 @@ def test_no_edits_give_the_outputs_and_the_trace_of_the_model(kind, x):
 def test_stock_and_scratch_models_are_equal(x):
     model = classifier(make("LSTM"))
     edits = [Edit("o", 0.5, units=1), Edit("c", scale=-1, steps=2)]
-    outputs, trace = run_with_edits(model, x, edits)
-    others, other = run_with_edits(to_scratch(model), x, edits)
+    outputs, trace = run_with_edits(model, x, edits=edits)
+    others, other = run_with_edits(to_scratch(model), x, edits=edits)
     assert_close(outputs, others)
     assert_equal_traces(trace, vars(other))
 
@@ -126,7 +126,7 @@ def test_stock_and_scratch_models_are_equal(x):
 def test_open_forget_gate_and_closed_input_gate_freeze_c(x):
     keep = {"steps": slice(2, None)}
     _, trace = run_with_edits(
-        make("LSTM"), x, [Edit("f", 1, **keep), Edit("i", 0, **keep)]
+        make("LSTM"), x, edits=[Edit("f", 1, **keep), Edit("i", 0, **keep)]
     )
     frozen = np.broadcast_to(trace.c[:, 1:2], (BATCH, TIME - 1, UNITS))
     np.testing.assert_array_equal(trace.c[:, 1:], frozen)
@@ -136,9 +136,9 @@ def test_open_forget_gate_and_closed_input_gate_freeze_c(x):
 def test_edit_of_a_time_step_leaves_earlier_outputs(kind, x):
     for backwards in (False, True):
         layer = make(kind, return_sequences=True, go_backwards=backwards)
-        before, _ = run_with_edits(layer, x, [])
+        before, _ = run_with_edits(layer, x, edits=[])
         step = TIME - 1 - 3 if backwards else 3
-        after, _ = run_with_edits(layer, x, Edit("c", 2.0, steps=step))
+        after, _ = run_with_edits(layer, x, edits=Edit("c", 2.0, steps=step))
         np.testing.assert_array_equal(after[:, :3], before[:, :3])
         assert (after[:, 3:] != before[:, 3:]).all()
 
@@ -146,9 +146,9 @@ def test_edit_of_a_time_step_leaves_earlier_outputs(kind, x):
 def test_patching_all_states_gives_the_outputs_of_the_other_run(x, rng):
     model = classifier(make("LSTM"))
     other = rng.normal(size=x.shape).astype("float32")
-    expected, trace = run_with_edits(model, other, [])
+    expected, trace = run_with_edits(model, other, edits=[])
     last = {"steps": TIME - 1}
-    outputs, patched = run_with_edits(model, x, [Edit(a, trace, **last) for a in "ch"])
+    outputs, patched = run_with_edits(model, x, edits=[Edit(a, trace, **last) for a in "ch"])
     assert_close(outputs, expected)
     assert_close(patched.c[:, :-1], trace_gates(model, x).c[:, :-1])
 
@@ -164,7 +164,7 @@ def test_directions_of_a_bidirectional_layer(kind, direction, merge, x):
     both = keras.layers.Bidirectional(layers[0], merge_mode=merge)
     model = classifier(both)
     layer = getattr(both, f"{direction}_layer")
-    outputs, trace = run_with_edits(model, x, Edit("h", 0.5, units=0, steps=1), layer)
+    outputs, trace = run_with_edits(model, x, edits=Edit("h", 0.5, units=0, steps=1), layer=layer)
 
     def edit(name, values, t):
         if name == "h" and t == 1:
@@ -197,9 +197,9 @@ def test_masked_time_steps(kind, leading, bidirectional, x, rng):
     inputs = keras.Input((TIME, FEATURES)), keras.Input((TIME,), dtype="bool")
     outputs = layer(inputs[0], mask=inputs[1])
     model = keras.Model(inputs, outputs)
-    unedited, _ = run_with_edits(model, [x, mask], [], inner)
+    unedited, _ = run_with_edits(model, [x, mask], edits=[], layer=inner)
     assert_close(unedited, to_numpy(model([x, mask])))
-    outputs, trace = run_with_edits(model, [x, mask], Edit("c", 0.5, steps=1), inner)
+    outputs, trace = run_with_edits(model, [x, mask], edits=Edit("c", 0.5, steps=1), layer=inner)
     expected, h = numpy_lstm(
         inner,
         x,
@@ -217,7 +217,7 @@ def test_stateful_model_keeps_its_states(kind, x):
     layer = make(kind, stateful=True, return_state=True)
     layer(x)  # states other than zero
     before = [to_numpy(state).copy() for state in layer.states]
-    (last, h, c), trace = run_with_edits(layer, x, Edit("i", 0.0))
+    (last, h, c), trace = run_with_edits(layer, x, edits=Edit("i", 0.0))
     expected, outputs = numpy_lstm(
         layer, x, lambda name, values, t: values * (name != "i"), *before
     )
@@ -242,7 +242,7 @@ def test_nested_model_with_stacked_layers_and_initial_states(x, rng):
     ]
     model = keras.Model(inputs, keras.layers.Dense(3, name="logits")(inner(inputs)))
     h, c = rng.normal(size=(2, BATCH, UNITS)).astype("float32")
-    outputs, _ = run_with_edits(model, [x, h, c], Edit("f", 0.5), "lower")
+    outputs, _ = run_with_edits(model, [x, h, c], edits=Edit("f", 0.5), layer="lower")
     _, hidden = numpy_lstm(
         lower, x, lambda name, v, t: v * 0 + 0.5 if name == "f" else v, h, c
     )
@@ -253,7 +253,7 @@ def test_nested_model_with_stacked_layers_and_initial_states(x, rng):
 def test_options_of_the_layer(x):
     """Time-major, without bias, with other activations, in half precision."""
     layer = make("ScratchLSTM", time_major=True, return_sequences=True)
-    outputs, trace = run_with_edits(layer, x.swapaxes(0, 1), Edit("o", 1.0, samples=1))
+    outputs, trace = run_with_edits(layer, x.swapaxes(0, 1), edits=Edit("o", 1.0, samples=1))
 
     def edit(name, values, t):
         if name == "o":
@@ -270,10 +270,10 @@ def test_options_of_the_layer(x):
         for kind in (keras.layers.LSTM, ScratchLSTM):
             layer = kind(UNITS, **options)
             expected = to_numpy(layer(x))
-            assert_close(run_with_edits(layer, x, [])[0], expected)
+            assert_close(run_with_edits(layer, x, edits=[])[0], expected)
     layer = keras.layers.LSTM(UNITS, dtype="mixed_bfloat16")
     expected = to_numpy(ops.cast(layer(x), "float32"))
-    outputs, trace = run_with_edits(layer, x, [])
+    outputs, trace = run_with_edits(layer, x, edits=[])
     np.testing.assert_allclose(np.float32(outputs), expected, atol=0.02)
     assert trace.c.dtype == "float32"
 
@@ -282,7 +282,7 @@ def test_first_call_of_a_shared_layer_is_edited(x):
     layer = keras.layers.LSTM(FEATURES, return_sequences=True)
     inputs = keras.Input((TIME, FEATURES))
     model = keras.Model(inputs, layer(layer(inputs)))
-    outputs, _ = run_with_edits(model, x, Edit("h", 0.5))
+    outputs, _ = run_with_edits(model, x, edits=Edit("h", 0.5))
     assert_close(outputs, to_numpy(layer(np.full_like(x, 0.5))))
 
 
@@ -304,11 +304,11 @@ def test_model_is_unchanged_after_an_error(kind, error, x):
         raise error("in the edit")
 
     with pytest.raises(error, match="in the edit"):
-        run_with_edits(model, x, Edit("f", fail))
+        run_with_edits(model, x, edits=Edit("f", fail))
     assert without_value(layer.cell) == unset  # the dropout masks, too
     for value in (None, np.ones(UNITS + 1)):
         with pytest.raises(ValueError, match=r"`value` must be a function .* \(3, 4\)"):
-            run_with_edits(model, x, Edit("f", lambda gates, t, value=value: value))
+            run_with_edits(model, x, edits=Edit("f", lambda gates, t, value=value: value))
     assert sorted(vars(layer)) == attributes
     np.testing.assert_equal(model.get_weights(), weights)
     assert_close(to_numpy(model(x)), before)
@@ -359,7 +359,7 @@ def test_edit_that_does_not_fit_the_layer(edit, message, x):
     ran = []
     model.layers[1].call = lambda *args, **kwargs: ran.append(1)
     with pytest.raises(ValueError, match=message):
-        run_with_edits(model, x, edit)
+        run_with_edits(model, x, edits=edit)
     assert not ran
 
 
@@ -391,4 +391,4 @@ def test_layers_that_cannot_be_edited(x):
         (classifier(keras.layers.GRU(UNITS)), "must be or contain"),
     ):
         with pytest.raises(ValueError, match=message):
-            run_with_edits(model, x, [])
+            run_with_edits(model, x, edits=[])

@@ -39,7 +39,7 @@ def test_gradients_equal_finite_differences(kind, backwards, rng, dtype_policy):
         model = keras.Model(inputs, layer(inputs[0], mask=inputs[1]))
         # Keras's `matmul` and `mean`, and so `Dense` and losses, compute in float32.
         gradients = trace_gradients(
-            model, [x, mask], y, lambda y, h: ops.sum((h - y) ** 2)
+            model, [x, mask], y, loss=lambda y, h: ops.sum((h - y) ** 2)
         )
         assert gradients.c.dtype == "float64"
         assert np.isnan(gradients.h[0, 2]).all()
@@ -71,7 +71,7 @@ def test_gradients_of_an_independent_loss_are_zeros(rng):
     x = rng.normal(size=(BATCH, TIME, FEATURES)).astype("float32")
     model = keras.Sequential([classifier(make("LSTM")), StopGradient()])
     model(x)
-    gradients = trace_gradients(model, x, np.ones((BATCH, 3), "float32"), "mse")
+    gradients = trace_gradients(model, x, np.ones((BATCH, 3), "float32"), loss="mse")
     np.testing.assert_array_equal(gradients.h, 0)
 
 
@@ -79,7 +79,7 @@ def test_gradients_of_a_simple_rnn(rng):
     x = rng.normal(size=(BATCH, TIME, FEATURES)).astype("float32")
     y = rng.normal(size=(BATCH, 3)).astype("float32")
     model = classifier(keras.layers.SimpleRNN(UNITS))
-    gradients = trace_gradients(model, x, y, "mse")
+    gradients = trace_gradients(model, x, y, loss="mse")
     W, U, b, kernel, _ = (np.float64(weight) for weight in model.get_weights())
     h = [np.zeros((BATCH, UNITS))]
     for t in range(TIME):
@@ -100,7 +100,7 @@ def test_compiled_loss_and_later_layers(x, rng):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(loss=loss)
     gradients = trace_gradients(model, x, y, layer=0)
-    expected = trace_gradients(model, x, y, loss, layer=0)
+    expected = trace_gradients(model, x, y, loss=loss, layer=0)
     np.testing.assert_allclose(gradients.h, expected.h, rtol=1e-5, atol=1e-8)
     assert (gradients.h[:, -1] != 0).all()
 

@@ -44,7 +44,7 @@ def test_trace_conversion_and_saving(kind, tokens, tmp_path):
 def test_backends_for_inference_only(backend):
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
-    tests = Path(__file__).with_name("test_replay.py")
+    tests = Path(__file__).with_name("test_loop.py")
     selected = "conversion_and_saving or both_methods or both_directions"
     command = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
     printed = run_python(

@@ -87,9 +87,9 @@ def assert_close(trace, expected, rtol=1e-4, atol=1e-5):
         )
 
 
-def check_error(match, *args, **kwargs):
+def check_error(match, model, x, layer=None, **kwargs):
     """Check that `trace_gates` raises one short line."""
     with pytest.raises(ValueError, match=match) as error:
-        trace_gates(*args, **kwargs)
+        trace_gates(model, x, layer=layer, **kwargs)
     assert len(str(error.value)) <= 300
     assert "\n" not in str(error.value)

@@ -10,7 +10,10 @@ from keras import ops
 
 from keras_scratch_lstm import _keras, _validation
 
-_RULE = "arrays with at least one sample, a nested list, or a dataset of batches"
+_RULE = (
+    "arrays with at least one sample and at least one time step, a nested list, or a "
+    "dataset of batches"
+)
 
 
 class Batch(NamedTuple):
@@ -201,6 +204,8 @@ def _to_arrays(inputs):
 
 def _is_valid(array):
     """Whether it has numbers, booleans or strings. pandas stores strings as objects."""
+    if 0 in tuple(array.shape):
+        return False
     if str(array.dtype) != "object":
         return True
     return all(isinstance(value, (str, bytes)) for value in np.ravel(array))

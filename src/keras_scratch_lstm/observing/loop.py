@@ -20,7 +20,7 @@ from keras_scratch_lstm.per_gate import named_weights
 
 GATES = Gates._fields
 ARRAYS = (*GATES, "c", "h")
-_CHUNK_SIZE = 2**20  # elements per recorded array that are computed at a time: 4 MB
+CHUNK_SIZE = 2**20  # elements per recorded array that are computed at a time: 4 MB
 
 
 class Map(NamedTuple):
@@ -95,7 +95,7 @@ class Loop:
         run = self._function(tuple(record), tuple(always), tuple(xs))
         time = size = xs["x"].shape[0]
         if record:
-            size = max(1, _CHUNK_SIZE // int(np.prod(carry[1][0].shape)))
+            size = max(1, CHUNK_SIZE // int(np.prod(carry[1][0].shape)))
         outputs, recorded = [], {name: [] for name in record}
         for start in range(0, time, size):
             stop = slice(start, start + size)

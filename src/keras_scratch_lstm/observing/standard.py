@@ -1,4 +1,4 @@
-"""The standard cell on torch, where a loop is not compiled: fewer, larger operations."""
+"""The standard cell on torch, which compiles no loop: fewer, larger operations."""
 
 import keras
 from keras import ops
