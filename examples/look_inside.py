@@ -115,10 +115,16 @@ def print_selective_units(trace, text, most=5):
 
 def write_report(trace, text, units, out):
     line, page = slice(0, LINE), slice(0, 9 * LINE)
-    plotting.plot_gates(trace, units=units[:3], tokens=text, steps=line, path=out / "gates.png")
-    plotting.plot_heatmap(trace, array="f", tokens=text, steps=line, path=out / "heatmap.png")
+    plotting.plot_gates(
+        trace, units=units[:3], tokens=text, steps=line, path=out / "gates.png"
+    )
+    plotting.plot_heatmap(
+        trace, array="f", tokens=text, steps=line, path=out / "heatmap.png"
+    )
     plotting.plot_saturation(trace, path=out / "saturation.png")
-    plotting.plot_text(trace, unit=units[0], tokens=text, steps=page, path=out / "text.png")
+    plotting.plot_text(
+        trace, unit=units[0], tokens=text, steps=page, path=out / "text.png"
+    )
     trace.save(out / "trace.npz")
     trace.to_html(out / "gates.html", text)
 

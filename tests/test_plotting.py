@@ -41,7 +41,9 @@ def text_of(figure):
 
 
 def test_plot_gates_has_values_of_units(trace):
-    figure = plotting.plot_gates(trace, units=[4, 1], tokens=TEXT, sample=0, steps=slice(2, 20))
+    figure = plotting.plot_gates(
+        trace, units=[4, 1], tokens=TEXT, sample=0, steps=slice(2, 20)
+    )
     assert [ax.get_ylabel() for ax in figure.axes] == ["unit 4", "unit 1"]
     for ax, unit in zip(figure.axes, (4, 1), strict=True):
         lines = {line.get_label(): line for line in ax.get_lines()}
@@ -93,7 +95,9 @@ def test_time_steps_are_numbered_without_tokens():
 @pytest.mark.parametrize("array", ARRAYS)
 def test_plot_heatmap_has_values(array, trace):
     steps = slice(None, None, 2)
-    figure = plotting.plot_heatmap(trace, array=array, tokens=TEXT, sample=1, steps=steps)
+    figure = plotting.plot_heatmap(
+        trace, array=array, tokens=TEXT, sample=1, steps=steps
+    )
     ax, bar = figure.axes
     (image,) = ax.get_images()
     expected = getattr(trace, array)[1, ::2].T
@@ -184,15 +188,15 @@ def test_saved_plots_are_not_clipped(name, arguments, trace, tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "match"),
     [
-        ("gates", {"units": 6}, "from 0 to 5. Received: units=6"),
-        ("gates", {"units": [0, -1]}, "Received: units=-1"),
+        ("gates", {"units": 6}, "that selects some of 6. Received: units=6"),
+        ("gates", {"units": [0, -7]}, r"Received: units=\[0, -7\]"),
         ("gates", {"units": []}, r"Received: units=\[\]"),
         ("gates", {"units": 0, "tokens": "ab"}, "`tokens` must have 21 tokens"),
-        ("gates", {"units": 0, "steps": 3}, "`steps` must be a slice"),
+        ("gates", {"units": 0, "steps": 30}, "`steps` must be an integer, a slice"),
         ("text", {"unit": [0]}, r"Received: unit=\[0\]"),
         ("heatmap", {"array": "mask"}, "`array` must be one of 'i', 'f'"),
         ("heatmap", {"sample": 2}, "Received: sample=2"),
-        ("heatmap", {"steps": slice(50, 60)}, "selects some of 21 time steps"),
+        ("heatmap", {"steps": slice(50, 60)}, "selects some of 21. Received"),
         ("saturation", {"path": 3}, "Received: path=3"),
     ],
 )
@@ -220,18 +224,20 @@ def test_plot_attribution_has_scores(rng):
 
 def test_plot_gradients_has_norms(trace):
     nan = np.full_like(trace.h, np.nan)
-    simple = GateTrace(*[nan] * 5, h=trace.i)
-    figure = plotting.plot_gradients({"LSTM": trace, "RNN": simple})
+    simple = Gradients(*[nan] * 5, h=trace.i)
+    lstm = Gradients(**{name: getattr(trace, name) for name in ARRAYS})
+    figure = plotting.plot_gradients({"LSTM": lstm, "RNN": simple})
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].get_lines()}
     assert list(lines) == ["LSTM: |dL/dh|", "LSTM: |dL/dc|", "RNN: |dL/dh|"]
     norms = np.sqrt((trace.c**2).sum(axis=-1))
     np.testing.assert_allclose(lines["LSTM: |dL/dc|"], np.nanmean(norms, axis=0))
-    assert plotting.plot_gradients(trace).axes[0].get_yscale() == "log"
+    assert plotting.plot_gradients(lstm).axes[0].get_yscale() == "log"
 
 
 def test_plot_ablation_has_the_largest_changes():
     metric = np.array([1.0, 0.2, 1.3])
-    ablation = Ablation(1.0, np.array(["h", "f", "f"]), np.arange(3), metric)
+    layer, array = np.array(["lstm"] * 3), np.array(["h", "f", "f"])
+    ablation = Ablation(1.0, layer, array, np.arange(3), metric)
     (ax,) = plotting.plot_ablation(ablation, most=2).axes
     assert [label.get_text() for label in ax.get_yticklabels()] == [
         "f, unit 1",

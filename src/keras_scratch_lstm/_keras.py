@@ -18,7 +18,6 @@ __all__ = [
     "get_keras_mask",
     "is_default_signature",
     "is_exported_to_litert",
-    "keep_message",
     "lstm",
     "minimize",
     "operation",
@@ -62,11 +61,6 @@ def compiled_loss(model):
 def compiled_losses(model):
     """Return the losses of a compiled model: tuples `(path, loss, weight, name)`."""
     return getattr(model._compile_loss, "_flat_losses", None) or []
-
-
-def keep_message(error):
-    """Have an error pass through the call of a layer without Keras's additions."""
-    error._keras_call_info_injected = True
 
 
 def is_exported_to_litert():

@@ -84,7 +84,7 @@ def test_rows_equal_one_run_for_each(method, batch_size, x, y):
 def test_models_with_a_fixed_batch_size(kind, x, y):
     layer = make(kind, stateful=True)
     model = classifier(layer, batch_size=BATCH)
-    accuracy = keras.losss.MeanAbsoluteError()
+    accuracy = keras.metrics.MeanAbsoluteError()
     ablation = ablate_units(model, x, y, loss=accuracy, verbose=0)
     for unit in range(UNITS):
         outputs, _ = run_with_edits(model, x, edits=Edit("h", 0.0, units=unit))

@@ -145,9 +145,7 @@ def test_integrated_gradients_are_complete(kind, sequences, x, rng):
     target = (1, 2) if sequences else 2
     baseline = rng.normal(size=FEATURES).astype("float32")
     for start in (0.0, baseline):
-        scores = integrated_gradients(
-            model, x, target=target, baseline=start
-        ).scores
+        scores = integrated_gradients(model, x, target=target, baseline=start).scores
         assert scores.shape == x.shape
         at_x, at_start = (
             ops.convert_to_numpy(model(inputs))[(slice(None), *np.atleast_1d(target))]
@@ -165,9 +163,7 @@ def test_baseline_and_scores_may_be_tensors(x, rng):
     model = classifier(make("LSTM"))
     baseline = rng.normal(size=FEATURES).astype("float32")
     expected = integrated_gradients(model, x, target=1, baseline=baseline).scores
-    scores = integrated_gradients(
-        model, x, target=1, baseline=tensor(baseline)
-    ).scores
+    scores = integrated_gradients(model, x, target=1, baseline=tensor(baseline)).scores
     np.testing.assert_array_equal(scores, expected)
     scores = scores[0, :, 0]
     (cells,) = plotting.plot_attribution(tensor(scores)).axes[0].collections

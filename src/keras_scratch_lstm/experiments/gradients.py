@@ -87,10 +87,8 @@ def _gradients(model, batch, lstms, loss, call_index):
     arrays = run(*args, record=("x",), call_index=call_index).arrays
     # The gradient by a map's `b` at 0 is that by the array.
     places = [(lstm, name) for lstm in lstms for name in observed_arrays(lstm)]
-    zeros = [
-        ops.zeros((*arrays[lstm]["x"].shape[:2], lstm.units), lstm.cell.compute_dtype)
-        for lstm, _ in places
-    ]
+    shapes = {lstm: (*arrays[lstm]["x"].shape[:2], lstm.cell.units) for lstm in lstms}
+    zeros = [ops.zeros(shapes[lstm], lstm.cell.compute_dtype) for lstm, _ in places]
 
     def loss_of(tensors):
         added = dict(zip(places, tensors, strict=True))

@@ -49,7 +49,7 @@ def run(model, inputs, lstms, maps=None, record=(), call_index=0):
     Returns:
         A `Run`.
     """
-    calls, arrays = collections.Counter(), {}
+    calls, arrays, errors = collections.Counter(), {}, []
     observed = dict.fromkeys(lstms, True) | dict.fromkeys(_others(model, lstms), False)
     # Here, since no variables can be created within the scope of `_frozen`.
     loops = {lstm: _loop_of(lstm) for lstm in observed}
@@ -61,7 +61,7 @@ def run(model, inputs, lstms, maps=None, record=(), call_index=0):
         states = keras.tree.flatten(initial_state)
         if not observed[lstm] or index != call_index:
             return loop(sequences, states, mask, {}, ())[:3]
-        with _errors_as_they_are():
+        with _keep_errors(errors):
             arguments = sequences, states, mask
             found = arrays[lstm] = _record_arguments(lstm, *arguments, record)
             shape = *sequences.shape[:2], lstm.cell.units
@@ -82,7 +82,12 @@ def run(model, inputs, lstms, maps=None, record=(), call_index=0):
             method = functools.partial(inner_loop, lstm)
             scope = replaced(lstm, "inner_loop", method, use_cudnn=False)
             stack.enter_context(scope)
-        outputs = _forward(model, inputs)(inputs, training=False)
+        try:
+            outputs = _forward(model, inputs)(inputs, training=False)
+        except Exception:
+            if errors:  # without what Keras adds to errors in a layer's call
+                raise errors[0] from None
+            raise
     for lstm in lstms:
         _check_called(model, lstm, calls[lstm], call_index)
     return Run(outputs, arrays)
@@ -166,12 +171,11 @@ def _check_called(model, lstm, count, call_index):
 
 
 @contextlib.contextmanager
-def _errors_as_they_are():
-    """Raise errors without what Keras adds to those of a layer's call."""
+def _keep_errors(errors):
     try:
         yield
     except Exception as error:
-        _keras.keep_message(error)
+        errors.append(error)
         raise
 
 
