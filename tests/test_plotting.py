@@ -9,7 +9,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 from matplotlib.figure import Figure
 from PIL import Image
 
-from keras_scratch_lstm import Ablation, GateTrace, plotting
+from keras_scratch_lstm import Ablation, GateTrace, Gradients, plotting
 from keras_scratch_lstm.tracing.trace import ARRAYS
 
 pytestmark = pytest.mark.one_backend
