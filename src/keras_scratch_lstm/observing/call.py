@@ -60,16 +60,16 @@ def run(model, inputs, lstms, maps=None, record=(), call_index=0):
         mask = mask[0] if isinstance(mask, (list, tuple)) else mask
         states = keras.tree.flatten(initial_state)
         if not observed[lstm] or index != call_index:
-            return loop(sequences, states, mask, {}, ())[:3]
+            return loop(sequences, states, mask, None, ())[:3]
         with _keep_errors(errors):
             arguments = sequences, states, mask
             found = arrays[lstm] = _record_arguments(lstm, *arguments, record)
             shape = *sequences.shape[:2], lstm.cell.units
             shapes = dict.fromkeys(loop.arrays, shape) | {"x": tuple(sequences.shape)}
-            changes = {} if maps is None else maps(lstm, shapes, found.get("mask"))
+            changes = maps and maps(lstm, shapes, found.get("mask"))
             names = tuple(name for name in loop.arrays if name in record)
             *results, recorded = loop(*arguments, changes, names)
-            _check_observed(lstm, loop, changes)
+            _check_observed(lstm, loop, changes or ())
         found.update(recorded)
         if "mask" in found:
             for values in recorded.values():

@@ -62,7 +62,7 @@ class Loop:
             x: Tensor of shape `(batch, time, features)`.
             states: List of the initial `h` and `c`, or of `h` only.
             mask: Tensor of shape `(batch, time)`, or `None`.
-            maps: Dict of array name, or `"x"` -> `Map`.
+            maps: Dict of array name, or `"x"` -> `Map`; `None` for a trace.
             record: Sequence of array names.
 
         Returns:
@@ -70,9 +70,9 @@ class Loop:
             `arrays` is a dict of name -> NumPy array, in the order of the inputs,
             undefined at masked time steps.
         """
-        dtype = self.cell.compute_dtype
+        dtype, is_trace = self.cell.compute_dtype, maps is None
         maps = keras.tree.map_structure(
-            lambda v: None if v is None else ops.cast(v, dtype), dict(maps)
+            lambda v: None if v is None else ops.cast(v, dtype), dict(maps or {})
         )
         x = ops.cast(x, dtype)
         x = maps.pop("x")(x) if "x" in maps else x
@@ -83,16 +83,24 @@ class Loop:
         xs = keras.tree.map_structure(self._to_loop, {"x": x, "mask": mask, **moving})
         states = [ops.cast(state, dtype) for state in states]
         carry = (self._first_output(states[0]), states)
-        outputs, carry, arrays = self._run_in_chunks(xs, carry, always, record)
+        # Compiled once for each kind of experiment.
+        kind = tuple(record), is_trace, tuple(always), tuple(xs)
+        if kind not in self._functions:
+            function = functools.partial(self._run, *kind[:2])
+            self._functions[kind] = recurrence.compiled(function)
+        function = functools.partial(
+            self._functions[kind], _weights_of(self.layer.cell)
+        )
+        outputs, carry, arrays = self._run_in_chunks(
+            function, record, xs, carry, always
+        )
         last = outputs[-1]
         if mask is not None and self.layer.zero_output_for_mask:
             last, outputs = self._zero_masked(last, outputs, xs["mask"])
         return last, ops.swapaxes(outputs, 0, 1), list(carry[1]), arrays
 
-    def _run_in_chunks(self, xs, carry, always, record):
+    def _run_in_chunks(self, function, record, xs, carry, always):
         """Run the compiled loop, with the recorded arrays in bounded memory."""
-        weights = _weights_of(self.layer.cell)
-        run = self._function(tuple(record), tuple(always), tuple(xs))
         time = size = xs["x"].shape[0]
         if record:
             size = max(1, CHUNK_SIZE // int(np.prod(carry[1][0].shape)))
@@ -104,7 +112,7 @@ class Loop:
                 chunk = keras.tree.map_structure(
                     lambda v, stop=stop: None if v is None else v[stop], xs
                 )
-            carry, arrays = run(weights, chunk, carry, always)
+            carry, arrays = function(chunk, carry, always)
             outputs.append(arrays.pop("output"))
             for name, values in arrays.items():
                 recorded[name].append(self._to_numpy(values))
@@ -114,25 +122,17 @@ class Loop:
             arrays = {name: np.flip(values, 1) for name, values in arrays.items()}
         return outputs, carry, arrays
 
-    def _function(self, record, *names):
-        """Return the loop, compiled once for each kind of experiment."""
-        if (record, *names) not in self._functions:
-            function = functools.partial(self._run, record)
-            self._functions[record, *names] = recurrence.compiled(function)
-        return self._functions[record, *names]
-
-    def _run(self, record, weights, xs, carry, always):
+    def _run(self, record, is_trace, weights, xs, carry, always):
         # On JAX, a model's variables are not available to other threads.
         with keras.StatelessScope(list(zip(self.cell.weights, weights, strict=True))):
-            return self._scan(xs, carry, always, record)
+            return self._scan(record, is_trace, xs, carry, always)
 
-    def _scan(self, xs, carry, always, record):
+    def _scan(self, record, is_trace, xs, carry, always):
         output, (h, *_) = carry
         like = {"output": output} | dict.fromkeys(record, h)
         step, x = self._step, xs["x"]
         if standard.applies(self.cell):
-            is_trace = record and not always and len(xs) == 2
-            if is_trace and standard.has_fast_path(self.cell):
+            if record and is_trace and standard.has_fast_path(self.cell):
                 carry, arrays = standard.run_fast(self.cell, x, xs["mask"], carry)
                 return carry, {name: arrays[name] for name in like}
             x, step = standard.project(self.cell, x)
