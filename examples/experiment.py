@@ -96,7 +96,7 @@ def patch(model, x, unit):
 
 def attribute(model, x, out):
     """Attributes the outputs to the time steps, by two methods."""
-    gradients = integrated_gradients(model, x, target=0).sum(axis=-1)
+    gradients = integrated_gradients(model, x, target=0).scores.sum(axis=-1)
     contributions = [
         contextual_decomposition(model, x, steps=t, head="output").beta[:, -1, 0]
         for t in range(x.shape[1])

@@ -39,8 +39,13 @@ import keras
 import numpy as np
 from time_machine import build_model
 
-from keras_scratch_lstm import PerplexityLogger, ScratchLSTM, plotting, trace_gates
-from keras_scratch_lstm.tracing.tokens import token_features
+from keras_scratch_lstm import (
+    PerplexityLogger,
+    ScratchLSTM,
+    plotting,
+    token_features,
+    trace_gates,
+)
 
 LINE = 88  # characters per line of the plots
 

@@ -27,7 +27,7 @@ def trace_gradients(
     loss: str | Callable[[Any, Any], Any] | None = None,
     layer: Any = None,
     call_index: int = 0,
-    batch_size: int = 32,
+    batch_size: int = 1024,
     batches: int | None = 1,
 ) -> Gradients:
     """Compute the gradient of a loss by each gate and state at every time step.
