@@ -15,12 +15,11 @@ from keras_scratch_lstm._types import Selection
 from keras_scratch_lstm.experiments.outputs import (
     concatenate,
     loss_function,
-    map_with_masks,
     to_targets,
 )
 from keras_scratch_lstm.observing import models
-from keras_scratch_lstm.observing.call import run
-from keras_scratch_lstm.observing.inputs import is_fixed, read, repeat
+from keras_scratch_lstm.observing.call import map_with_masks, run
+from keras_scratch_lstm.observing.inputs import read
 from keras_scratch_lstm.observing.loop import ARRAYS, Map
 from keras_scratch_lstm.tracing.trace import import_pandas
 
@@ -79,9 +78,9 @@ def ablate_units(
     it. The model runs as in `run_with_edits`. On Ctrl-C, the rows that are done are
     returned.
 
+    Arguments that are not listed are those of `trace_gates`.
+
     Args:
-        model: See `trace_gates`.
-        inputs: See `trace_gates`.
         targets: The targets of the model. Default: `None`, those of the dataset.
         loss: A loss by name, a Keras loss or metric, or a function
             `(y_true, y_pred)`, of which the mean is taken, without masked time steps.
@@ -94,7 +93,6 @@ def ablate_units(
             `None`, all.
         method: `"zero"`, or `"mean"`, which sets each unit to its mean over all
             samples and time steps. Default: `"zero"`.
-        call_index: See `trace_gates`.
         batch_size: Positive integer, the number of samples to run at a time: the
             inputs are repeated for several units. Models with a fixed batch size or
             a `time_major` layer run one unit at a time. Default: 1024.
@@ -104,9 +102,6 @@ def ablate_units(
 
     Returns:
         An `Ablation`.
-
-    Raises:
-        ValueError: If an argument is invalid.
 
     Example:
 
@@ -135,20 +130,27 @@ def ablate_units(
     rows = [(lstm, name, int(u)) for lstm in lstms for name in names for u in units]
     loss = loss_function(loss, model)
     data = list(read(model, inputs, targets, batch_size=batch_size, batches=batches))
-    study = _Study(model, lstms, loss, data, call_index)
-    values = study.means(names if method == "mean" else ())
-    (baseline,) = study.losses(rows[:1], None)
-    results: list[float] = []
+    targets = concatenate([to_targets(batch.targets) for batch in data])
+    record = names if method == "mean" else ()
+    found = [run(model, batch, lstms, None, record, call_index) for batch in data]
+    (baseline,) = _losses(loss, targets, [[outputs] for outputs, _ in found])
+    values = _means([arrays for _, arrays in found], lstms, record)
     group = 1
-    if not is_fixed(model):
+    if not data[0].is_fixed:
         group = max(1, batch_size // max(batch.samples for batch in data))
+    results: list[float] = []
     progress = keras.utils.Progbar(len(rows), verbose=verbose, unit_name="unit")
     try:
         for start in range(0, len(rows), group):
             several = rows[start : start + group]
             # A group of the same size needs no new compilation.
             fill = several[-1:] * (min(group, len(rows)) - len(several))
-            results += study.losses(several + fill, values)[: len(several)]
+            maps = functools.partial(_maps, several + fill, values)
+            outputs = [
+                _run(model, batch, lstms, maps, len(several + fill), call_index)
+                for batch in data
+            ]
+            results += _losses(loss, targets, outputs)[: len(several)]
             progress.update(len(results))
     except KeyboardInterrupt:
         pass
@@ -162,59 +164,46 @@ def ablate_units(
     )
 
 
-class _Study:
-    """Runs of a model under several ablations at once."""
+def _run(model, batch, lstms, maps, times, call_index):
+    """Run a batch that is repeated; return the outputs of each repetition."""
+    if times > 1:
+        inputs = keras.tree.map_structure(
+            lambda x: ops.concatenate([ops.convert_to_tensor(x)] * times), batch.inputs
+        )
+        batch = batch._replace(inputs=inputs, samples=times * batch.samples)
+    outputs, _ = run(model, batch, lstms, maps, (), call_index)
 
-    def __init__(self, model, lstms, loss, data, call_index):
-        self.model, self.lstms, self.loss, self.data = model, lstms, loss, data
-        self.call_index = call_index
-        targets = [to_targets(batch.targets) for batch in data]
-        self.targets = concatenate(targets)
+    def part(k, x):
+        size = x.shape[0] // times
+        return x[k * size : (k + 1) * size]
 
-    def means(self, names):
-        """Return the mean of each unit, or 0: dict of `(layer, array)` -> array."""
-        zeros = np.zeros(self.lstms[0].cell.units)
-        found = collections.defaultdict(list)
-        for batch in self.data if names else ():
-            args = self.model, batch.inputs, self.lstms
-            for lstm, arrays in run(*args, None, names, self.call_index).arrays.items():
-                for name in names:
-                    values = batch.crop(arrays[name])
-                    found[lstm, name].append(values.reshape(-1, values.shape[-1]))
-        means = {place: np.nanmean(np.concatenate(v), 0) for place, v in found.items()}
-        return collections.defaultdict(lambda: zeros, means)
-
-    def losses(self, rows, values):
-        """Return the loss under each ablation: a layer, an array and a unit."""
-
-        def maps(lstm, shapes, mask):
-            return _maps(lstm, shapes, rows, values)
-
-        outputs = [self._run(batch, len(rows), maps) for batch in self.data]
-        results = [
-            self.loss(self.targets, concatenate(parts))
-            for parts in zip(*outputs, strict=True)
-        ]
-        return [float(ops.convert_to_numpy(result)) for result in results]
-
-    def _run(self, batch, times, maps):
-        """Return the outputs for each repetition of a batch."""
-        args = self.model, repeat(batch.inputs, times), self.lstms, maps
-        outputs = run(*args, call_index=self.call_index).outputs
-
-        def part(k, x):
-            size = x.shape[0] // times
-            return batch.crop(x[k * size : (k + 1) * size])
-
-        return [
-            map_with_masks(functools.partial(part, k), outputs) for k in range(times)
-        ]
+    return [map_with_masks(functools.partial(part, k), outputs) for k in range(times)]
 
 
-def _maps(lstm, shapes, rows, values):
+def _losses(loss, targets, outputs):
+    """Return the loss of each repetition, over all batches."""
+    results = [
+        loss(targets, concatenate(parts)) for parts in zip(*outputs, strict=True)
+    ]
+    return [float(ops.convert_to_numpy(result)) for result in results]
+
+
+def _means(found, lstms, names):
+    """Return the mean of each unit, 0 by default: `(layer, array)` -> array."""
+    means = {lstm: collections.defaultdict(float) for lstm in lstms}
+    for lstm in lstms:
+        for name in names:
+            values = [arrays[lstm][name] for arrays in found]
+            values = [value.reshape(-1, value.shape[-1]) for value in values]
+            means[lstm][name] = np.nanmean(np.concatenate(values), 0)
+    return means
+
+
+def _maps(rows, values, lstm, shapes, mask):
+    """Return the maps of ablations, each for one part of the samples."""
     maps: dict[str, Map] = {}
     for k, (at, name, unit) in enumerate(rows):
-        if at is not lstm or values is None:
+        if at is not lstm:
             continue
         samples, _, units = shapes[name]
         if name not in maps:
@@ -222,5 +211,5 @@ def _maps(lstm, shapes, rows, values):
         size = samples // len(rows)
         place = slice(k * size, (k + 1) * size), unit
         maps[name].a[place] = 0.0
-        maps[name].b[place] = values[lstm, name][unit]
+        maps[name].b[place] = np.broadcast_to(values[lstm][name], units)[unit]
     return maps

@@ -11,7 +11,7 @@ from keras import ops
 from keras_scratch_lstm import _validation, recurrence
 from keras_scratch_lstm.observing import models
 from keras_scratch_lstm.observing.call import run
-from keras_scratch_lstm.observing.inputs import is_fixed, read
+from keras_scratch_lstm.observing.inputs import read
 from keras_scratch_lstm.observing.loop import Map
 
 _ROUNDING = 1e-5  # the error that float32 allows, per sum of the absolute scores
@@ -57,9 +57,9 @@ def integrated_gradients(
     The model runs as in `run_with_edits`. Needs the TensorFlow, JAX or PyTorch
     backend.
 
+    Arguments that are not listed are those of `trace_gates`.
+
     Args:
-        model: See `trace_gates`.
-        inputs: See `trace_gates`.
         target: Integer or tuple of integers, the index of the output to attribute, in
             the output of one sample: `k` for outputs of shape `(batch, classes)`,
             `(t, k)` for `(batch, time, classes)`.
@@ -72,17 +72,12 @@ def integrated_gradients(
             sample is computed again with twice the points. Default: 0.01.
         max_steps: Positive integer, the most points. If the error of a sample is
             still larger then, there is a warning. Default: 256.
-        call_index: See `trace_gates`.
         batch_size: Positive integer, the number of samples to run at a time; each
             point of a path is one. Models with a fixed batch size or a `time_major`
             layer run one point at a time. Default: 256.
-        batches: See `trace_gates`.
 
     Returns:
         An `Attribution`.
-
-    Raises:
-        ValueError: If an argument is invalid.
 
     Example:
 
@@ -111,8 +106,7 @@ def integrated_gradients(
         bounds = n_steps, max(n_steps, max_steps)
         parts.append(path.integrate(*bounds, tolerance, batch_size))
         start += batch.samples
-    fields = [np.concatenate(several) for several in zip(*parts, strict=True)]
-    *fields, is_complete = fields
+    *fields, is_complete = (np.concatenate(one) for one in zip(*parts, strict=True))
     if not is_complete.all():
         warnings.warn(
             f"The scores of {np.count_nonzero(~is_complete)} of {samples} samples do "
@@ -127,15 +121,16 @@ class _Path:
     """The straight path from the baseline to the inputs of the LSTM, of one batch."""
 
     def __init__(self, model, lstms, batch, target, call_index):
-        self.model, self.lstms, self.batch = model, lstms, batch
+        # The padding of a fixed batch size stays, so that shapes do not change.
+        self.batch = batch._replace(samples=batch.samples + batch.padding, padding=0)
+        self.model, self.lstms, self.crop = model, lstms, batch.crop
         self.target, self.call_index = target, call_index
-        self.samples = np.arange(batch.samples + batch.padding)
-        record = {"record": ("x",), "call_index": call_index}
-        result = run(model, batch.inputs, lstms, **record)
-        x = result.arrays[lstms[0]]["x"]
+        self.samples = np.arange(self.batch.samples)
+        outputs, found = run(model, self.batch, lstms, None, ("x",), call_index)
+        x = found[lstms[0]]["x"]
         # A model that folds an axis into the batch has several rows per sample.
         self.x = x.reshape(len(self.samples), -1, *x.shape[1:])
-        self.output = _pick(result.outputs, target)
+        self.output = _pick(outputs, target)
 
     def start_from(self, baseline, start, samples):
         """Set the baseline, of which this batch takes the part from `start`."""
@@ -161,26 +156,24 @@ class _Path:
         # All runs have the same size, and so need one compilation.
         size = min(batch_size, len(self.samples) * n_steps)
         scores, used = np.zeros(self.x.shape), np.zeros(len(self.samples), int)
-        axes = tuple(range(1, scores.ndim))
-        samples = self.samples
+        axes, samples = tuple(range(1, scores.ndim)), self.samples
         while samples.size and n_steps <= max_steps:
             mean = self._mean_gradient(samples, n_steps, size)
             scores[samples], used[samples] = self.change[samples] * mean, n_steps
             error = np.abs(scores.sum(axes) - self.difference)
             allowed = tolerance * np.abs(self.difference)
             allowed += _ROUNDING * np.abs(scores).sum(axes)
-            samples = np.flatnonzero(error > allowed)
-            n_steps *= 2
+            samples, n_steps = np.flatnonzero(error > allowed), 2 * n_steps
         scores = scores.reshape(-1, *scores.shape[2:]).astype(self.x.dtype)
         fields = scores, self.difference, error, used, error <= allowed
-        return [self.batch.crop(field) for field in fields]
+        return [self.crop(field) for field in fields]
 
     def _mean_gradient(self, samples, n_steps, size):
         """Return the mean gradient over the path, for each of the samples."""
         # Nodes and weights on the interval from -1 to 1.
         nodes, weights = np.polynomial.legendre.leggauss(n_steps)
         alphas, weights = (1 + nodes) / 2, weights / 2
-        if is_fixed(self.model):
+        if self.batch.is_fixed:
             gradients = [self._gradient(self.samples, alpha) for alpha in alphas]
             return np.tensordot(weights, gradients, 1)[samples]
         rows = np.arange(len(samples)).repeat(n_steps)
@@ -211,20 +204,20 @@ class _Path:
 
     def _outputs(self, samples, points):
         """Return the target for other inputs of the LSTM."""
-        inputs = self.batch.inputs
+        batch = self.batch
         if samples is not self.samples:
-            inputs = keras.tree.map_structure(lambda x: _take(x, samples), inputs)
+
+            def take(x):
+                return ops.take(ops.convert_to_tensor(x), samples, axis=0)
+
+            inputs = keras.tree.map_structure(take, batch.inputs)
+            batch = batch._replace(inputs=inputs, samples=len(samples))
 
         def maps(lstm, shapes, mask):
             return {"x": Map(0.0, points)}
 
-        args = inputs, self.lstms, maps
-        result = run(self.model, *args, call_index=self.call_index)
-        return _pick(result.outputs, self.target)
-
-
-def _take(x, samples):
-    return ops.take(x, samples, axis=0) if ops.is_tensor(x) else np.asarray(x)[samples]
+        args = self.model, batch, self.lstms, maps, (), self.call_index
+        return _pick(run(*args)[0], self.target)
 
 
 def _column(values, like):

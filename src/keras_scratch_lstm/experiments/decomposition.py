@@ -56,25 +56,19 @@ def contextual_decomposition(
     gate, not two. And the product of the biases of i and c̃ counts for the span at
     each of its time steps, not at the last time step of the sequence.
 
+    Arguments that are not listed are those of `trace_gates`.
+
     Args:
-        model: See `trace_gates`.
-        inputs: See `trace_gates`.
         steps: Integer, slice or list of integers, the time steps of the span.
         layer: See `trace_gates`; of a `Bidirectional` layer, one of its two layers.
             It must have sigmoid gates, tanh activations and a cell without changes.
         head: A `keras.layers.Dense` of the model that reads the hidden state, or its
             name. Then the contributions are those to its logits, without activation;
             its bias is in `gamma`. Default: `None`.
-        call_index: See `trace_gates`.
-        batch_size: See `trace_gates`.
-        batches: See `trace_gates`.
 
     Returns:
         A `Decomposition` of float64 arrays. Masked time steps repeat the previous
         values.
-
-    Raises:
-        ValueError: If an argument is invalid.
 
     Example:
 
@@ -102,9 +96,8 @@ def contextual_decomposition(
     dense = None if head is None else _find_head(model, head, lstm.cell.units)
     parts = []
     for batch in read(model, inputs, batch_size=batch_size, batches=batches):
-        args = batch.inputs, [lstm]
-        result = run(model, *args, record=("x",), call_index=call_index)
-        arrays = keras.tree.map_structure(batch.crop, result.arrays[lstm])
+        _, found = run(model, batch, [lstm], None, ("x",), call_index)
+        arrays = found[lstm]
         time = arrays["x"].shape[1]
         in_span = np.isin(np.arange(time), select("steps", steps, time))
         parts.append(_decompose(lstm, in_span, **arrays))

@@ -96,24 +96,18 @@ def run_with_edits(
     their current states, which do not change. Masked time steps have no values to
     edit.
 
+    Arguments that are not listed are those of `trace_gates`.
+
     Args:
-        model: See `trace_gates`.
-        inputs: See `trace_gates`.
         edits: `Edit`, or a list of these, applied in order. An empty list runs the
             model unedited.
         layer: Which LSTM to edit, as in `trace_gates`. For a `Bidirectional` layer,
             both of its layers are edited; of a `GateTrace`, the backward layer takes
             the values of `backward`.
-        call_index: See `trace_gates`.
-        batch_size: See `trace_gates`.
-        batches: See `trace_gates`.
 
     Returns:
         `(outputs, trace)`: the outputs of the model as NumPy arrays, and the
         `GateTrace` of the edited run.
-
-    Raises:
-        ValueError: If an argument is invalid, or if the model does not call the layer.
 
     Example:
 
@@ -133,11 +127,10 @@ def run_with_edits(
     samples = sum(batch.samples for batch in data)
     outputs, arrays, start = [], [], 0
     for batch in data:
-        bind = _Binding(edits, lstms, batch, start, samples)
-        args = batch.inputs, lstms, bind
-        result = run(model, *args, record=ARRAYS, call_index=call_index)
-        outputs.append(keras.tree.map_structure(batch.crop, result.outputs))
-        arrays.append(keras.tree.map_structure(batch.crop, result.arrays))
+        maps = _Binding(edits, lstms, batch, start, samples)
+        y, found = run(model, batch, lstms, maps, ARRAYS, call_index)
+        outputs.append(y)
+        arrays.append(found)
         start += batch.samples
     outputs = keras.tree.map_structure(ops.convert_to_numpy, concatenate(outputs))
     return outputs, join(arrays, lstms, GateTrace)

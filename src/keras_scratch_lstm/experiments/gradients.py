@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_scratch_lstm import recurrence
 from keras_scratch_lstm.experiments.outputs import (
     loss_function,
-    map_with_masks,
     to_targets,
 )
 from keras_scratch_lstm.observing import models
@@ -41,25 +41,19 @@ def trace_gradients(
     The model runs in inference mode and is not changed. Needs the TensorFlow, JAX or
     PyTorch backend.
 
+    Arguments that are not listed are those of `trace_gates`.
+
     Args:
-        model: See `trace_gates`.
-        inputs: See `trace_gates`.
         targets: The targets of the model. Default: `None`, those of the dataset.
         loss: A loss by name, a Keras loss, or a function `(y_true, y_pred)`, of which
             the mean is taken, without masked time steps. Each batch has its own.
             Default: `None`, the compiled loss.
         layer: See `trace_gates`. It may also be a `keras.layers.SimpleRNN`, by name
             or as the layer, for comparison.
-        call_index: See `trace_gates`.
-        batch_size: See `trace_gates`.
-        batches: See `trace_gates`.
 
     Returns:
         `Gradients`, NaN at masked time steps. For a `SimpleRNN`, which has only `h`,
         the other arrays are NaN; so are those that a custom cell does not observe.
-
-    Raises:
-        ValueError: If an argument is invalid.
 
     Example:
 
@@ -81,14 +75,16 @@ def trace_gradients(
 
 
 def _gradients(model, batch, lstms, loss, call_index):
-    targets = to_targets(batch.targets)
-    args = model, batch.inputs, lstms
-    # A first run gives the shapes and masks.
-    arrays = run(*args, record=("x",), call_index=call_index).arrays
-    # The gradient by a map's `b` at 0 is that by the array.
+    targets, found = to_targets(batch.targets), {}
+
+    def observe(lstm, shapes, mask):
+        found[lstm] = shapes["h"], mask
+        return {}
+
+    run(model, batch, lstms, observe, (), call_index)
     places = [(lstm, name) for lstm in lstms for name in observed_arrays(lstm)]
-    shapes = {lstm: (*arrays[lstm]["x"].shape[:2], lstm.cell.units) for lstm in lstms}
-    zeros = [ops.zeros(shapes[lstm], lstm.cell.compute_dtype) for lstm, _ in places]
+    # The gradient by a map's `b` at 0 is that by the array.
+    zeros = [ops.zeros(found[at][0], at.cell.compute_dtype) for at, _ in places]
 
     def loss_of(tensors):
         added = dict(zip(places, tensors, strict=True))
@@ -96,19 +92,18 @@ def _gradients(model, batch, lstms, loss, call_index):
         def maps(lstm, shapes, mask):
             return {name: Map(None, b) for (at, name), b in added.items() if at is lstm}
 
-        outputs = run(*args, maps, call_index=call_index).outputs
-        return loss(targets, map_with_masks(batch.crop, outputs))
+        return loss(targets, run(model, batch, lstms, maps, (), call_index)[0])
 
-    gradients = recurrence.gradient(loss_of, zeros)
-    found = {}
-    for (lstm, name), gradient in zip(places, gradients, strict=True):
-        mask, dtype = arrays[lstm].get("mask"), result_dtype(lstm)
-        values = np.array(ops.convert_to_numpy(ops.cast(gradient, dtype)))
-        if mask is not None:
-            values[~mask] = np.nan
-            found.setdefault(lstm, {})["mask"] = batch.crop(mask)
-        found.setdefault(lstm, {})[name] = batch.crop(values)
-    for one in found.values():
+    gradients = dict(zip(places, recurrence.gradient(loss_of, zeros), strict=True))
+    results = {lstm: {} for lstm in lstms}
+    for lstm, arrays in results.items():
+        shape, mask = found[lstm]
         for name in ARRAYS:
-            one.setdefault(name, np.full_like(one["h"], np.nan))
-    return found
+            arrays[name] = np.full(shape, np.nan, result_dtype(lstm))
+            if (lstm, name) in gradients:
+                values = ops.cast(gradients[lstm, name], result_dtype(lstm))
+                arrays[name][:] = ops.convert_to_numpy(values)
+            if mask is not None:
+                arrays[name][~mask] = np.nan
+        arrays |= {} if mask is None else {"mask": mask}
+    return keras.tree.map_structure(batch.crop, results)

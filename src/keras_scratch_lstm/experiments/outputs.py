@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_scratch_lstm import _keras, _validation
+from keras_scratch_lstm.observing.call import map_with_masks
 
 
 class _FunctionLoss(keras.losses.Loss):
@@ -63,19 +64,6 @@ def to_targets(targets):
         rule = "arrays, or part of a dataset of `(inputs, targets)`"
         raise _validation.invalid("targets", targets, rule)
     return keras.tree.map_structure(ops.convert_to_tensor, targets)
-
-
-def map_with_masks(function, *outputs):
-    """Map nested outputs of a model as `keras.tree.map_structure`, and their masks."""
-
-    def apply(*tensors):
-        result = function(*tensors)
-        masks = [_keras.get_keras_mask(tensor) for tensor in tensors]
-        if None not in masks:
-            _keras.set_keras_mask(result, function(*masks))
-        return result
-
-    return keras.tree.map_structure(apply, *outputs)
 
 
 def concatenate(outputs):

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import functools
-from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -17,27 +16,14 @@ from keras_scratch_lstm.observing.loop import Loop
 from keras_scratch_lstm.observing.replaced import replaced
 
 
-class Run(NamedTuple):
-    """What `run` returns.
-
-    Attributes:
-        outputs: Nested tensors, the outputs of the model.
-        arrays: Dict of layer -> dict of array name -> NumPy array; also `"mask"` if
-            there is one.
-    """
-
-    outputs: Any
-    arrays: dict[Any, dict[str, np.ndarray]]
-
-
-def run(model, inputs, lstms, maps=None, record=(), call_index=0):
+def run(model, batch, lstms, maps=None, record=(), call_index=0):
     """Run a model in inference mode, with the loops of some layers observed.
 
     Variables keep their values.
 
     Args:
         model: A built model or layer.
-        inputs: One batch of tensors or arrays.
+        batch: A `Batch`.
         lstms: List of recurrent layers.
         maps: Function `(lstm, shapes, mask)` that returns a dict of array name ->
             `Map`. `shapes` is a dict of array name -> `(batch, time, size)`. An error
@@ -47,7 +33,8 @@ def run(model, inputs, lstms, maps=None, record=(), call_index=0):
         call_index: Integer, which of the calls of each layer to observe.
 
     Returns:
-        A `Run`.
+        `(outputs, arrays)`: nested tensors, with their masks, and a dict of layer ->
+        dict of array name -> NumPy array; also `"mask"` if there is one.
     """
     calls, arrays, errors = collections.Counter(), {}, []
     observed = dict.fromkeys(lstms, True) | dict.fromkeys(_others(model, lstms), False)
@@ -83,14 +70,28 @@ def run(model, inputs, lstms, maps=None, record=(), call_index=0):
             scope = replaced(lstm, "inner_loop", method, use_cudnn=False)
             stack.enter_context(scope)
         try:
-            outputs = _forward(model, inputs)(inputs, training=False)
+            outputs = _forward(model, batch.inputs)(batch.inputs, training=False)
         except Exception:
             if errors:  # without what Keras adds to errors in a layer's call
                 raise errors[0] from None
             raise
     for lstm in lstms:
         _check_called(model, lstm, calls[lstm], call_index)
-    return Run(outputs, arrays)
+    arrays = keras.tree.map_structure(batch.crop, arrays)
+    return map_with_masks(batch.crop, outputs), arrays
+
+
+def map_with_masks(function, *outputs):
+    """Map nested outputs of a model as `keras.tree.map_structure`, and their masks."""
+
+    def apply(*tensors):
+        result = function(*tensors)
+        masks = [_keras.get_keras_mask(tensor) for tensor in tensors]
+        if all(mask is not None for mask in masks):
+            _keras.set_keras_mask(result, function(*masks))
+        return result
+
+    return keras.tree.map_structure(apply, *outputs)
 
 
 def _loop_of(lstm):

@@ -17,15 +17,21 @@ _RULE = (
 
 
 class Batch(NamedTuple):
-    """Samples to run at a time; `padding` more fill a fixed batch size.
+    """Samples to run at a time.
 
-    `targets` are those of the samples without the padding.
+    Attributes:
+        inputs: Nested arrays or tensors.
+        targets: The targets of the samples, or `None`.
+        samples: Integer, the number of samples.
+        padding: Integer, how many more there are to fill a fixed batch size.
+        is_fixed: Boolean, whether the model takes no other number of samples.
     """
 
     inputs: Any
     targets: Any
     samples: int
     padding: int = 0
+    is_fixed: bool = False
 
     def crop(self, x):
         """Remove the padding from a result of the model, or of a layer of it.
@@ -50,21 +56,26 @@ def read(model, inputs, targets=None, *, batch_size, batches=None):
     batch_size = _validation.positive_integer("batch_size", batch_size)
     layers = _keras.all_layers(model)
     stateful = any(getattr(layer, "stateful", False) for layer in layers)
-    time_major = getattr(model, "time_major", False)
-    for batch, y in read_batches(inputs, targets, batches=batches, stateful=stateful):
-        batch, samples = check_inputs(batch, time_major=time_major)
-        size, fixed = _batch_sizes(model, layers, samples, batch_size)
-        for start in range(0, samples, size):
-            count = min(size, samples - start)
-            padding = fixed - count if fixed else 0
-            parts = (batch, y) if y is not None else (batch,)
+    # Their samples may be on either axis of the inputs.
+    is_time_major = any(getattr(layer, "time_major", False) for layer in layers)
+    axis = int(getattr(model, "time_major", False))
+    for x, y in read_batches(inputs, targets, batches=batches, stateful=stateful):
+        x, samples = check_inputs(x, axis=axis)
+        if is_time_major:
+            yield Batch(x, y, samples, is_fixed=True)
+            continue
+        fixed = _fixed_batch_size(model, layers, samples)
+        for start in range(0, samples, fixed or batch_size):
+            count = min(fixed or batch_size, samples - start)
+            parts = [x] if y is None else [x, y]
             if count < samples:
                 take = functools.partial(_rows, start=start, size=count)
                 parts = keras.tree.map_structure(take, parts)
-            x, *parts = parts
+            padding = fixed - count if fixed else 0
             if padding:
-                x = keras.tree.map_structure(functools.partial(_pad, size=padding), x)
-            yield Batch(x, parts[0] if parts else None, count, padding)
+                pad = functools.partial(_pad, size=padding)
+                parts[0] = keras.tree.map_structure(pad, parts[0])
+            yield Batch(*[*parts, None][:2], count, padding, fixed is not None)
 
 
 def read_batches(inputs, targets=None, batches=1, argument="inputs", stateful=False):
@@ -103,7 +114,7 @@ def read_batches(inputs, targets=None, batches=1, argument="inputs", stateful=Fa
         raise _validation.invalid(argument, inputs, _RULE)
 
 
-def check_inputs(inputs, argument="inputs", time_major=False):
+def check_inputs(inputs, argument="inputs", axis=0):
     """Return one batch with nested lists as arrays, and its number of samples."""
     received = inputs
     try:
@@ -114,7 +125,6 @@ def check_inputs(inputs, argument="inputs", time_major=False):
             "different lengths. Pad it with `keras.utils.pad_sequences`."
         ) from None
     arrays = keras.tree.flatten(inputs)
-    axis = int(time_major)
     sizes = {x.shape[axis] if len(x.shape) > axis else 0 for x in arrays}
     if len(sizes) > 1:
         shapes = ", ".join(str(tuple(x.shape)) for x in arrays[:4])
@@ -138,10 +148,7 @@ def _is_dataset(inputs):
     )
 
 
-def _batch_sizes(model, layers, samples, batch_size):
-    """Return how many samples to run at a time, and the model's fixed batch size."""
-    if any(getattr(layer, "time_major", False) for layer in layers):
-        return samples, None  # the samples may be on either axis of the inputs
+def _fixed_batch_size(model, layers, samples):
     shapes = [x.shape for x in getattr(model, "inputs", None) or []]
     fixed = shapes[0][0] if shapes else None
     for layer in layers:
@@ -152,25 +159,7 @@ def _batch_sizes(model, layers, samples, batch_size):
                     f"`inputs` must have at most {fixed} samples, the batch size of "
                     f"the stateful layer {layer.name!r}. Received: {samples} samples"
                 )
-    return fixed or batch_size, fixed
-
-
-def is_fixed(model):
-    """Whether the model's batch size is fixed, or its samples on either axis."""
-    inputs = getattr(model, "inputs", None) or []
-    return any(x.shape[0] is not None for x in inputs) or any(
-        getattr(layer, "stateful", False) or getattr(layer, "time_major", False)
-        for layer in _keras.all_layers(model)
-    )
-
-
-def repeat(inputs, times):
-    """Repeat a batch: all of its samples, then all again, and so on."""
-    if times == 1:
-        return inputs
-    return keras.tree.map_structure(
-        lambda x: ops.concatenate([ops.convert_to_tensor(x)] * times), inputs
-    )
+    return fixed
 
 
 def _rows(x, start, size):

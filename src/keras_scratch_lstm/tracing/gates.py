@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import keras
-
 from keras_scratch_lstm.observing import models
 from keras_scratch_lstm.observing.call import run
 from keras_scratch_lstm.observing.inputs import read
@@ -71,9 +69,6 @@ def trace_gates(
     (1, 5, 16)
     """
     model, lstms = models.select(model, layer)
-    found = []
-    for batch in read(model, inputs, batch_size=batch_size, batches=batches):
-        args = batch.inputs, lstms
-        arrays = run(model, *args, record=ARRAYS, call_index=call_index).arrays
-        found.append(keras.tree.map_structure(batch.crop, arrays))
+    data = read(model, inputs, batch_size=batch_size, batches=batches)
+    found = [run(model, one, lstms, None, ARRAYS, call_index)[1] for one in data]
     return join(found, lstms, GateTrace)
