@@ -3,8 +3,8 @@ import sys
 import keras
 import numpy as np
 import pytest
-from edit_reference import BATCH, UNITS, classifier, make
 from keras import ops
+from models import BATCH, FEATURES, TIME, UNITS, classifier, make
 
 from keras_scratch_lstm import Ablation, Edit, ablate_units, run_with_edits
 
@@ -106,6 +106,51 @@ def test_interrupt_keeps_the_rows_that_are_done(x, y):
     complete = ablate_units(model, x, y, loss=mse, verbose=0)
     assert ablation.unit.tolist() == [0, 1]
     np.testing.assert_allclose(ablation.loss, complete.loss[:2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [None, "mse", "loss", "metric"])
+def test_masked_outputs_do_not_count(loss, x, rng):
+    x[:, TIME - 2 :] = 0
+    x[1, 3:] = 0
+    y = rng.normal(size=(BATCH, TIME, 3)).astype("float32")
+    y[(x == 0).all(-1)] = 100  # what nobody reads
+    layers = classifier(make("LSTM", return_sequences=True)).layers
+    masking = keras.layers.Masking()
+    model = keras.Sequential([keras.Input((TIME, FEATURES)), masking, *layers])
+    cell, dense = layers[0].cell, layers[1]
+    for weight in (cell.recurrent_kernel, dense.kernel):
+        value = ops.convert_to_numpy(weight).copy()
+        value[2] = 0
+        weight.assign(value)
+    model.compile(loss="mse")
+    kinds = {
+        "loss": keras.losses.MeanSquaredError(),
+        "metric": keras.metrics.MeanSquaredError(),
+    }
+    ablation = ablate_units(model, x, y, loss=kinds.get(loss, loss), verbose=0)
+    outputs = ops.convert_to_numpy(model(x))
+    expected = np.mean((outputs - y)[(x != 0).any(-1)] ** 2)
+    assert ablation.baseline == pytest.approx(expected, rel=1e-5)
+    assert ablation.loss[2] == pytest.approx(expected, rel=1e-5)
+    assert (ablation.loss < 100).all()
+
+
+def test_bidirectional_layers_and_datasets(x, y):
+    both = keras.layers.Bidirectional(make("LSTM"))
+    model = classifier(both)
+    ablation = ablate_units(model, x, y, loss="mse", verbose=0)
+    names = both.forward_layer.name, both.backward_layer.name
+    assert ablation.layer.tolist() == [name for name in names for _ in range(UNITS)]
+    for layer, losses in zip(names, np.split(ablation.loss, 2), strict=True):
+        alone = ablate_units(model, x, y, loss="mse", layer=layer, verbose=0)
+        np.testing.assert_allclose(alone.loss, losses, rtol=1e-5)
+    dataset = [(x[:2], y[:2]), (x[2:], y[2:])]
+    found = ablate_units(model, iter(dataset), loss="mse", verbose=0)
+    np.testing.assert_allclose(found.loss, ablation.loss, rtol=1e-5)
+    with pytest.raises(ValueError, match="`targets` must be None for a dataset"):
+        ablate_units(model, iter(dataset), y, loss="mse", verbose=0)
+    with pytest.raises(ValueError, match="`targets` must be arrays"):
+        ablate_units(model, x, loss="mse", verbose=0)
 
 
 @pytest.mark.one_backend

@@ -3,19 +3,18 @@ import itertools
 import keras
 import numpy as np
 import pytest
-from edit_reference import (
+from keras import ops
+from models import (
     BATCH,
     FEATURES,
     TIME,
     UNITS,
     apply_dense,
     classifier,
-    float64_weights,
     make,
     numpy_lstm,
 )
-from keras import ops
-from reference import sigmoid, tensor
+from reference import sigmoid, tensor, weights_of
 
 from keras_scratch_lstm import contextual_decomposition, integrated_gradients
 
@@ -43,7 +42,7 @@ def shapley(function, bias, terms):
 
 def decompose_in_numpy(layer, x, span):
     """The equations of Murdoch, Liu and Yu, with their products written out."""
-    w = float64_weights(layer.cell)
+    w = weights_of(layer.cell)
     beta_c, gamma_c, beta, gamma = np.zeros((4, len(x), UNITS))
     for t in range(x.shape[1]):
         inside = t in span
@@ -129,7 +128,7 @@ def test_layers_that_cannot_be_decomposed(x):
     check("does not override `gates`", make("custom cell"))
     check("must have sigmoid gates, tanh", make("LSTM", activation="relu"))
     model = classifier(make("LSTM"))
-    check("`steps` must be .* some of 5. Received: steps=5", model, steps=TIME)
+    check("`steps` must be .* some of 7. Received: steps=7", model, steps=TIME)
     check("`head` must be a `Dense` .* Received: head='lstm'", model, head="lstm")
     check("`head` must be a `Dense` layer of the model with 4", model, head="none")
 
@@ -196,9 +195,42 @@ def test_integrated_gradients_match_a_riemann_sum(x):
         ({"target": (0, 1)}, "`target` must be an index"),
         ({"target": True}, "`target` must be an index .* Received: target=True"),
         ({"target": 0, "n_steps": 0}, "`n_steps` must be a positive integer"),
-        ({"target": 0, "baseline": [1.0] * 3}, r"`baseline` must be .* \(3, 5, 2\)"),
+        ({"target": 0, "baseline": [1.0] * 2}, r"`baseline` must be .* \(5, 7, 3\)"),
     ],
 )
 def test_invalid_arguments(options, message, x):
     with pytest.raises(ValueError, match=message):
         integrated_gradients(classifier(make("LSTM")), x, **options)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_saturated_models_get_more_points(fixed, rng):
+    """Gates that switch within a small part of the path."""
+    layer = make("LSTM", stateful=fixed)
+    layer.set_weights([6 * weight for weight in layer.get_weights()])
+    model = classifier(layer, batch_size=BATCH if fixed else None)
+    x = rng.normal(size=(BATCH, TIME, FEATURES)).astype("float32")
+    options = {"target": 1, "baseline": 0.3, "batch_size": 32, "max_steps": 512}
+    found = integrated_gradients(model, x, n_steps=4, **options)
+    at_x, at_start = (
+        ops.convert_to_numpy(model(v))[:, 1] for v in (x, np.full_like(x, 0.3))
+    )
+    if not fixed:
+        np.testing.assert_allclose(found.difference, at_x - at_start, atol=1e-5)
+    error = np.abs(found.scores.sum((1, 2)) - found.difference)
+    np.testing.assert_allclose(found.error, error, atol=1e-4)
+    assert (found.error <= 0.01 * np.abs(found.difference) + 1e-3).all()
+    assert found.n_steps.max() > 4
+    with pytest.warns(UserWarning, match="of 5 samples do not add up .* max_steps=4"):
+        integrated_gradients(model, x, n_steps=2, **options | {"max_steps": 4})
+
+
+def test_attribution_of_both_directions_and_batches(x):
+    both = keras.layers.Bidirectional(make("ScratchLSTM"))
+    model = classifier(both)
+    found = integrated_gradients(model, x, target=0, batch_size=7)
+    at_x, at_zero = (ops.convert_to_numpy(model(v))[:, 0] for v in (x, 0 * x))
+    np.testing.assert_allclose(found.scores.sum((1, 2)), at_x - at_zero, atol=1e-4)
+    batches = iter([(x[:3],), (x[3:],)])
+    other = integrated_gradients(model, batches, target=0, batches=None)
+    np.testing.assert_allclose(other.scores, found.scores, rtol=1e-4, atol=1e-6)

@@ -3,20 +3,21 @@ from fractions import Fraction
 import keras
 import numpy as np
 import pytest
-from edit_reference import (
-    ARRAYS,
+from keras import ops
+from models import (
     BATCH,
     FEATURES,
     LAYERS,
     TIME,
     UNITS,
+    VARIANTS,
     apply_dense,
     classifier,
     make,
     numpy_lstm,
+    with_mask,
 )
-from keras import ops
-from reference import tensor
+from reference import ARRAYS, tensor
 
 from keras_scratch_lstm import (
     Edit,
@@ -28,6 +29,7 @@ from keras_scratch_lstm import (
     trace_gates,
 )
 
+BACKEND = keras.backend.backend()
 BOTH = pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM"])
 
 
@@ -44,11 +46,10 @@ def assert_equal_traces(trace, expected):
         assert_close(getattr(trace, name), expected[name])
 
 
-@pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("array", ARRAYS)
-def test_edits_match_numpy(kind, array, x, rng):
+def test_edits_match_numpy(array, x, rng):
     """A clamp, a scale and an array, at chosen samples, time steps and units."""
-    layer = make(kind, return_sequences=True)
+    layer = make("LSTM", return_sequences=True)
     model = classifier(layer)
     value = rng.normal(size=(2, 3, 1))
     edits = [
@@ -72,6 +73,76 @@ def test_edits_match_numpy(kind, array, x, rng):
     expected, h = numpy_lstm(layer, x, edit)
     assert_equal_traces(trace, expected)
     assert_close(outputs, apply_dense(model, h))
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, *VARIANTS])
+def test_edits_of_all_arrays_of_every_cell(kind, x, rng):
+    """What depends on an edited array follows, in the same time step too."""
+    mask = rng.random((BATCH, TIME)) < 0.8
+    layer = make(kind, return_sequences=True, go_backwards=bool(rng.integers(2)))
+    edits, places = [], []
+    for name in ARRAYS:
+        steps, units = rng.permutation(TIME)[:3], rng.permutation(UNITS)[:2]
+        value = rng.normal(size=(BATCH, 3, 2))
+        edits.append(Edit(name, value, steps=list(steps), units=units))
+        edits.append(Edit(name, scale=0.5, steps=int(rng.integers(TIME))))
+        places.append((steps, units, value, edits[-1].steps))
+
+    def edit(name, values, t):
+        steps, units, value, scaled = places[ARRAYS.index(name)]
+        values = values.copy()
+        for k in np.flatnonzero(steps == t):
+            values[:, units] = value[:, k]
+        return values * (0.5 if t == scaled else 1)
+
+    outputs, trace = run_with_edits(with_mask(layer), [x, mask], edits=edits)
+    expected, h = numpy_lstm(layer, x, edit, mask=mask)
+    # A layer normalization may amplify rounding.
+    models.assert_close(trace, expected)
+    np.testing.assert_allclose(outputs, h, rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_can_be_edited(x):
+    layer = make("ScratchLSTM", return_sequences=True)
+    silent = x.copy()
+    silent[:, 2:5, 1] = 0
+    outputs, _ = run_with_edits(layer, x, edits=Edit("x", 0, steps=[2, 3, 4], units=1))
+    assert_close(outputs, numpy_lstm(layer, silent)[1])
+
+
+def test_missing_axes_of_a_value(x, rng):
+    layer, others = make("LSTM"), rng.normal(size=(BATCH, TIME, UNITS))
+    expected, _ = run_with_edits(layer, x, edits=Edit("c", others[:, 4:5], steps=[4]))
+    for value, options in (
+        (others[:, 4], {"steps": 4}),
+        (others[:, 4:5], {"steps": 4}),
+        (others[:, 4, :, None], {"steps": 4}),
+    ):
+        edit = Edit("c", value, **options)
+        if value.shape[-1] == 1:
+            with pytest.raises(ValueError, match="broadcasts in one way only"):
+                run_with_edits(layer, x, edits=edit)
+        else:
+            np.testing.assert_array_equal(
+                run_with_edits(layer, x, edits=edit)[0], expected
+            )
+
+
+@pytest.mark.one_backend
+def test_ambiguous_values_are_rejected(rng):
+    layer = make("LSTM")
+    x = rng.normal(size=(UNITS, TIME, FEATURES))  # as many samples as units
+    for value in (np.ones(UNITS), "0.5", np.array(["0.5"])):
+        with pytest.raises(ValueError, match="broadcasts in one way only"):
+            run_with_edits(layer, x, edits=Edit("f", value))
+    run_with_edits(layer, x, edits=Edit("f", np.ones((1, 1, UNITS))))
+    trace = trace_gates(layer, x[:2])
+    with pytest.raises(ValueError, match=r"Received: a `GateTrace` with shape \(2, 7"):
+        run_with_edits(layer, x, edits=Edit("f", trace))
+    both = keras.layers.Bidirectional(make("LSTM"))
+    both.build(x.shape)
+    with pytest.raises(ValueError, match="a `GateTrace` with no `backward`"):
+        run_with_edits(both, x, edits=Edit("f", trace_gates(layer, x)))
 
 
 def test_value_may_be_a_tensor(x, rng):
@@ -261,12 +332,75 @@ def test_options_of_the_layer(x):
     assert trace.c.dtype == "float32"
 
 
-def test_first_call_of_a_shared_layer_is_edited(x):
+def test_calls_of_a_shared_layer(x):
     layer = keras.layers.LSTM(FEATURES, return_sequences=True)
     inputs = keras.Input((TIME, FEATURES))
     model = keras.Model(inputs, layer(layer(inputs)))
     outputs, _ = run_with_edits(model, x, edits=Edit("h", 0.5))
     assert_close(outputs, to_numpy(layer(np.full_like(x, 0.5))))
+    once = to_numpy(layer(x))
+    edit = Edit("h", 0.5, steps=2)
+    expected, trace = run_with_edits(layer, once, edits=edit)
+    outputs, second = run_with_edits(model, x, edits=edit, call_index=1)
+    assert_close(outputs, expected)
+    assert_equal_traces(second, vars(trace))
+    with pytest.raises(ValueError, match="`call_index` must be less than 2, how often"):
+        run_with_edits(model, x, edits=[], call_index=2)
+
+
+@BOTH
+def test_both_directions_in_one_run(kind, x):
+    both = keras.layers.Bidirectional(make(kind, return_sequences=True))
+    model = classifier(both)
+    _, other = run_with_edits(model, x[::-1].copy(), edits=[])
+    edits = [Edit("f", 0.5, units=1), Edit("c", other, steps=3)]
+    outputs, trace = run_with_edits(model, x, edits=edits)
+    hidden = []
+    for layer, one, patch in zip(
+        (both.forward_layer, both.backward_layer),
+        (trace, trace.backward),
+        (other.c, other.backward.c),
+        strict=True,
+    ):
+
+        def edit(name, values, t, patch=patch):
+            if name == "f":
+                values[:, 1] = 0.5
+            return patch[:, 3] if (name, t) == ("c", 3) else values
+
+        expected, h = numpy_lstm(layer, x, edit)
+        assert_equal_traces(one, expected)
+        hidden.append(h[:, ::-1] if layer.go_backwards else h)
+    assert_close(outputs, apply_dense(model, np.concatenate(hidden, -1)))
+
+
+@pytest.mark.parametrize("batch_size", [2, BATCH])
+def test_batches_are_edited_as_one(batch_size, x, rng):
+    model = classifier(make("LSTM", return_sequences=True))
+    value = rng.normal(size=(3, TIME, UNITS))
+    edits = [Edit("c", value, samples=[4, 0, 1]), Edit("f", scale=0.5, samples=-2)]
+    expected, trace = run_with_edits(model, x, edits=edits)
+    dataset = [(x[k : k + 2], np.zeros(2)) for k in range(0, BATCH, 2)]
+    for inputs in (x, iter(dataset)):
+        options = {"batch_size": batch_size, "batches": None}
+        outputs, found = run_with_edits(model, inputs, edits=edits, **options)
+        assert_close(outputs, expected)
+        assert_equal_traces(found, vars(trace))
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_masked_outputs_are_those_of_keras(zero, unroll, backwards, x, rng):
+    if BACKEND == "torch" and unroll and backwards:
+        pytest.skip("Keras does not support masks here")
+    mask = rng.random((BATCH, TIME)) < 0.6
+    options = {"unroll": unroll, "go_backwards": backwards, "return_sequences": True}
+    for kind in ("LSTM", "ScratchLSTM"):
+        layer = make(kind, **options, zero_output_for_mask=zero)
+        model = with_mask(layer)
+        outputs, _ = run_with_edits(model, [x, mask], edits=[])
+        assert_close(outputs, to_numpy(model([x, mask])))
 
 
 def without_value(layer):
@@ -324,17 +458,17 @@ def test_invalid_edit(arguments, message):
     [
         (Edit("f", 1.0, units=UNITS), "`units` must be an integer, a slice or a list"),
         (Edit("f", 1.0, units=[0, -UNITS - 1]), "that selects some of 4"),
-        (Edit("f", 1.0, steps=TIME), "`steps` .* selects some of 5. Received: steps=5"),
+        (Edit("f", 1.0, steps=TIME), "`steps` .* selects some of 7. Received: steps=7"),
         (Edit("f", 1.0, steps=slice(TIME, None)), "`steps` must be"),
         (Edit("f", 1.0, samples=[]), "`samples` must be"),
         (Edit("f", 1.0, units="a"), "`units` must be"),
-        (Edit("f", np.ones(UNITS + 2)), r"broadcasts in one way only .* \(3, 5, 4\)"),
+        (Edit("f", np.ones(UNITS + 2)), r"broadcasts in one way only .* \(5, 7, 4\)"),
         (Edit("f", lambda gates, t: 1 - gates.i), "`value` must be a number"),
         (Edit("f", "open"), "`value` must be a number"),
         (Edit("f", np.nan), "`value` must be finite"),
         (
             Edit("f", GateTrace(*[np.zeros((BATCH, TIME + 1, UNITS))] * 6)),
-            r"`GateTrace` of shape \(3, 5, 4\), .* Received: .* \(3, 6, 4\)",
+            r"`GateTrace` of shape \(5, 7, 4\), .* Received: .* \(5, 8, 4\)",
         ),
         ("f", "`edits` must be an `Edit` or a list of these"),
         (None, "`edits` must be an `Edit` or a list of these. Received: edits=None"),

@@ -4,8 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from reference import label
-from trace_reference import (
+from models import (
     BATCH,
     FEATURES,
     LAYERS,
@@ -18,6 +17,7 @@ from trace_reference import (
     numpy_trace,
     sequential,
 )
+from reference import label
 
 from keras_scratch_lstm import ScratchLSTM, trace_gates
 from keras_scratch_lstm.observing.models import find_all

@@ -6,8 +6,8 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from models import LAYERS, TIME, assert_close, embed, numpy_trace, sequential
 from reference import run_python
-from trace_reference import LAYERS, TIME, assert_close, embed, numpy_trace, sequential
 
 from keras_scratch_lstm import ScratchLSTM, to_builtin, to_scratch, trace_gates
 

@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from trace_reference import (
+from models import (
     BATCH,
     FEATURES,
     LAYERS,

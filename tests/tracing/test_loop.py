@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from trace_reference import (
+from models import (
     BATCH,
     FEATURES,
     LAYERS,
@@ -14,10 +14,10 @@ from trace_reference import (
     assert_close,
     embed,
     make,
-    named_weights,
     numpy_trace,
     sequential,
 )
+from reference import weights_of
 
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, trace_gates
 from keras_scratch_lstm.observing import loop, standard
@@ -71,7 +71,7 @@ def test_other_activations_without_bias(kind, x):
     )
     layer(x)
     trace = trace_gates(layer, x)
-    z = x[:, 0] @ named_weights(layer.cell)["W_xf"]
+    z = x[:, 0] @ weights_of(layer.cell)["W_xf"]
     np.testing.assert_allclose(trace.f[:, 0], np.clip(z / 6 + 0.5, 0, 1), **CLOSE)
     h = trace.o * trace.c / (1 + abs(trace.c))
     np.testing.assert_allclose(trace.h, h, **CLOSE)
