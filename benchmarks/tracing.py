@@ -1,11 +1,11 @@
-"""Compare the time of traces and interventions with that of a forward pass.
+"""Compare the time of traces and experiments with that of a forward pass.
 
     KERAS_BACKEND=jax python benchmarks/tracing.py
 
 The model has one-hot characters, one recurrent layer and logits. For every kind of
-layer, this measures `trace_gates`, `run_with_edits`, `model.predict_on_batch`
-(compiled) and `model(x)` (eager) in turn, and prints a Markdown table of medians and
-ratios. Then it measures `ablate_units` of all units, once.
+layer, this measures `model.predict_on_batch`, `trace_gates`, `run_with_edits`,
+`trace_gradients` and the ablation of one unit by `ablate_units`, in turn. It prints a
+Markdown table of medians and, with `--first`, one of the first calls, which compile.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from keras_scratch_lstm import (
     ablate_units,
     run_with_edits,
     trace_gates,
+    trace_gradients,
 )
 
 VOCABULARY = 28
@@ -68,28 +69,44 @@ def build(layer):
     )
 
 
-def wait_for(outputs):
-    keras.ops.convert_to_numpy(outputs)  # waits for asynchronous execution
+def calls_of(model, x):
+    lstm = getattr(model.layers[1], "forward_layer", model.layers[1])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    ablate = {"loss": loss, "layer": lstm, "units": 0, "verbose": 0}
+    edit = {"edits": Edit("h", 0.0, units=[0]), "layer": lstm}
+    return {
+        "forward": lambda: model.predict_on_batch(x),
+        "trace": lambda: trace_gates(model, x),
+        "edit": lambda: run_with_edits(model, x, **edit),
+        "gradient": lambda: trace_gradients(model, x, x, loss=loss, layer=lstm),
+        "ablation": lambda: ablate_units(model, x, x, **ablate),
+    }
+
+
+def seconds_of(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def measure(calls, rounds):
-    """Return the median seconds of each function; they are called in turn."""
+    """Return the first and the median seconds of each; they are called in turn."""
+    first = {name: seconds_of(call) for name, call in calls.items()}
     seconds = {name: [] for name in calls}
-    for number in range(rounds + 2):
+    for _ in range(rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if number >= 2:  # the first two compile
-                seconds[name].append(time.perf_counter() - start)
-    return {name: np.median(values) for name, values in seconds.items()}
+            seconds[name].append(seconds_of(call))
+    return first, {name: np.median(values) for name, values in seconds.items()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--num-steps", type=int, default=35)
-    parser.add_argument("--units", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch-size", type=int, default=10)
+    parser.add_argument("--num-steps", type=int, default=500)
+    parser.add_argument("--units", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--first", action="store_true", help="also print first calls")
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=LAYERS)
     args = parser.parse_args()
 
     rng = np.random.default_rng(0)
@@ -98,36 +115,18 @@ def main():
     print(
         f"{keras.backend.backend()}, Keras {keras.__version__}, batch {shape[0]} x "
         f"{shape[1]} steps x {args.units} units; milliseconds, medians of "
-        f"{args.rounds}\n\n| layer | trace | edit | edit/trace | `predict_on_batch` | "
-        "trace/predict | `model(x)` | trace/call |\n" + "|---" * 8 + "|",
-        flush=True,
+        f"{args.rounds}\n"
     )
-    for name, make in LAYERS.items():
-        model = build(make(args.units))
-        lstm = getattr(model.layers[1], "forward_layer", model.layers[1])
-        trace, edit, predict, call = measure(
-            {
-                "trace": lambda model=model: trace_gates(model, x),
-                "edit": lambda model=model, lstm=lstm: run_with_edits(
-                    model, x, Edit("h", 0.0, units=[0]), lstm
-                ),
-                "predict": lambda model=model: model.predict_on_batch(x),
-                "call": lambda model=model: wait_for(model(x)),
-            },
-            args.rounds,
-        ).values()
-        print(
-            f"| {name} | {trace * 1e3:.1f} | {edit * 1e3:.1f} | {edit / trace:.2f} | "
-            f"{predict * 1e3:.1f} | "
-            f"{trace / predict:.2f} | {call * 1e3:.1f} | {trace / call:.2f} |",
-            flush=True,
-        )
-    model = build(LAYERS["`LSTM`"](args.units))
-    start = time.perf_counter()
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    ablate_units(model, x, x, loss, verbose=0)
-    seconds = time.perf_counter() - start
-    print(f"\nAblation of all {args.units} units of `LSTM`: {seconds:.1f} s")
+    print(
+        "| layer | forward | trace | edit | gradient | ablation |\n" + "|---" * 6 + "|"
+    )
+    for name in args.layers:
+        calls = calls_of(build(LAYERS[name](args.units)), x)
+        first, medians = measure(calls, args.rounds)
+        rows = {name: medians} | ({f"{name}, first": first} if args.first else {})
+        for label, seconds in rows.items():
+            row = " | ".join(f"{1e3 * value:.0f}" for value in seconds.values())
+            print(f"| {label} | {row} |", flush=True)
 
 
 if __name__ == "__main__":

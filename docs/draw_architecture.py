@@ -18,9 +18,10 @@ LAYERS = (
     ("cell", "recurrence", "_bidirectional"),
     ("_litert", "cells"),
     ("layer",),
-    ("convert", "tracing", "metrics"),
+    ("convert", "observing", "metrics"),
+    ("tracing", "callbacks"),
     ("experiments", "litert"),
-    ("plotting", "callbacks"),
+    ("plotting",),
     ("__init__",),
 )
 COLUMNS = {"convert": 0.12, "metrics": 0.88, "cells": 0.12, "_litert": 0.88}

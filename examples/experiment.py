@@ -87,18 +87,18 @@ def find_unit(model, x, y, out):
 def patch(model, x, unit):
     """Patches the cell state of one unit, from a run with other numbers."""
     others = x[::-1]
-    outputs, _ = run_with_edits(model, x, [])
-    expected, trace = run_with_edits(model, others, [])
-    patched, _ = run_with_edits(model, x, Edit("c", trace, units=unit, steps=-1))
+    outputs, _ = run_with_edits(model, x, edits=[])
+    expected, trace = run_with_edits(model, others, edits=[])
+    patched, _ = run_with_edits(model, x, edits=Edit("c", trace, units=unit, steps=-1))
     moved = np.polyfit((expected - outputs)[:, 0], (patched - outputs)[:, 0], 1)[0]
     print(f"patching c of unit {unit}: the output moves {moved:.0%} of the way")
 
 
 def attribute(model, x, out):
     """Attributes the outputs to the time steps, by two methods."""
-    gradients = integrated_gradients(model, x, target=0).sum(axis=-1)
+    gradients = integrated_gradients(model, x, target=0).scores.sum(axis=-1)
     contributions = [
-        contextual_decomposition(model, x, t, head="output").beta[:, -1, 0]
+        contextual_decomposition(model, x, steps=t, head="output").beta[:, -1, 0]
         for t in range(x.shape[1])
     ]
     tokens = [f"{number:+.1f}" for number in x[0, :, 0]]
@@ -109,7 +109,7 @@ def attribute(model, x, out):
         variance = scores.var(axis=0)
         share = variance[0] / variance.sum()
         print(f"{name}: the first time step has {share:.0%} of the variance")
-        plotting.plot_attribution(scores[0], tokens, out / f"{name}.png")
+        plotting.plot_attribution(scores[0], tokens=tokens, path=out / f"{name}.png")
 
 
 def compare_gradients(models, x, y, out):
@@ -119,7 +119,7 @@ def compare_gradients(models, x, y, out):
         norms = np.linalg.norm(trace.h, axis=-1).mean(axis=0)
         share = norms[0] / norms[-1]
         print(f"{name}: |dL/dh| at the first time step is {share:.2g} of the last")
-    plotting.plot_gradients(traces, out / "gradients.png")
+    plotting.plot_gradients(traces, path=out / "gradients.png")
 
 
 if __name__ == "__main__":

@@ -44,9 +44,9 @@ from keras_scratch_lstm import (
     PerplexityLogger,
     ScratchLSTM,
     plotting,
+    token_features,
     trace_gates,
 )
-from keras_scratch_lstm.tracing.tokens import token_features
 
 LINE = 88  # characters per line of the plots
 
@@ -57,7 +57,7 @@ def main(argv=None):
         with common.lock(args.out):
             model, tokens, text = (encode if args.model else train)(args)
             tokens, text = tokens[: args.characters], text[: args.characters]
-            trace = trace_gates(model, tokens[None], args.layer)
+            trace = trace_gates(model, tokens[None], layer=args.layer)
             print(trace)
             write_report(trace, text, print_selective_units(trace, text), args.out)
     except (common.ExampleError, OSError, ValueError) as error:
@@ -121,10 +121,16 @@ def print_selective_units(trace, text, most=5):
 
 def write_report(trace, text, units, out):
     line, page = slice(0, LINE), slice(0, 9 * LINE)
-    plotting.plot_gates(trace, units[:3], text, steps=line, path=out / "gates.png")
-    plotting.plot_heatmap(trace, "f", text, steps=line, path=out / "heatmap.png")
+    plotting.plot_gates(
+        trace, units=units[:3], tokens=text, steps=line, path=out / "gates.png"
+    )
+    plotting.plot_heatmap(
+        trace, array="f", tokens=text, steps=line, path=out / "heatmap.png"
+    )
     plotting.plot_saturation(trace, path=out / "saturation.png")
-    plotting.plot_text(trace, units[0], text, steps=page, path=out / "text.png")
+    plotting.plot_text(
+        trace, unit=units[0], tokens=text, steps=page, path=out / "text.png"
+    )
     trace.save(out / "trace.npz")
     trace.to_html(out / "gates.html", text)
 

@@ -1,5 +1,6 @@
 """References in NumPy, float64, and what most tests need to compare with them."""
 
+import functools
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import keras
 import numpy as np
 
+ARRAYS = ("i", "f", "o", "c_tilde", "c", "h")
 NAMES = ["W_xi", "W_hi", "b_i", "W_xf", "W_hf", "b_f"]
 NAMES += ["W_xo", "W_ho", "b_o", "W_xc", "W_hc", "b_c"]
 
@@ -17,33 +19,96 @@ def sigmoid(z):
 
 
 def weights_of(cell):
-    """The weights of a cell by name, in float64."""
-    return {weight.name: np.array(weight).astype("float64") for weight in cell.weights}
+    """The weights of a cell by name, in float64: one per matrix of the equations."""
+    if isinstance(cell, keras.layers.LSTMCell):
+        w = {}
+        for prefix, weight in zip(("W_x", "W_h", "b_"), cell.weights, strict=False):
+            parts = np.split(np.array(weight).astype("float64"), 4, axis=-1)
+            w |= {prefix + gate: part for gate, part in zip("ifco", parts, strict=True)}
+        return w
+    norms = [getattr(cell, name, None) for name in ("norm_x", "norm_h", "norm_c")]
+    w = {f"{norm.name}/{v.name}": v for norm in norms if norm for v in norm.weights}
+    w |= {weight.name: weight for weight in cell.weights}
+    w = {name: np.array(weight).astype("float64") for name, weight in w.items()}
+    rates = {name: getattr(cell, name, None) for name in ("zoneout_h", "zoneout_c")}
+    return w | {name: rate for name, rate in rates.items() if rate is not None}
 
 
-def gates(x, h, c, w):
-    """`i`, `f`, `o` and `c_tilde`; `W_cf` is the peephole of a `PeepholeCell`."""
-    z = {k: x @ w[f"W_x{k}"] + h @ w[f"W_h{k}"] + w.get(f"b_{k}", 0) for k in "ifoc"}
-    z["f"] += c * w.get("W_cf", 0)
-    return *(sigmoid(z[k]) for k in "ifo"), np.tanh(z["c"])
+def lstm_arrays(x, h, c, w, edit=lambda name, values: values):
+    """One time step of any cell, in inference, by the names of its weights.
+
+    `edit(name, values)` returns the new values of an array. What is computed from it
+    sees the new ones. Returns a dict of array name -> values.
+    """
+    z_x, z_h = (
+        {k: v @ w.get(prefix + k, 0 * w[prefix + "i"]) for k in "ifco"}
+        for v, prefix in ((x, "W_x"), (h, "W_h"))
+    )
+    for name, z in ("norm_x", z_x), ("norm_h", z_h):
+        normed = _layer_norm(np.concatenate([z[k] for k in "ifco"], -1), w, name)
+        z.update(zip("ifco", np.split(normed, 4, -1), strict=True))
+    z = {k: z_x[k] + z_h[k] + w.get(f"b_{k}", 0) for k in "ifco"}
+    z["i"] = z["i"] + w.get("p_i", 0) * c
+    z["f"] = z["f"] + w.get("p_f", w.get("W_cf", 0)) * c  # `W_cf`: a `PeepholeCell`
+    is_coupled, is_zoneout = "W_xf" not in w, "zoneout_c" in w
+    i = edit("i", sigmoid(z["i"]))
+    f = edit("f", 1 - i if is_coupled else sigmoid(z["f"]))
+    c_tilde = edit("c_tilde", np.tanh(z["c"]))
+    c_new = _layer_norm(f * c + i * c_tilde, w, "norm_c")
+    c_new = c_new if is_zoneout else edit("c", c_new)
+    o = edit("o", sigmoid(z["o"] + w.get("p_o", 0) * c_new))
+    h_new = o * np.tanh(c_new)
+    if is_zoneout:
+        c_new = edit("c", w["zoneout_c"] * c + (1 - w["zoneout_c"]) * c_new)
+        h_new = w["zoneout_h"] * h + (1 - w["zoneout_h"]) * h_new
+    return dict(zip(ARRAYS, (i, f, o, c_tilde, c_new, edit("h", h_new)), strict=True))
+
+
+def _layer_norm(z, w, name):
+    if f"{name}/gamma" not in w:
+        return z
+    z = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-3)
+    return z * w[f"{name}/gamma"] + w[f"{name}/beta"]
 
 
 def lstm_step(x, h, c, w):
-    i, f, o, c_tilde = gates(x, h, c, w)
-    c = f * c + i * c_tilde
-    return o * np.tanh(c), c
+    arrays = lstm_arrays(x, h, c, w)
+    return arrays["h"], arrays["c"]
 
 
 def lstm(x, w, h=0, c=0, mask=None):
     """The whole sequence: `h` of all time steps, and the last states."""
-    h, c = (np.zeros((len(x), w["W_hi"].shape[0])) + state for state in (h, c))
-    outputs = []
-    for t in range(x.shape[1]):
-        new_h, new_c = lstm_step(x[:, t].astype("float64"), h, c, w)
-        unmasked = np.ones((len(x), 1), bool) if mask is None else mask[:, t, None]
-        h, c = np.where(unmasked, new_h, h), np.where(unmasked, new_c, c)
-        outputs.append(h)
-    return np.stack(outputs, 1), h, c
+    outputs, _, states = run_lstm(x, w, h, c, mask)
+    return outputs, *states
+
+
+def run_lstm(x, w, h=0, c=0, mask=None, edit=None, backwards=False):
+    """Run an LSTM, with edits: `edit(name, values, t)` returns the new values.
+
+    Returns the outputs in the order of the loop, a dict of the arrays in the order of
+    the inputs, NaN at masked time steps, and the last states.
+    """
+    edit = edit or (lambda name, values, t: values)
+    batch, time, _ = x.shape
+    units = w["W_hi"].shape[0]
+    h, c = (np.zeros((batch, units)) + (0 if s is None else s) for s in (h, c))
+    mask = np.ones((batch, time), bool) if mask is None else mask
+    trace = {name: np.full((batch, time, units), np.nan) for name in ARRAYS}
+    outputs, output = [], np.zeros((batch, units))
+    for t in reversed(range(time)) if backwards else range(time):
+        change = functools.partial(_at, edit, t)
+        arrays = lstm_arrays(x[:, t].astype("float64"), h, c, w, change)
+        unmasked = mask[:, t, None]
+        for name, values in arrays.items():
+            trace[name][:, t] = np.where(unmasked, values, np.nan)
+        output = np.where(unmasked, arrays["h"], output)
+        h, c = (np.where(unmasked, arrays[k], v) for k, v in (("h", h), ("c", c)))
+        outputs.append(output)
+    return np.stack(outputs, 1), trace, (h, c)
+
+
+def _at(edit, t, name, values):
+    return edit(name, values, t)
 
 
 def tensor(array):

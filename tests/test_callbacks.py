@@ -6,8 +6,8 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from reference import NAMES, cross_entropy
-from tracing.trace_reference import LAYERS, named_weights
+from models import LAYERS
+from reference import NAMES, cross_entropy, weights_of
 
 from keras_scratch_lstm import (
     GateMonitor,
@@ -307,7 +307,7 @@ def test_monitor_logs_saturation_and_weight_norms(kind, series):
     norms = []  # at the end of each epoch
     record = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: norms.append(
-            {k: np.linalg.norm(w) for k, w in named_weights(layer.cell).items()}
+            {k: np.linalg.norm(w) for k, w in weights_of(layer.cell).items()}
         )
     )
     monitor = GateMonitor(series[0][:3])
@@ -344,7 +344,7 @@ def test_monitor_selects_layers_and_metrics(series):
             f"{name}/{weight}_norm" for name in expected for weight in NAMES
         }
         for name in expected:
-            norm = np.linalg.norm(named_weights(lstms[name].cell)["b_f"])
+            norm = np.linalg.norm(weights_of(lstms[name].cell)["b_f"])
             assert history[f"{name}/b_f_norm"] == [pytest.approx(norm)]
     monitor = GateMonitor(series[0], lower, metrics=["saturation"])
     history = fit(model, *series, callbacks=[monitor])
@@ -423,7 +423,9 @@ def test_later_callbacks_but_the_progress_bar_see_the_logs(
         )
         for seen in (before, after)
     ]
-    ours = [GateMonitor(series[0], None, [name]) for name in callbacks.METRICS]
+    ours = [
+        GateMonitor(series[0], None, [name]) for name in ("saturation", "weight_norms")
+    ]
     ours.append(PerplexityLogger(verbose=0))
     every[1:1] = ours if is_first else ours[::-1]
     every.append(keras.callbacks.CSVLogger(tmp_path / "log.csv"))

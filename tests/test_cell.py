@@ -202,19 +202,6 @@ def test_wrong_return_value_of_custom_gates(draw, change, received, rate):
         cell(draw(4, 5), states, training=True)
 
 
-def test_gates_are_checked_in_the_first_call_only(draw, monkeypatch):
-    cell, checked = returning(lambda gates: gates), []
-    x, states = draw(4, 5), [keras.ops.convert_to_tensor(draw(4, 6)) for _ in "hc"]
-    cell(x, states)
-    monkeypatch.setattr(
-        "keras_scratch_lstm.cell.isinstance",
-        lambda value, _: checked.append(value),
-        raising=False,
-    )
-    cell(x, states)
-    assert checked == []
-
-
 @pytest.mark.parametrize("argument", ["dropout", "recurrent_dropout"])
 def test_dropout_applies_to_custom_gates(draw, argument):
     rnn = layers.RNN(PeepholeCell(6, seed=3, **{argument: 0.5}))

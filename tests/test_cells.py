@@ -316,7 +316,7 @@ def test_edits_of_a_peephole_cell(rng, draw):
     cell, x = random_cell(PeepholeLSTMCell(4), rng), draw(2, 5, 3)
     layer = ScratchLSTM(cell=cell, return_sequences=True)
     expected = layer(x)
-    assert_close(run_with_edits(layer, x, [])[0], expected)
+    assert_close(run_with_edits(layer, x, edits=[])[0], expected)
 
 
 @pytest.mark.one_backend

@@ -9,7 +9,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 from matplotlib.figure import Figure
 from PIL import Image
 
-from keras_scratch_lstm import Ablation, GateTrace, plotting
+from keras_scratch_lstm import Ablation, GateTrace, Gradients, plotting
 from keras_scratch_lstm.tracing.trace import ARRAYS
 
 pytestmark = pytest.mark.one_backend
@@ -41,7 +41,9 @@ def text_of(figure):
 
 
 def test_plot_gates_has_values_of_units(trace):
-    figure = plotting.plot_gates(trace, [4, 1], TEXT, sample=0, steps=slice(2, 20))
+    figure = plotting.plot_gates(
+        trace, units=[4, 1], tokens=TEXT, sample=0, steps=slice(2, 20)
+    )
     assert [ax.get_ylabel() for ax in figure.axes] == ["unit 4", "unit 1"]
     for ax, unit in zip(figure.axes, (4, 1), strict=True):
         lines = {line.get_label(): line for line in ax.get_lines()}
@@ -70,30 +72,32 @@ WORDS = [f"word{k}" for k in range(TIME)]
 )
 def test_tokens_label_the_time_axis(tokens, labels, rotation, trace):
     for figure in (
-        plotting.plot_gates(trace, 0, tokens, sample=1),
-        plotting.plot_heatmap(trace, "c", tokens, sample=1),
+        plotting.plot_gates(trace, units=0, tokens=tokens, sample=1),
+        plotting.plot_heatmap(trace, array="c", tokens=tokens, sample=1),
     ):
         assert tick_labels(figure.axes[0]) == labels
         rotations = {t.get_rotation() for t in figure.axes[0].get_xticklabels()}
         assert rotations == {rotation}
-    assert text_of(plotting.plot_text(trace, 0, tokens, sample=1)) == labels
+    assert text_of(plotting.plot_text(trace, unit=0, tokens=tokens, sample=1)) == labels
 
 
 def test_time_steps_are_numbered_without_tokens():
     trace = GateTrace(*[np.zeros((1, 300, 2))] * 6)
     for ax in (
-        plotting.plot_gates(trace, 0).axes + plotting.plot_heatmap(trace).axes[:1]
+        plotting.plot_gates(trace, units=0).axes + plotting.plot_heatmap(trace).axes[:1]
     ):
         assert ax.get_xlabel() == "time step"
         assert len(tick_labels(ax)) < 20
-    figure = plotting.plot_text(trace, 0, steps=slice(7, None, 100))
+    figure = plotting.plot_text(trace, unit=0, steps=slice(7, None, 100))
     assert text_of(figure) == ["7", "107", "207"]
 
 
 @pytest.mark.parametrize("array", ARRAYS)
 def test_plot_heatmap_has_values(array, trace):
     steps = slice(None, None, 2)
-    figure = plotting.plot_heatmap(trace, array, TEXT, sample=1, steps=steps)
+    figure = plotting.plot_heatmap(
+        trace, array=array, tokens=TEXT, sample=1, steps=steps
+    )
     ax, bar = figure.axes
     (image,) = ax.get_images()
     expected = getattr(trace, array)[1, ::2].T
@@ -109,8 +113,8 @@ def test_plot_heatmap_has_values(array, trace):
 
 
 def test_masked_time_steps_are_gray(trace):
-    (image,) = plotting.plot_heatmap(trace, "f").axes[0].get_images()
-    (cells,) = plotting.plot_text(trace, 0, TEXT).axes[0].collections
+    (image,) = plotting.plot_heatmap(trace, array="f").axes[0].get_images()
+    (cells,) = plotting.plot_text(trace, unit=0, tokens=TEXT).axes[0].collections
     heatmap = image.to_rgba(image.get_array())
     cells.update_scalarmappable()
     for colors in (heatmap[0], heatmap[-1], cells.get_facecolors()):
@@ -134,7 +138,7 @@ def test_plot_saturation_has_one_point_per_unit(trace):
 def test_plot_text_colors_tokens_by_values(array, trace):
     figure = Figure()
     ax, other = figure.subplots(1, 2)
-    found = plotting.plot_text(trace, 2, TEXT, array, sample=1, ax=ax)
+    found = plotting.plot_text(trace, unit=2, tokens=TEXT, array=array, sample=1, ax=ax)
     assert found is figure
     assert not other.has_data()
     (cells,) = ax.collections
@@ -155,7 +159,7 @@ def test_lines_break_between_words():
     text = "an ordinary word " * 20 + "\n" + "x" * 200
     trace = GateTrace(*[np.zeros((1, len(text), 1))] * 6)
     lines = {}
-    for letter in plotting.plot_text(trace, 0, text).axes[0].texts:
+    for letter in plotting.plot_text(trace, unit=0, tokens=text).axes[0].texts:
         lines.setdefault(letter.get_position()[1], []).append(letter.get_text())
     lines = ["".join(line) for line in lines.values()]
     assert "".join(lines) == text.replace("\n", "⏎")
@@ -184,15 +188,15 @@ def test_saved_plots_are_not_clipped(name, arguments, trace, tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "match"),
     [
-        ("gates", {"units": 6}, "from 0 to 5. Received: units=6"),
-        ("gates", {"units": [0, -1]}, "Received: units=-1"),
+        ("gates", {"units": 6}, "that selects some of 6. Received: units=6"),
+        ("gates", {"units": [0, -7]}, r"Received: units=\[0, -7\]"),
         ("gates", {"units": []}, r"Received: units=\[\]"),
         ("gates", {"units": 0, "tokens": "ab"}, "`tokens` must have 21 tokens"),
-        ("gates", {"units": 0, "steps": 3}, "`steps` must be a slice"),
+        ("gates", {"units": 0, "steps": 30}, "`steps` must be an integer, a slice"),
         ("text", {"unit": [0]}, r"Received: unit=\[0\]"),
         ("heatmap", {"array": "mask"}, "`array` must be one of 'i', 'f'"),
         ("heatmap", {"sample": 2}, "Received: sample=2"),
-        ("heatmap", {"steps": slice(50, 60)}, "selects some of 21 time steps"),
+        ("heatmap", {"steps": slice(50, 60)}, "selects some of 21. Received"),
         ("saturation", {"path": 3}, "Received: path=3"),
     ],
 )
@@ -209,7 +213,7 @@ def test_missing_matplotlib_is_named(monkeypatch):
 
 def test_plot_attribution_has_scores(rng):
     scores = rng.normal(size=TIME)
-    figure = plotting.plot_attribution(scores, TEXT)
+    figure = plotting.plot_attribution(scores, tokens=TEXT)
     assert text_of(figure) == list(TEXT.replace("\n", "⏎"))
     (cells,) = figure.axes[0].collections
     np.testing.assert_array_equal(cells.get_array(), scores)
@@ -220,18 +224,20 @@ def test_plot_attribution_has_scores(rng):
 
 def test_plot_gradients_has_norms(trace):
     nan = np.full_like(trace.h, np.nan)
-    simple = GateTrace(*[nan] * 5, h=trace.i)
-    figure = plotting.plot_gradients({"LSTM": trace, "RNN": simple})
+    simple = Gradients(*[nan] * 5, h=trace.i)
+    lstm = Gradients(**{name: getattr(trace, name) for name in ARRAYS})
+    figure = plotting.plot_gradients({"LSTM": lstm, "RNN": simple})
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].get_lines()}
     assert list(lines) == ["LSTM: |dL/dh|", "LSTM: |dL/dc|", "RNN: |dL/dh|"]
     norms = np.sqrt((trace.c**2).sum(axis=-1))
     np.testing.assert_allclose(lines["LSTM: |dL/dc|"], np.nanmean(norms, axis=0))
-    assert plotting.plot_gradients(trace).axes[0].get_yscale() == "log"
+    assert plotting.plot_gradients(lstm).axes[0].get_yscale() == "log"
 
 
 def test_plot_ablation_has_the_largest_changes():
     metric = np.array([1.0, 0.2, 1.3])
-    ablation = Ablation(1.0, np.array(["h", "f", "f"]), np.arange(3), metric)
+    layer, array = np.array(["lstm"] * 3), np.array(["h", "f", "f"])
+    ablation = Ablation(1.0, layer, array, np.arange(3), metric)
     (ax,) = plotting.plot_ablation(ablation, most=2).axes
     assert [label.get_text() for label in ax.get_yticklabels()] == [
         "f, unit 1",
@@ -241,4 +247,4 @@ def test_plot_ablation_has_the_largest_changes():
     np.testing.assert_allclose(widths, [-0.8, 0.3])
     for most in (0, -1, 1.5):
         with pytest.raises(ValueError, match="`most` must be a positive integer"):
-            plotting.plot_ablation(ablation, most)
+            plotting.plot_ablation(ablation, most=most)

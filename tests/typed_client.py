@@ -12,10 +12,12 @@ from matplotlib.figure import Figure
 
 from keras_scratch_lstm import (
     Ablation,
+    Attribution,
     Edit,
     GateMonitor,
     Gates,
     GateTrace,
+    Gradients,
     Perplexity,
     PerplexityLogger,
     ScratchLSTM,
@@ -93,22 +95,22 @@ def tracing(model: Any, x: np.ndarray) -> None:
 
 def experiments(model: Any, x: np.ndarray, trace: GateTrace) -> None:
     edits = [Edit("h", 0.0, units=[3]), Edit("c", trace, steps=slice(5, None))]
-    edits += [Edit("o", scale=2), Edit("f", lambda gates, t: 1 - gates.i)]
-    assert_type(run_with_edits(model, x, edits, layer="lstm")[1], GateTrace)
-    assert_type(ablate_units(model, x, x, "mse", units=[1]), Ablation)
+    edits += [Edit("o", scale=2), Edit("x", 0.0, units=1)]
+    assert_type(run_with_edits(model, x, edits=edits, layer="lstm")[1], GateTrace)
+    assert_type(ablate_units(model, x, x, loss="mse", units=[1]), Ablation)
     assert_type(ablate_units(model, x, x, arrays=["h", "c"]).change, np.ndarray)
-    assert_type(trace_gradients(model, x, x, layer="rnn"), GateTrace)
-    assert_type(contextual_decomposition(model, x, slice(3)).beta, np.ndarray)
-    assert_type(integrated_gradients(model, x, (-1, 3)), np.ndarray)
+    assert_type(trace_gradients(model, x, x, layer="rnn"), Gradients)
+    assert_type(contextual_decomposition(model, x, steps=slice(3)).beta, np.ndarray)
+    assert_type(integrated_gradients(model, x, target=(-1, 3)), Attribution)
     ablate_units(model, x, x, method="noise")  # type: ignore[arg-type]
     Edit("h", 0.0, units=1.5)  # type: ignore[arg-type]
 
 
 def plotting(trace: GateTrace) -> None:
-    assert_type(plot_gates(trace, [1, 2], tokens="a text"), Figure)
-    assert_type(plot_heatmap(trace, "c", steps=slice(10)), Figure)
+    assert_type(plot_gates(trace, units=[1, 2], tokens="a text"), Figure)
+    assert_type(plot_heatmap(trace, array="c", steps=slice(10)), Figure)
     assert_type(plot_saturation(trace, path="saturation.png"), Figure)
-    assert_type(plot_text(trace, 3, ["a text", "another"]), Figure)
+    assert_type(plot_text(trace, unit=3, tokens=["a text", "another"]), Figure)
     plot_gates(trace)  # type: ignore[call-arg]
 
 

@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
         f"`pip install {error.name}`, or set KERAS_BACKEND to an installed one."
     ) from None
 
-from keras_scratch_lstm.callbacks import GateMonitor, PerplexityLogger
+from keras_scratch_lstm.callbacks import PerplexityLogger
 from keras_scratch_lstm.cell import Gates, ScratchLSTMCell
 from keras_scratch_lstm.cells import (
     CoupledLSTMCell,
@@ -31,6 +31,8 @@ from keras_scratch_lstm.convert import (
 )
 from keras_scratch_lstm.experiments import (
     Ablation,
+    Attribution,
+    Decomposition,
     Edit,
     ablate_units,
     contextual_decomposition,
@@ -41,23 +43,34 @@ from keras_scratch_lstm.experiments import (
 from keras_scratch_lstm.layer import ScratchLSTM
 from keras_scratch_lstm.litert import LiteRTFile, export_litert
 from keras_scratch_lstm.metrics import Perplexity
-from keras_scratch_lstm.tracing import GateTrace, trace_gates
+from keras_scratch_lstm.tracing import (
+    GateMonitor,
+    GateTrace,
+    Gradients,
+    Saturation,
+    token_features,
+    trace_gates,
+)
 
 __version__: str = version("keras-scratch-lstm")
 
 __all__ = [
     "Ablation",
+    "Attribution",
     "CoupledLSTMCell",
+    "Decomposition",
     "DropConnectLSTMCell",
     "Edit",
     "GateMonitor",
     "GateTrace",
     "Gates",
+    "Gradients",
     "LayerNormLSTMCell",
     "LiteRTFile",
     "PeepholeLSTMCell",
     "Perplexity",
     "PerplexityLogger",
+    "Saturation",
     "ScratchLSTM",
     "ScratchLSTMCell",
     "ZoneoutLSTMCell",
@@ -72,6 +85,7 @@ __all__ = [
     "to_builtin",
     "to_scratch",
     "to_torch",
+    "token_features",
     "trace_gates",
     "trace_gradients",
 ]

@@ -4,7 +4,7 @@
 binding of cuDNN, and a metric is not passed the mask that `get_keras_mask` returns.
 """
 
-from keras.src.backend.common.masking import get_keras_mask
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "lstm",
     "minimize",
     "operation",
+    "set_keras_mask",
     "sublayers",
 ]
 

@@ -19,3 +19,4 @@ Choice: TypeAlias = Activation | Mapping[str, Any]
 
 Path: TypeAlias = str | PathLike[str]
 Tokens: TypeAlias = Iterable[object]  # of one sample: a string, or a list of strings
+Selection: TypeAlias = int | slice | Iterable[int] | None  # of an axis; `None` is all

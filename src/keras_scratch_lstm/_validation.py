@@ -3,8 +3,10 @@
 Each check returns the value, or raises a `ValueError` that states the rule.
 """
 
+import math
 import numbers
 import operator
+from collections.abc import Iterable
 from pathlib import Path
 
 import keras
@@ -38,11 +40,36 @@ def integer(argument, value, low, high):
     return number
 
 
+def positive_number(argument, value):
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise invalid(argument, value, "a positive number")
+    return float(value)
+
+
 def fraction(argument, value):
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= 1:
         raise invalid(argument, value, "a number from 0 to 1")
     return float(value)
+
+
+def select(argument, selection, size):
+    """Return the indices that a selection has on an axis.
+
+    Raises:
+        ValueError: If it selects nothing, or an index that is out of range.
+    """
+    try:
+        is_iterable = isinstance(selection, Iterable)
+        key = list(selection) if is_iterable else selection
+        indices = np.atleast_1d(np.arange(size)[slice(None) if key is None else key])
+    except (IndexError, TypeError):
+        indices = np.zeros(0)
+    if indices.ndim != 1 or not indices.size:
+        rule = f"an integer, a slice or a list of integers that selects some of {size}"
+        raise invalid(argument, selection, rule)
+    return indices
 
 
 def path(argument, value):

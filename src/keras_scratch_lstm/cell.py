@@ -45,7 +45,8 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
     same seeds the same initial weights, dropout masks and outputs. In addition, every
     initializer, regularizer and constraint can be set per gate, by a dict with the
     keys `"i"`, `"f"`, `"o"` and `"c"`; gates that are left out keep the default.
-    Override `gates` to write a custom cell, as `CoupledLSTMCell` does.
+    Override `gates` to write a custom cell, as `CoupledLSTMCell` does, with `observe`
+    where one array depends on another.
 
     Args:
         units: Positive integer, size of `h` and `c`.
@@ -149,7 +150,6 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
             self.dropout_mask_count = len(GATES)  # for DropoutRNNCell
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
-        self._checked_gates = False
         self.state_size = [self.units, self.units]
         self.output_size = self.units
 
@@ -193,9 +193,27 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
     ) -> tuple[Tensor, list[Tensor]]:
         h, c = states
         i, f, o, c_tilde = self._apply_gates(inputs, h, c, training)
-        c = f * c + i * c_tilde
-        h = o * self.activation(c)
+        c = self.observe("c", f * c + i * c_tilde)
+        h = self.observe("h", o * self.activation(c))
         return h, [h, c]
+
+    def observe(self, name: str, value: Tensor) -> Tensor:
+        """Return an array of a time step, as an experiment records or edits it.
+
+        Outside of experiments, this returns `value`. The first call with a name in a
+        time step counts; later ones return the same tensor. The gates pass through it
+        after `gates` has returned them. Within `gates`, pass an array through it if
+        another one is computed from it, so that edits and gradients include the
+        dependence:
+
+            i = self.observe("i", sigmoid(...))
+            f = 1 - i
+
+        Args:
+            name: `"i"`, `"f"`, `"o"`, `"c_tilde"`, `"c"` or `"h"`.
+            value: Tensor of shape `(batch, units)`.
+        """
+        return value
 
     @property
     def is_standard(self) -> bool:
@@ -271,30 +289,29 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         """`gates`, with dropout in training."""
         drop_x = training and 0 < self.dropout < 1
         drop_h = training and 0 < self.recurrent_dropout < 1
-        if not (training and hasattr(self, "dropout_mask_count")):
+        if training and hasattr(self, "dropout_mask_count"):
+            # Every gate has its own masks, so each is taken from its own call. A
+            # compiled graph computes only the gate that is taken.
+            def call_for(gate):
+                k = FUSED_ORDER.index(gate)
+                x_gate = x * self.get_dropout_mask(x)[k] if drop_x else x
+                h_gate = h * self.get_recurrent_dropout_mask(h)[k] if drop_h else h
+                return self.gates(x_gate, h_gate, c)
+
+            gates = [call_for(gate)[k] for k, gate in enumerate(GATES)]
+        else:
             x = x * self.get_dropout_mask(x) if drop_x else x
             h = h * self.get_recurrent_dropout_mask(h) if drop_h else h
-            return self._call_gates(x, h, c)
+            gates = _check_gates(self.gates(x, h, c))
+        return Gates(*map(self.observe, Gates._fields, gates))
 
-        # Every gate has its own masks, so each is taken from its own call. A compiled
-        # graph computes only the gate that is taken.
-        def call_for(gate):
-            k = FUSED_ORDER.index(gate)
-            x_gate = x * self.get_dropout_mask(x)[k] if drop_x else x
-            h_gate = h * self.get_recurrent_dropout_mask(h)[k] if drop_h else h
-            return self._call_gates(x_gate, h_gate, c)
 
-        return Gates(*(call_for(gate)[k] for k, gate in enumerate(GATES)))
-
-    def _call_gates(self, x, h, c):
-        """`gates`, with a check of what the first call of a custom cell returns."""
-        gates = self.gates(x, h, c)
-        if not self._checked_gates:
-            # A tensor of four samples would unpack, too.
-            is_tuple = isinstance(gates, (tuple, list))
-            if not is_tuple or len(gates) != len(GATES):
-                received = f"{len(gates)} values" if is_tuple else type(gates).__name__
-                rule = "`gates` must return `Gates(i, f, o, c_tilde)`."
-                raise ValueError(f"{rule} Received: {received}")
-            self._checked_gates = True
-        return gates
+def _check_gates(gates):
+    # A tensor of four samples would unpack, too.
+    is_tuple = isinstance(gates, (tuple, list))
+    if not is_tuple or len(gates) != len(GATES):
+        received = f"{len(gates)} values" if is_tuple else type(gates).__name__
+        raise ValueError(
+            "`gates` must return `Gates(i, f, o, c_tilde)`. Received: " + received
+        )
+    return gates

@@ -55,7 +55,8 @@ class PeepholeLSTMCell(ScratchLSTMCell):
         i = sigmoid(x @ self.W_xi + h @ self.W_hi + self.p_i * c + self.b_i)
         f = sigmoid(x @ self.W_xf + h @ self.W_hf + self.p_f * c + self.b_f)
         c_tilde = tanh(x @ self.W_xc + h @ self.W_hc + self.b_c)
-        c = f * c + i * c_tilde
+        i, f, c_tilde = map(self.observe, ("i", "f", "c_tilde"), (i, f, c_tilde))
+        c = self.observe("c", f * c + i * c_tilde)
         o = sigmoid(x @ self.W_xo + h @ self.W_ho + self.p_o * c + self.b_o)
         return Gates(i, f, o, c_tilde)
 
@@ -88,7 +89,7 @@ class CoupledLSTMCell(ScratchLSTMCell):
 
     def gates(self, x: Tensor, h: Tensor, c: Tensor) -> Gates:
         sigmoid, tanh = self.recurrent_activation, self.activation
-        i = sigmoid(x @ self.W_xi + h @ self.W_hi + self.b_i)
+        i = self.observe("i", sigmoid(x @ self.W_xi + h @ self.W_hi + self.b_i))
         o = sigmoid(x @ self.W_xo + h @ self.W_ho + self.b_o)
         c_tilde = tanh(x @ self.W_xc + h @ self.W_hc + self.b_c)
         return Gates(i, 1 - i, o, c_tilde)
@@ -149,8 +150,8 @@ class LayerNormLSTMCell(ScratchLSTMCell):
     ) -> tuple[Tensor, list[Tensor]]:
         h, c = states
         i, f, o, c_tilde = self._apply_gates(inputs, h, c, training)
-        c = self.norm_c(f * c + i * c_tilde)
-        h = o * self.activation(c)
+        c = self.observe("c", self.norm_c(f * c + i * c_tilde))
+        h = self.observe("h", o * self.activation(c))
         return h, [h, c]
 
 
@@ -219,9 +220,11 @@ class ZoneoutLSTMCell(ScratchLSTMCell):
         d_h, d_c = self.zoneout_h, self.zoneout_c
         if training:
             inputs, d_h, d_c = self._split_masks(inputs)
-        _, (new_h, new_c) = super().call(inputs, states, training)
-        h = d_h * h + (1 - d_h) * new_h
-        c = d_c * c + (1 - d_c) * new_c
+        i, f, o, c_tilde = self._apply_gates(inputs, h, c, training)
+        new_c = f * c + i * c_tilde
+        new_h = o * self.activation(new_c)
+        h = self.observe("h", d_h * h + (1 - d_h) * new_h)
+        c = self.observe("c", d_c * c + (1 - d_c) * new_c)
         return h, [h, c]
 
     def _split_masks(self, inputs):

@@ -129,17 +129,17 @@ class ScratchLSTM(BidirectionalGuard):
         cell: ScratchLSTMCell | None = None,
         **kwargs: Any,
     ) -> None:
-        given = locals()
+        given, created_cell = locals(), cell is None
+        cell_arguments = {name: given[name] for name in CELL_ARGUMENTS}
+        options = {name: given[name] for name in _OPTIONS}
         kwargs.pop("implementation", None)
         if use_cudnn not in (True, False, "auto"):
             raise invalid("use_cudnn", use_cudnn, "True, False or 'auto'")
-        cell_arguments = {name: given[name] for name in CELL_ARGUMENTS}
         if cell is None:
             policy = {k: kwargs[k] for k in ("dtype", "trainable") if k in kwargs}
             cell = ScratchLSTMCell(**cell_arguments, name="lstm_cell", **policy)
         else:
             _check_cell(cell, cell_arguments)
-        options = {name: given[name] for name in _OPTIONS}
         super().__init__(
             cell, activity_regularizer=activity_regularizer, **options, **kwargs
         )
@@ -147,11 +147,30 @@ class ScratchLSTM(BidirectionalGuard):
         self.input_spec = keras.InputSpec(ndim=3)
         self.time_major = time_major
         self.use_cudnn = use_cudnn
-        self._created_cell = given["cell"] is None
+        self._created_cell = created_cell
         self.recurrence: str | None = None
         if cell.is_standard and cell.use_bias and not unroll:
             # XLA cannot compile cuDNN kernels in a TensorFlow graph.
             self.supports_jit = recurrence.supports_jit(use_cudnn)
+
+    # The arguments of the cell.
+    units = property(attrgetter("cell.units"))
+    activation = property(attrgetter("cell.activation"))
+    recurrent_activation = property(attrgetter("cell.recurrent_activation"))
+    use_bias = property(attrgetter("cell.use_bias"))
+    unit_forget_bias = property(attrgetter("cell.unit_forget_bias"))
+    kernel_initializer = property(attrgetter("cell.kernel_initializer"))
+    recurrent_initializer = property(attrgetter("cell.recurrent_initializer"))
+    bias_initializer = property(attrgetter("cell.bias_initializer"))
+    kernel_regularizer = property(attrgetter("cell.kernel_regularizer"))
+    recurrent_regularizer = property(attrgetter("cell.recurrent_regularizer"))
+    bias_regularizer = property(attrgetter("cell.bias_regularizer"))
+    kernel_constraint = property(attrgetter("cell.kernel_constraint"))
+    recurrent_constraint = property(attrgetter("cell.recurrent_constraint"))
+    bias_constraint = property(attrgetter("cell.bias_constraint"))
+    dropout = property(attrgetter("cell.dropout"))
+    recurrent_dropout = property(attrgetter("cell.recurrent_dropout"))
+    seed = property(attrgetter("cell.seed"))
 
     @property
     def variables(self) -> list[Any]:
@@ -339,11 +358,6 @@ class ScratchLSTM(BidirectionalGuard):
             )
         for state, size in zip(states, self.state_size, strict=True):
             _check_shape("initial_state", ops.shape(state), (batch_size, size))
-
-
-# Expose the cell's arguments on the layer: `layer.units`, `layer.dropout` and so on.
-for _name in CELL_ARGUMENTS:
-    setattr(ScratchLSTM, _name, property(attrgetter(f"cell.{_name}")))
 
 
 def _check_shape(what, shape, expected):

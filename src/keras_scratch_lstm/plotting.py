@@ -9,7 +9,7 @@ Example:
 >>> layer = keras.layers.LSTM(8)
 >>> h = layer(np.ones((1, 4, 3)))
 >>> trace = trace_gates(layer, np.ones((1, 4, 3)))
->>> figure = plotting.plot_gates(trace, [0, 5], tokens="time")
+>>> figure = plotting.plot_gates(trace, units=[0, 5], tokens="time")
 >>> [ax.get_ylabel() for ax in figure.axes]
 ['unit 0', 'unit 5']
 """
@@ -21,21 +21,26 @@ except ImportError:
         "`keras_scratch_lstm.plotting` needs matplotlib. Run `pip install matplotlib`."
     ) from None
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import LinearSegmentedColormap, Normalize
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator
 
 from keras_scratch_lstm import _validation
-from keras_scratch_lstm._types import Path, Tokens
+from keras_scratch_lstm._types import Path, Selection, Tokens
 from keras_scratch_lstm.experiments import Ablation
 from keras_scratch_lstm.tracing.tokens import line_layout, tokens_of_sample
-from keras_scratch_lstm.tracing.trace import SATURATED, GateTrace, check_array
+from keras_scratch_lstm.tracing.trace import (
+    SATURATED,
+    GateTrace,
+    Gradients,
+    check_array,
+)
 
 _WIDTH = 9  # inches
 _DPI = 150
@@ -60,34 +65,34 @@ _TITLES = {
 
 def plot_gates(
     trace: GateTrace,
-    units: int | Sequence[int],
+    *,
+    units: Selection,
     tokens: Tokens | None = None,
     sample: int = 0,
-    steps: slice | None = None,
+    steps: Selection = None,
+    figure: Figure | None = None,
     path: Path | None = None,
 ) -> Figure:
     """Plot the three gates of units over time, one row per unit.
 
     Args:
         trace: A `GateTrace`.
-        units: Integer or list of integers, the units to plot.
+        units: Integer, slice or list of integers, the units to plot.
         tokens: One sample's tokens (a string or a list of `time` strings), or a list
             of all samples' tokens. They label the time axis if there are at most
             100. Default: `None`, which shows the numbers of the time steps.
         sample: Integer, the sample to plot. Default: `0`.
-        steps: `slice`, the time steps to plot. Default: `None`, all.
+        steps: Integer, slice or list of integers, the time steps to plot. Default:
+            `None`, all.
+        figure: `matplotlib.figure.Figure` to plot into. Default: `None`, a new one.
         path: String or path-like, the file to save. Default: `None`.
 
     Returns:
         A `matplotlib.figure.Figure`.
     """
     sample, steps, tokens = _select(trace, sample, steps, tokens)
-    last = trace.i.shape[-1] - 1
-    units = list(units) if np.iterable(units) else [units]
-    units = [_validation.integer("units", unit, 0, last) for unit in units]
-    if not units:
-        raise _validation.invalid("units", units, "one or more integers")
-    figure = Figure(figsize=(_WIDTH, 1.1 + 1.3 * len(units)), layout="constrained")
+    units = _validation.select("units", units, trace.i.shape[-1])
+    figure = _figure(1.1 + 1.3 * len(units), figure)
     rows = figure.subplots(len(units), sharex=True, sharey=True, squeeze=False)[:, 0]
     for unit, ax in zip(units, rows, strict=True):
         for gate, style in _STYLES.items():
@@ -110,10 +115,11 @@ def plot_gates(
 
 def plot_heatmap(
     trace: GateTrace,
+    *,
     array: str = "f",
     tokens: Tokens | None = None,
     sample: int = 0,
-    steps: slice | None = None,
+    steps: Selection = None,
     ax: Axes | None = None,
     path: Path | None = None,
 ) -> Figure:
@@ -128,21 +134,22 @@ def plot_heatmap(
         steps: See `plot_gates`.
         ax: `matplotlib.axes.Axes` to plot into. Default: `None`, a new figure.
         path: See `plot_gates`.
-
-    Returns:
-        A `matplotlib.figure.Figure`.
     """
     sample, steps, tokens = _select(trace, sample, steps, tokens)
     values = getattr(trace, check_array(array))[sample, steps].T
     ax = _axes(4.5, ax)
-    half = (steps[1] - steps[0]) / 2 if len(steps) > 1 else 0.5
+    # Between uneven time steps, there are empty columns.
+    start, width = min(steps), np.gcd.reduce(np.diff(np.sort(steps))) or 1
+    columns = (steps - start) // width
+    full = np.full((len(values), max(columns) + 1), np.nan, values.dtype)
+    full[:, columns] = values
     image = ax.imshow(
-        values,
+        full,
         aspect="auto",
         interpolation="nearest",
         cmap=_colormap(array),
         norm=_normalize(array, values),
-        extent=(steps[0] - half, steps[-1] + half, len(values) - 0.5, -0.5),
+        extent=(start - width / 2, max(steps) + width / 2, len(full) - 0.5, -0.5),
     )
     ax.set(ylabel="unit", title=_TITLES[array])
     ax.yaxis.set_major_locator(_integer_locator())
@@ -151,7 +158,9 @@ def plot_heatmap(
     return _save(ax.figure, path)
 
 
-def plot_saturation(trace: GateTrace, path: Path | None = None) -> Figure:
+def plot_saturation(
+    trace: GateTrace, *, figure: Figure | None = None, path: Path | None = None
+) -> Figure:
     """Plot how often the gates of each unit are saturated, one point per unit.
 
     The x-axis is the fraction of time steps at which the gate is below 0.1
@@ -161,16 +170,14 @@ def plot_saturation(trace: GateTrace, path: Path | None = None) -> Figure:
 
     Args:
         trace: A `GateTrace`.
-        path: String or path-like, the file to save. Default: `None`.
-
-    Returns:
-        A `matplotlib.figure.Figure`.
+        figure: See `plot_gates`.
+        path: See `plot_gates`.
 
     References:
 
     - [Karpathy, Johnson and Li, 2015](https://arxiv.org/abs/1506.02078), figure 3
     """
-    figure = Figure(figsize=(_WIDTH, 3.3), layout="constrained")
+    figure = _figure(3.3, figure)
     low, high = SATURATED
     axes = figure.subplots(1, 3, sharex=True, sharey=True)
     for ax, (gate, fractions) in zip(axes, trace.saturation().items(), strict=True):
@@ -187,11 +194,12 @@ def plot_saturation(trace: GateTrace, path: Path | None = None) -> Figure:
 
 def plot_text(
     trace: GateTrace,
+    *,
     unit: int,
     tokens: Tokens | None = None,
     array: str = "c",
     sample: int = 0,
-    steps: slice | None = None,
+    steps: Selection = None,
     ax: Axes | None = None,
     path: Path | None = None,
 ) -> Figure:
@@ -206,9 +214,6 @@ def plot_text(
         steps: See `plot_gates`.
         ax: See `plot_heatmap`.
         path: See `plot_gates`.
-
-    Returns:
-        A `matplotlib.figure.Figure`.
     """
     sample, steps, tokens = _select(trace, sample, steps, tokens)
     unit = _validation.integer("unit", unit, 0, trace.i.shape[-1] - 1)
@@ -219,7 +224,11 @@ def plot_text(
 
 
 def plot_attribution(
-    scores: Any, tokens: Tokens | None = None, path: Path | None = None
+    scores: Any,
+    *,
+    tokens: Tokens | None = None,
+    ax: Axes | None = None,
+    path: Path | None = None,
 ) -> Figure:
     """Plot the tokens, colored by their attribution scores.
 
@@ -227,10 +236,8 @@ def plot_attribution(
         scores: Array of shape `(time,)`, such as one sample's scores of
             `integrated_gradients`, summed over the features.
         tokens: See `plot_gates`.
+        ax: See `plot_heatmap`.
         path: See `plot_gates`.
-
-    Returns:
-        A `matplotlib.figure.Figure`.
     """
     scores = _validation.to_numpy(scores)
     if scores.ndim != 1 or not scores.size:
@@ -238,11 +245,14 @@ def plot_attribution(
     labels = list(map(str, range(len(scores))))
     if tokens is not None:
         labels = tokens_of_sample(tokens, 1, len(scores), 0)
-    return _save(_color_tokens(scores, labels, "scores", "attribution"), path)
+    return _save(_color_tokens(scores, labels, "scores", "attribution", ax), path)
 
 
 def plot_gradients(
-    gradients: GateTrace | Mapping[str, GateTrace], path: Path | None = None
+    gradients: Gradients | Mapping[str, Gradients],
+    *,
+    ax: Axes | None = None,
+    path: Path | None = None,
 ) -> Figure:
     """Plot the norms of dL/dh_t (solid) and dL/dc_t (dashed) over time.
 
@@ -250,14 +260,12 @@ def plot_gradients(
 
     Args:
         gradients: Result of `trace_gradients`, or a dict of name -> result.
+        ax: See `plot_heatmap`.
         path: See `plot_gates`.
-
-    Returns:
-        A `matplotlib.figure.Figure`.
     """
-    if isinstance(gradients, GateTrace):
+    if isinstance(gradients, Gradients):
         gradients = {gradients.layer: gradients}
-    ax = _axes(3.3)
+    ax = _axes(3.3, ax)
     colors = ["#0072B2", "#E69F00", "#009E73"]
     for k, (name, trace) in enumerate(gradients.items()):
         for array, linestyle in (("h", "-"), ("c", "--")):
@@ -274,26 +282,31 @@ def plot_gradients(
 
 
 def plot_ablation(
-    ablation: Ablation, most: int = 20, path: Path | None = None
+    ablation: Ablation,
+    *,
+    most: int = 20,
+    ax: Axes | None = None,
+    path: Path | None = None,
 ) -> Figure:
-    """Plot the ablations that change the metric most, as bars.
+    """Plot the ablations that change the loss most, as bars.
 
     Args:
         ablation: Result of `ablate_units`.
         most: Positive integer, the number of rows to plot. Default: 20.
+        ax: See `plot_heatmap`.
         path: See `plot_gates`.
-
-    Returns:
-        A `matplotlib.figure.Figure`.
     """
     most = _validation.positive_integer("most", most)
     rows = np.argsort(-np.abs(ablation.change))[:most]
     labels = [f"{ablation.array[row]}, unit {ablation.unit[row]}" for row in rows]
-    ax = _axes(0.8 + 0.2 * len(rows))
+    if len(set(ablation.layer)) > 1:  # the directions of a `Bidirectional` layer
+        pairs = zip(ablation.layer[rows], labels, strict=True)
+        labels = [f"{layer}: {label}" for layer, label in pairs]
+    ax = _axes(0.8 + 0.2 * len(rows), ax)
     ax.barh(labels, ablation.change[rows], color=_STYLES["f"]["color"])
     ax.invert_yaxis()
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.set_xlabel(f"change of the metric (baseline: {ablation.baseline:.3g})")
+    ax.set_xlabel(f"change of the loss (baseline: {ablation.baseline:.3g})")
     ax.tick_params(axis="y", length=0)
     ax.spines[["top", "right", "left"]].set_visible(False)
     return _save(ax.figure, path)
@@ -303,19 +316,14 @@ def _select(trace, sample, steps, tokens):
     """Return the index of the sample, the selected time steps, and their tokens."""
     batch, time, _ = trace.i.shape
     sample = _validation.integer("sample", sample, 0, batch - 1)
-    if steps is not None and not isinstance(steps, slice):
-        raise _validation.invalid("steps", steps, "a slice or None")
-    selected = np.arange(time)[steps or slice(None)]
-    if not len(selected):
-        rule = f"a slice that selects some of {time} time steps"
-        raise _validation.invalid("steps", steps, rule)
+    selected = _validation.select("steps", steps, time)
     if tokens is not None:
         tokens = tokens_of_sample(tokens, batch, time, sample)
         tokens = [tokens[step] for step in selected]
     return sample, selected, tokens
 
 
-def _color_tokens(values, labels, array, title, ax=None):
+def _color_tokens(values, labels, array, title, ax):
     labels = _visible(labels)
     boxes = line_layout(labels, _LINE)
     width, rows = max(x + w for x, _, w in boxes), boxes[-1][1] + 1
@@ -359,10 +367,19 @@ def _integer_locator():
     return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True)
 
 
-def _axes(height, ax=None):
+def _figure(height, figure=None):
+    """Return `figure`, or a new one."""
+    if figure is None:
+        return Figure(figsize=(_WIDTH, height), layout="constrained")
+    if not isinstance(figure, FigureBase):
+        raise _validation.invalid("figure", figure, "a `matplotlib.figure.Figure`")
+    return figure
+
+
+def _axes(height, ax):
     """Return `ax`, or the axes of a new figure."""
     if ax is None:
-        return Figure(figsize=(_WIDTH, height), layout="constrained").subplots()
+        return _figure(height).subplots()
     if not isinstance(ax, Axes):
         raise _validation.invalid("ax", ax, "a `matplotlib.axes.Axes`")
     return ax

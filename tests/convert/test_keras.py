@@ -467,7 +467,7 @@ def frozen_gate():
 
 TO_SCRATCH_ERRORS = [
     (lambda: "lstm", "a layer or model that contains `LSTM` or `LSTMCell`. Received"),
-    (lambda: layers.GRU(6), "Received: layer_or_model=<GRU name="),
+    (lambda: layers.GRU(6), "Received: model=<GRU name="),
     (lambda: subclass("Mine", layers.LSTM), "`Mine` is a subclass of `LSTM`, whose ch"),
     (
         lambda: layers.RNN(subclass("MyCell", layers.LSTMCell)),

@@ -1,5 +1,5 @@
 import pytest
-from edit_reference import BATCH, FEATURES, TIME
+from models import BATCH, FEATURES, TIME
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@ import sys
 import keras
 import numpy as np
 import pytest
-from edit_reference import BATCH, UNITS, classifier, make
 from keras import ops
+from models import BATCH, FEATURES, TIME, UNITS, classifier, make
 
 from keras_scratch_lstm import Ablation, Edit, ablate_units, run_with_edits
 
@@ -21,13 +21,13 @@ def y(rng):
 
 
 def loss_under(model, x, y, *edits):
-    outputs, _ = run_with_edits(model, x, edits)
+    outputs, _ = run_with_edits(model, x, edits=edits)
     return np.mean((outputs - y) ** 2)
 
 
 def test_silencing_equals_zeroing_the_weights_that_read_the_unit(x, y):
     model = classifier(make("ScratchLSTM"))
-    ablation = ablate_units(model, x, y, mse, verbose=0)
+    ablation = ablate_units(model, x, y, loss=mse, verbose=0)
     weights = model.get_weights()
     cell, dense = model.layers[0].cell, model.layers[1]
     readers = [getattr(cell, f"W_h{gate}") for gate in "ifoc"] + [dense.kernel]
@@ -37,7 +37,7 @@ def test_silencing_equals_zeroing_the_weights_that_read_the_unit(x, y):
             value[unit] = 0
             weight.assign(value)
         expected = np.mean((ops.convert_to_numpy(model(x)) - y) ** 2)
-        assert ablation.metric[unit] == pytest.approx(expected, rel=1e-5)
+        assert ablation.loss[unit] == pytest.approx(expected, rel=1e-5)
         model.set_weights(weights)
     assert np.abs(ablation.change).max() > 1e-3
 
@@ -49,8 +49,8 @@ def test_unit_that_is_not_read_changes_nothing(x, y):
         value = ops.convert_to_numpy(weight).copy()
         value[2] = 0
         weight.assign(value)
-    ablation = ablate_units(model, x, y, "mse", verbose=0)
-    assert ablation.metric[2] == pytest.approx(ablation.baseline, rel=1e-6)
+    ablation = ablate_units(model, x, y, loss="mse", verbose=0)
+    assert ablation.loss[2] == pytest.approx(ablation.baseline, rel=1e-6)
     assert (np.abs(np.delete(ablation.change, 2)) > 1e-5).all()
 
 
@@ -70,11 +70,11 @@ def test_rows_equal_one_run_for_each(method, batch_size, x, y):
         batch_size=batch_size,
         verbose=0,
     )
-    _, trace = run_with_edits(model, x, [])
+    _, trace = run_with_edits(model, x, edits=[])
     rows = [(array, unit) for array in arrays for unit in units]
     assert list(zip(ablation.array, ablation.unit, strict=True)) == rows
     assert ablation.baseline == pytest.approx(loss_under(model, x, y), rel=1e-5)
-    for (array, unit), value in zip(rows, ablation.metric, strict=True):
+    for (array, unit), value in zip(rows, ablation.loss, strict=True):
         mean = getattr(trace, array)[..., unit].mean()
         edit = Edit(array, mean if method == "mean" else 0.0, units=unit)
         assert value == pytest.approx(loss_under(model, x, y, edit), rel=1e-4)
@@ -85,11 +85,11 @@ def test_models_with_a_fixed_batch_size(kind, x, y):
     layer = make(kind, stateful=True)
     model = classifier(layer, batch_size=BATCH)
     accuracy = keras.metrics.MeanAbsoluteError()
-    ablation = ablate_units(model, x, y, accuracy, verbose=0)
+    ablation = ablate_units(model, x, y, loss=accuracy, verbose=0)
     for unit in range(UNITS):
-        outputs, _ = run_with_edits(model, x, Edit("h", 0.0, units=unit))
+        outputs, _ = run_with_edits(model, x, edits=Edit("h", 0.0, units=unit))
         expected = np.abs(outputs - y).mean()
-        assert ablation.metric[unit] == pytest.approx(expected, rel=1e-5)
+        assert ablation.loss[unit] == pytest.approx(expected, rel=1e-5)
 
 
 def test_interrupt_keeps_the_rows_that_are_done(x, y):
@@ -102,41 +102,86 @@ def test_interrupt_keeps_the_rows_that_are_done(x, y):
         return mse(y_true, y_pred)
 
     model = classifier(make("LSTM"))
-    ablation = ablate_units(model, x, y, metric, batch_size=BATCH, verbose=0)
-    complete = ablate_units(model, x, y, mse, verbose=0)
+    ablation = ablate_units(model, x, y, loss=metric, batch_size=BATCH, verbose=0)
+    complete = ablate_units(model, x, y, loss=mse, verbose=0)
     assert ablation.unit.tolist() == [0, 1]
-    np.testing.assert_allclose(ablation.metric, complete.metric[:2], rtol=1e-5)
+    np.testing.assert_allclose(ablation.loss, complete.loss[:2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [None, "mse", "loss", "metric"])
+def test_masked_outputs_do_not_count(loss, x, rng):
+    x[:, TIME - 2 :] = 0
+    x[1, 3:] = 0
+    y = rng.normal(size=(BATCH, TIME, 3)).astype("float32")
+    y[(x == 0).all(-1)] = 100  # what nobody reads
+    layers = classifier(make("LSTM", return_sequences=True)).layers
+    masking = keras.layers.Masking()
+    model = keras.Sequential([keras.Input((TIME, FEATURES)), masking, *layers])
+    cell, dense = layers[0].cell, layers[1]
+    for weight in (cell.recurrent_kernel, dense.kernel):
+        value = ops.convert_to_numpy(weight).copy()
+        value[2] = 0
+        weight.assign(value)
+    model.compile(loss="mse")
+    kinds = {
+        "loss": keras.losses.MeanSquaredError(),
+        "metric": keras.metrics.MeanSquaredError(),
+    }
+    ablation = ablate_units(model, x, y, loss=kinds.get(loss, loss), verbose=0)
+    outputs = ops.convert_to_numpy(model(x))
+    expected = np.mean((outputs - y)[(x != 0).any(-1)] ** 2)
+    assert ablation.baseline == pytest.approx(expected, rel=1e-5)
+    assert ablation.loss[2] == pytest.approx(expected, rel=1e-5)
+    assert (ablation.loss < 100).all()
+
+
+def test_bidirectional_layers_and_datasets(x, y):
+    both = keras.layers.Bidirectional(make("LSTM"))
+    model = classifier(both)
+    ablation = ablate_units(model, x, y, loss="mse", verbose=0)
+    names = both.forward_layer.name, both.backward_layer.name
+    assert ablation.layer.tolist() == [name for name in names for _ in range(UNITS)]
+    for layer, losses in zip(names, np.split(ablation.loss, 2), strict=True):
+        alone = ablate_units(model, x, y, loss="mse", layer=layer, verbose=0)
+        np.testing.assert_allclose(alone.loss, losses, rtol=1e-5)
+    dataset = [(x[:2], y[:2]), (x[2:], y[2:])]
+    found = ablate_units(model, iter(dataset), loss="mse", verbose=0)
+    np.testing.assert_allclose(found.loss, ablation.loss, rtol=1e-5)
+    with pytest.raises(ValueError, match="`targets` must be None for a dataset"):
+        ablate_units(model, iter(dataset), y, loss="mse", verbose=0)
+    with pytest.raises(ValueError, match="`targets` must be arrays"):
+        ablate_units(model, x, loss="mse", verbose=0)
 
 
 @pytest.mark.one_backend
 def test_table_and_progress(x, y, capsys):
     pytest.importorskip("pandas")
-    ablation = ablate_units(classifier(make("LSTM")), x, y, "mse")
+    ablation = ablate_units(classifier(make("LSTM")), x, y, loss="mse")
     assert f"{UNITS}/{UNITS}" in capsys.readouterr().out
     frame = ablation.to_dataframe()
-    assert list(frame.columns) == ["array", "unit", "metric", "change"]
-    np.testing.assert_array_equal(frame["change"], ablation.metric - ablation.baseline)
+    assert list(frame.columns) == ["layer", "array", "unit", "loss", "change"]
+    np.testing.assert_array_equal(frame["change"], ablation.loss - ablation.baseline)
 
 
 @pytest.mark.one_backend
 def test_missing_pandas(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match="`to_dataframe` needs pandas: run `pip in"):
-        Ablation(0.0, *np.zeros((3, 1))).to_dataframe()
+        Ablation(0.0, *np.zeros((4, 1))).to_dataframe()
 
 
 @pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "`metric` must be given, since .* is not compiled"),
-        ({"metric": "accuracy"}, "`metric` must be the name of a Keras loss, or a f"),
-        ({"metric": "mse", "arrays": "g"}, "`arrays` must be among 'i', 'f'"),
-        ({"metric": "mse", "arrays": 3}, "`arrays` must be among .*arrays=3"),
-        ({"metric": "mse", "arrays": []}, "`arrays` must be among"),
-        ({"metric": "mse", "units": UNITS}, "`units` must be .* selects some of 4"),
-        ({"metric": "mse", "method": "noise"}, "`method` must be 'zero' or 'mean'"),
-        ({"metric": "mse", "batch_size": 0}, "`batch_size` must be a positive integer"),
+        ({}, "`loss` must be given, since .* is not compiled"),
+        ({"loss": "accuracy"}, "`loss` must be the name of a Keras loss, or a f"),
+        ({"loss": "mse", "arrays": "g"}, "`arrays` must be among 'i', 'f'"),
+        ({"loss": "mse", "arrays": 3}, "`arrays` must be among .*arrays=3"),
+        ({"loss": "mse", "arrays": []}, "`arrays` must be among"),
+        ({"loss": "mse", "units": UNITS}, "`units` must be .* selects some of 4"),
+        ({"loss": "mse", "method": "noise"}, "`method` must be 'zero' or 'mean'"),
+        ({"loss": "mse", "batch_size": 0}, "`batch_size` must be a positive integer"),
     ],
 )
 def test_invalid_arguments(options, message, x, y):

@@ -3,23 +3,27 @@ import itertools
 import keras
 import numpy as np
 import pytest
-from edit_reference import (
+from keras import ops
+from models import (
     BATCH,
     FEATURES,
     TIME,
     UNITS,
     apply_dense,
     classifier,
-    float64_weights,
     make,
     numpy_lstm,
 )
-from keras import ops
-from reference import sigmoid, tensor
+from reference import sigmoid, tensor, weights_of
 
 from keras_scratch_lstm import contextual_decomposition, integrated_gradients
 
 BOTH = pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM"])
+
+
+def decompose(model, x, **kwargs):
+    parts = contextual_decomposition(model, x, **kwargs)
+    return parts.beta, parts.gamma
 
 
 def shapley(function, bias, terms):
@@ -38,7 +42,7 @@ def shapley(function, bias, terms):
 
 def decompose_in_numpy(layer, x, span):
     """The equations of Murdoch, Liu and Yu, with their products written out."""
-    w = float64_weights(layer.cell)
+    w = weights_of(layer.cell)
     beta_c, gamma_c, beta, gamma = np.zeros((4, len(x), UNITS))
     for t in range(x.shape[1]):
         inside = t in span
@@ -66,7 +70,7 @@ def decompose_in_numpy(layer, x, span):
 def test_decomposition_matches_the_equations(kind, span, x):
     layer = make(kind)
     steps = np.atleast_1d(np.arange(TIME)[span])
-    beta, gamma = contextual_decomposition(layer, x, span)
+    beta, gamma = decompose(layer, x, steps=span)
     expected = decompose_in_numpy(layer, x.astype("float64"), steps)
     np.testing.assert_allclose(beta[:, -1], expected[0], rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(gamma[:, -1], expected[1], rtol=1e-6, atol=1e-9)
@@ -78,10 +82,10 @@ def test_decomposition_sums_to_the_hidden_states_and_logits(kind, x):
     model = classifier(layer)
     _, h = numpy_lstm(layer, x)
     for span in (0, slice(2, 4), None):
-        beta, gamma = contextual_decomposition(model, x, span)
+        beta, gamma = decompose(model, x, steps=span)
         np.testing.assert_allclose(beta + gamma, h, atol=1e-5)
         for head in ("logits", model.layers[1]):
-            beta, gamma = contextual_decomposition(model, x, span, head=head)
+            beta, gamma = decompose(model, x, steps=span, head=head)
             np.testing.assert_allclose(beta + gamma, apply_dense(model, h), atol=1e-5)
             np.testing.assert_allclose(
                 beta + gamma, ops.convert_to_numpy(model(x)), atol=1e-5
@@ -91,7 +95,7 @@ def test_decomposition_sums_to_the_hidden_states_and_logits(kind, x):
 def test_span_of_all_time_steps_contributes_everything(x):
     layer = make("LSTM")
     _, h = numpy_lstm(layer, x)
-    beta, gamma = contextual_decomposition(layer, x, slice(None))
+    beta, gamma = decompose(layer, x, steps=slice(None))
     np.testing.assert_allclose(beta, h, atol=1e-5)
     np.testing.assert_allclose(gamma, 0, atol=1e-12)
 
@@ -101,7 +105,7 @@ def test_decomposition_of_other_layers(x):
     layer = make("ScratchLSTM", go_backwards=True, stateful=True, use_bias=False)
     layer(x)
     states = [ops.convert_to_numpy(state) for state in layer.states]
-    beta, gamma = contextual_decomposition(layer, x, 1)
+    beta, gamma = decompose(layer, x, steps=1)
     trace, _ = numpy_lstm(layer, x, h=states[0], c=states[1])
     np.testing.assert_allclose(beta + gamma, trace["h"], atol=1e-5)
     np.testing.assert_array_equal(beta[:, 2:], 0)  # read before the span
@@ -110,7 +114,7 @@ def test_decomposition_of_other_layers(x):
     inputs = keras.Input((TIME, FEATURES)), keras.Input((TIME,), dtype="bool")
     layer = make("LSTM")
     model = keras.Model(inputs, layer(inputs[0], mask=inputs[1]))
-    beta, gamma = contextual_decomposition(model, [x, mask], 1)
+    beta, gamma = decompose(model, [x, mask], steps=1)
     _, h = numpy_lstm(layer, x, mask=mask)
     np.testing.assert_allclose(beta + gamma, h, atol=1e-5)
 
@@ -119,12 +123,12 @@ def test_decomposition_of_other_layers(x):
 def test_layers_that_cannot_be_decomposed(x):
     def check(message, model, **options):
         with pytest.raises(ValueError, match=message):
-            contextual_decomposition(model, x, **{"span": 0} | options)
+            contextual_decomposition(model, x, **{"steps": 0} | options)
 
     check("does not override `gates`", make("custom cell"))
     check("must have sigmoid gates, tanh", make("LSTM", activation="relu"))
     model = classifier(make("LSTM"))
-    check("`span` must be .* some of 5. Received: span=5", model, span=TIME)
+    check("`steps` must be .* some of 7. Received: steps=7", model, steps=TIME)
     check("`head` must be a `Dense` .* Received: head='lstm'", model, head="lstm")
     check("`head` must be a `Dense` layer of the model with 4", model, head="none")
 
@@ -140,7 +144,7 @@ def test_integrated_gradients_are_complete(kind, sequences, x, rng):
     target = (1, 2) if sequences else 2
     baseline = rng.normal(size=FEATURES).astype("float32")
     for start in (0.0, baseline):
-        scores = integrated_gradients(model, x, target, baseline=start)
+        scores = integrated_gradients(model, x, target=target, baseline=start).scores
         assert scores.shape == x.shape
         at_x, at_start = (
             ops.convert_to_numpy(model(inputs))[(slice(None), *np.atleast_1d(target))]
@@ -157,8 +161,8 @@ def test_baseline_and_scores_may_be_tensors(x, rng):
 
     model = classifier(make("LSTM"))
     baseline = rng.normal(size=FEATURES).astype("float32")
-    expected = integrated_gradients(model, x, 1, baseline=baseline)
-    scores = integrated_gradients(model, x, 1, baseline=tensor(baseline))
+    expected = integrated_gradients(model, x, target=1, baseline=baseline).scores
+    scores = integrated_gradients(model, x, target=1, baseline=tensor(baseline)).scores
     np.testing.assert_array_equal(scores, expected)
     scores = scores[0, :, 0]
     (cells,) = plotting.plot_attribution(tensor(scores)).axes[0].collections
@@ -169,7 +173,7 @@ def test_integrated_gradients_match_a_riemann_sum(x):
     """The path integral, by finite differences in NumPy, of one input."""
     layer = make("LSTM")
     model = classifier(layer)
-    scores = integrated_gradients(model, x, 1)
+    scores = integrated_gradients(model, x, target=1).scores
     steps, epsilon, total = 400, 1e-4, 0
     for alpha in (np.arange(steps) + 0.5) / steps:
         ends = []
@@ -190,10 +194,43 @@ def test_integrated_gradients_match_a_riemann_sum(x):
         ({"target": 3}, r"`target` must be an index of one sample's .* \(3,\)"),
         ({"target": (0, 1)}, "`target` must be an index"),
         ({"target": True}, "`target` must be an index .* Received: target=True"),
-        ({"target": 0, "points": 0}, "`points` must be a positive integer"),
-        ({"target": 0, "baseline": [1.0] * 3}, r"`baseline` must be .* \(3, 5, 2\)"),
+        ({"target": 0, "n_steps": 0}, "`n_steps` must be a positive integer"),
+        ({"target": 0, "baseline": [1.0] * 2}, r"`baseline` must be .* \(5, 7, 3\)"),
     ],
 )
 def test_invalid_arguments(options, message, x):
     with pytest.raises(ValueError, match=message):
         integrated_gradients(classifier(make("LSTM")), x, **options)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_saturated_models_get_more_points(fixed, rng):
+    """Gates that switch within a small part of the path."""
+    layer = make("LSTM", stateful=fixed)
+    layer.set_weights([6 * weight for weight in layer.get_weights()])
+    model = classifier(layer, batch_size=BATCH if fixed else None)
+    x = rng.normal(size=(BATCH, TIME, FEATURES)).astype("float32")
+    options = {"target": 1, "baseline": 0.3, "batch_size": 32, "max_steps": 512}
+    found = integrated_gradients(model, x, n_steps=4, **options)
+    at_x, at_start = (
+        ops.convert_to_numpy(model(v))[:, 1] for v in (x, np.full_like(x, 0.3))
+    )
+    if not fixed:
+        np.testing.assert_allclose(found.difference, at_x - at_start, atol=1e-5)
+    error = np.abs(found.scores.sum((1, 2)) - found.difference)
+    np.testing.assert_allclose(found.error, error, atol=1e-4)
+    assert (found.error <= 0.01 * np.abs(found.difference) + 1e-3).all()
+    assert found.n_steps.max() > 4
+    with pytest.warns(UserWarning, match="of 5 samples do not add up .* max_steps=4"):
+        integrated_gradients(model, x, n_steps=2, **options | {"max_steps": 4})
+
+
+def test_attribution_of_both_directions_and_batches(x):
+    both = keras.layers.Bidirectional(make("ScratchLSTM"))
+    model = classifier(both)
+    found = integrated_gradients(model, x, target=0, batch_size=7)
+    at_x, at_zero = (ops.convert_to_numpy(model(v))[:, 0] for v in (x, 0 * x))
+    np.testing.assert_allclose(found.scores.sum((1, 2)), at_x - at_zero, atol=1e-4)
+    batches = iter([(x[:3],), (x[3:],)])
+    other = integrated_gradients(model, batches, target=0, batches=None)
+    np.testing.assert_allclose(other.scores, found.scores, rtol=1e-4, atol=1e-6)

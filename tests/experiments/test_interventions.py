@@ -3,20 +3,21 @@ from fractions import Fraction
 import keras
 import numpy as np
 import pytest
-from edit_reference import (
-    ARRAYS,
+from keras import ops
+from models import (
     BATCH,
     FEATURES,
     LAYERS,
     TIME,
     UNITS,
+    VARIANTS,
     apply_dense,
     classifier,
     make,
     numpy_lstm,
+    with_mask,
 )
-from keras import ops
-from reference import tensor
+from reference import ARRAYS, tensor
 
 from keras_scratch_lstm import (
     Edit,
@@ -28,6 +29,7 @@ from keras_scratch_lstm import (
     trace_gates,
 )
 
+BACKEND = keras.backend.backend()
 BOTH = pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM"])
 
 
@@ -44,11 +46,10 @@ def assert_equal_traces(trace, expected):
         assert_close(getattr(trace, name), expected[name])
 
 
-@pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("array", ARRAYS)
-def test_edits_match_numpy(kind, array, x, rng):
+def test_edits_match_numpy(array, x, rng):
     """A clamp, a scale and an array, at chosen samples, time steps and units."""
-    layer = make(kind, return_sequences=True)
+    layer = make("LSTM", return_sequences=True)
     model = classifier(layer)
     value = rng.normal(size=(2, 3, 1))
     edits = [
@@ -68,48 +69,93 @@ def test_edits_match_numpy(kind, array, x, rng):
                 values[[2, 0], 2] = value[:, [0, 2, 3].index(t), 0]
         return values
 
-    outputs, trace = run_with_edits(model, x, edits)
+    outputs, trace = run_with_edits(model, x, edits=edits)
     expected, h = numpy_lstm(layer, x, edit)
     assert_equal_traces(trace, expected)
     assert_close(outputs, apply_dense(model, h))
 
 
-def test_value_may_be_a_tensor(x, rng):
-    layer, value = make("LSTM"), rng.normal(size=(TIME, 1)).astype("float32")
-    expected, _ = run_with_edits(layer, x, Edit("c", value))
-    actual, _ = run_with_edits(layer, x, Edit("c", tensor(value)))
-    np.testing.assert_array_equal(actual, expected)
-
-
-def test_functions_see_the_arrays_of_the_time_step(x):
-    layer = make("LSTM", return_sequences=True)
-    outputs, trace = run_with_edits(
-        layer,
-        x,
-        [
-            Edit("f", lambda gates, t: 1 - gates.i, units=slice(2)),
-            Edit("h", lambda gates, t: gates.h + t * gates.c, steps=[1, 2]),
-        ],
-    )
-    arrays = {}
+@pytest.mark.parametrize("kind", [*LAYERS, *VARIANTS])
+def test_edits_of_all_arrays_of_every_cell(kind, x, rng):
+    """What depends on an edited array follows, in the same time step too."""
+    mask = rng.random((BATCH, TIME)) < 0.8
+    layer = make(kind, return_sequences=True, go_backwards=bool(rng.integers(2)))
+    edits, places = [], []
+    for name in ARRAYS:
+        steps, units = rng.permutation(TIME)[:3], rng.permutation(UNITS)[:2]
+        value = rng.normal(size=(BATCH, 3, 2))
+        edits.append(Edit(name, value, steps=list(steps), units=units))
+        edits.append(Edit(name, scale=0.5, steps=int(rng.integers(TIME))))
+        places.append((steps, units, value, edits[-1].steps))
 
     def edit(name, values, t):
-        if name == "f":
-            values = np.where(np.arange(UNITS) < 2, 1 - arrays["i"], values)
-        if name == "h" and t in (1, 2):
-            values = values + t * arrays["c"]
-        arrays[name] = values
-        return values
+        steps, units, value, scaled = places[ARRAYS.index(name)]
+        values = values.copy()
+        for k in np.flatnonzero(steps == t):
+            values[:, units] = value[:, k]
+        return values * (0.5 if t == scaled else 1)
 
-    expected, h = numpy_lstm(layer, x, edit)
-    assert_equal_traces(trace, expected)
-    assert_close(outputs, h)
+    outputs, trace = run_with_edits(with_mask(layer), [x, mask], edits=edits)
+    expected, h = numpy_lstm(layer, x, edit, mask=mask)
+    # A layer normalization may amplify rounding.
+    models.assert_close(trace, expected)
+    np.testing.assert_allclose(outputs, h, rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_can_be_edited(x):
+    layer = make("ScratchLSTM", return_sequences=True)
+    silent = x.copy()
+    silent[:, 2:5, 1] = 0
+    outputs, _ = run_with_edits(layer, x, edits=Edit("x", 0, steps=[2, 3, 4], units=1))
+    assert_close(outputs, numpy_lstm(layer, silent)[1])
+
+
+def test_missing_axes_of_a_value(x, rng):
+    layer, others = make("LSTM"), rng.normal(size=(BATCH, TIME, UNITS))
+    expected, _ = run_with_edits(layer, x, edits=Edit("c", others[:, 4:5], steps=[4]))
+    for value, options in (
+        (others[:, 4], {"steps": 4}),
+        (others[:, 4:5], {"steps": 4}),
+        (others[:, 4, :, None], {"steps": 4}),
+    ):
+        edit = Edit("c", value, **options)
+        if value.shape[-1] == 1:
+            with pytest.raises(ValueError, match="broadcasts in one way only"):
+                run_with_edits(layer, x, edits=edit)
+        else:
+            np.testing.assert_array_equal(
+                run_with_edits(layer, x, edits=edit)[0], expected
+            )
+
+
+@pytest.mark.one_backend
+def test_ambiguous_values_are_rejected(rng):
+    layer = make("LSTM")
+    x = rng.normal(size=(UNITS, TIME, FEATURES))  # as many samples as units
+    for value in (np.ones(UNITS), "0.5", np.array(["0.5"])):
+        with pytest.raises(ValueError, match="broadcasts in one way only"):
+            run_with_edits(layer, x, edits=Edit("f", value))
+    run_with_edits(layer, x, edits=Edit("f", np.ones((1, 1, UNITS))))
+    trace = trace_gates(layer, x[:2])
+    with pytest.raises(ValueError, match=r"Received: a `GateTrace` with shape \(2, 7"):
+        run_with_edits(layer, x, edits=Edit("f", trace))
+    both = keras.layers.Bidirectional(make("LSTM"))
+    both.build(x.shape)
+    with pytest.raises(ValueError, match="a `GateTrace` with no `backward`"):
+        run_with_edits(both, x, edits=Edit("f", trace_gates(layer, x)))
+
+
+def test_value_may_be_a_tensor(x, rng):
+    layer, value = make("LSTM"), rng.normal(size=(TIME, 1)).astype("float32")
+    expected, _ = run_with_edits(layer, x, edits=Edit("c", value))
+    actual, _ = run_with_edits(layer, x, edits=Edit("c", tensor(value)))
+    np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_no_edits_give_the_outputs_and_the_trace_of_the_model(kind, x):
     model = classifier(make(kind))
-    outputs, trace = run_with_edits(model, x, [])
+    outputs, trace = run_with_edits(model, x, edits=[])
     assert_close(outputs, to_numpy(model(x)))
     assert_equal_traces(trace, vars(trace_gates(model, x)))
 
@@ -117,8 +163,8 @@ def test_no_edits_give_the_outputs_and_the_trace_of_the_model(kind, x):
 def test_stock_and_scratch_models_are_equal(x):
     model = classifier(make("LSTM"))
     edits = [Edit("o", 0.5, units=1), Edit("c", scale=-1, steps=2)]
-    outputs, trace = run_with_edits(model, x, edits)
-    others, other = run_with_edits(to_scratch(model), x, edits)
+    outputs, trace = run_with_edits(model, x, edits=edits)
+    others, other = run_with_edits(to_scratch(model), x, edits=edits)
     assert_close(outputs, others)
     assert_equal_traces(trace, vars(other))
 
@@ -126,7 +172,7 @@ def test_stock_and_scratch_models_are_equal(x):
 def test_open_forget_gate_and_closed_input_gate_freeze_c(x):
     keep = {"steps": slice(2, None)}
     _, trace = run_with_edits(
-        make("LSTM"), x, [Edit("f", 1, **keep), Edit("i", 0, **keep)]
+        make("LSTM"), x, edits=[Edit("f", 1, **keep), Edit("i", 0, **keep)]
     )
     frozen = np.broadcast_to(trace.c[:, 1:2], (BATCH, TIME - 1, UNITS))
     np.testing.assert_array_equal(trace.c[:, 1:], frozen)
@@ -136,9 +182,9 @@ def test_open_forget_gate_and_closed_input_gate_freeze_c(x):
 def test_edit_of_a_time_step_leaves_earlier_outputs(kind, x):
     for backwards in (False, True):
         layer = make(kind, return_sequences=True, go_backwards=backwards)
-        before, _ = run_with_edits(layer, x, [])
+        before, _ = run_with_edits(layer, x, edits=[])
         step = TIME - 1 - 3 if backwards else 3
-        after, _ = run_with_edits(layer, x, Edit("c", 2.0, steps=step))
+        after, _ = run_with_edits(layer, x, edits=Edit("c", 2.0, steps=step))
         np.testing.assert_array_equal(after[:, :3], before[:, :3])
         assert (after[:, 3:] != before[:, 3:]).all()
 
@@ -146,9 +192,11 @@ def test_edit_of_a_time_step_leaves_earlier_outputs(kind, x):
 def test_patching_all_states_gives_the_outputs_of_the_other_run(x, rng):
     model = classifier(make("LSTM"))
     other = rng.normal(size=x.shape).astype("float32")
-    expected, trace = run_with_edits(model, other, [])
+    expected, trace = run_with_edits(model, other, edits=[])
     last = {"steps": TIME - 1}
-    outputs, patched = run_with_edits(model, x, [Edit(a, trace, **last) for a in "ch"])
+    outputs, patched = run_with_edits(
+        model, x, edits=[Edit(a, trace, **last) for a in "ch"]
+    )
     assert_close(outputs, expected)
     assert_close(patched.c[:, :-1], trace_gates(model, x).c[:, :-1])
 
@@ -164,7 +212,9 @@ def test_directions_of_a_bidirectional_layer(kind, direction, merge, x):
     both = keras.layers.Bidirectional(layers[0], merge_mode=merge)
     model = classifier(both)
     layer = getattr(both, f"{direction}_layer")
-    outputs, trace = run_with_edits(model, x, Edit("h", 0.5, units=0, steps=1), layer)
+    outputs, trace = run_with_edits(
+        model, x, edits=Edit("h", 0.5, units=0, steps=1), layer=layer
+    )
 
     def edit(name, values, t):
         if name == "h" and t == 1:
@@ -197,9 +247,11 @@ def test_masked_time_steps(kind, leading, bidirectional, x, rng):
     inputs = keras.Input((TIME, FEATURES)), keras.Input((TIME,), dtype="bool")
     outputs = layer(inputs[0], mask=inputs[1])
     model = keras.Model(inputs, outputs)
-    unedited, _ = run_with_edits(model, [x, mask], [], inner)
+    unedited, _ = run_with_edits(model, [x, mask], edits=[], layer=inner)
     assert_close(unedited, to_numpy(model([x, mask])))
-    outputs, trace = run_with_edits(model, [x, mask], Edit("c", 0.5, steps=1), inner)
+    outputs, trace = run_with_edits(
+        model, [x, mask], edits=Edit("c", 0.5, steps=1), layer=inner
+    )
     expected, h = numpy_lstm(
         inner,
         x,
@@ -217,7 +269,7 @@ def test_stateful_model_keeps_its_states(kind, x):
     layer = make(kind, stateful=True, return_state=True)
     layer(x)  # states other than zero
     before = [to_numpy(state).copy() for state in layer.states]
-    (last, h, c), trace = run_with_edits(layer, x, Edit("i", 0.0))
+    (last, h, c), trace = run_with_edits(layer, x, edits=Edit("i", 0.0))
     expected, outputs = numpy_lstm(
         layer, x, lambda name, values, t: values * (name != "i"), *before
     )
@@ -242,7 +294,7 @@ def test_nested_model_with_stacked_layers_and_initial_states(x, rng):
     ]
     model = keras.Model(inputs, keras.layers.Dense(3, name="logits")(inner(inputs)))
     h, c = rng.normal(size=(2, BATCH, UNITS)).astype("float32")
-    outputs, _ = run_with_edits(model, [x, h, c], Edit("f", 0.5), "lower")
+    outputs, _ = run_with_edits(model, [x, h, c], edits=Edit("f", 0.5), layer="lower")
     _, hidden = numpy_lstm(
         lower, x, lambda name, v, t: v * 0 + 0.5 if name == "f" else v, h, c
     )
@@ -253,7 +305,9 @@ def test_nested_model_with_stacked_layers_and_initial_states(x, rng):
 def test_options_of_the_layer(x):
     """Time-major, without bias, with other activations, in half precision."""
     layer = make("ScratchLSTM", time_major=True, return_sequences=True)
-    outputs, trace = run_with_edits(layer, x.swapaxes(0, 1), Edit("o", 1.0, samples=1))
+    outputs, trace = run_with_edits(
+        layer, x.swapaxes(0, 1), edits=Edit("o", 1.0, samples=1)
+    )
 
     def edit(name, values, t):
         if name == "o":
@@ -270,20 +324,83 @@ def test_options_of_the_layer(x):
         for kind in (keras.layers.LSTM, ScratchLSTM):
             layer = kind(UNITS, **options)
             expected = to_numpy(layer(x))
-            assert_close(run_with_edits(layer, x, [])[0], expected)
+            assert_close(run_with_edits(layer, x, edits=[])[0], expected)
     layer = keras.layers.LSTM(UNITS, dtype="mixed_bfloat16")
     expected = to_numpy(ops.cast(layer(x), "float32"))
-    outputs, trace = run_with_edits(layer, x, [])
+    outputs, trace = run_with_edits(layer, x, edits=[])
     np.testing.assert_allclose(np.float32(outputs), expected, atol=0.02)
     assert trace.c.dtype == "float32"
 
 
-def test_first_call_of_a_shared_layer_is_edited(x):
+def test_calls_of_a_shared_layer(x):
     layer = keras.layers.LSTM(FEATURES, return_sequences=True)
     inputs = keras.Input((TIME, FEATURES))
     model = keras.Model(inputs, layer(layer(inputs)))
-    outputs, _ = run_with_edits(model, x, Edit("h", 0.5))
+    outputs, _ = run_with_edits(model, x, edits=Edit("h", 0.5))
     assert_close(outputs, to_numpy(layer(np.full_like(x, 0.5))))
+    once = to_numpy(layer(x))
+    edit = Edit("h", 0.5, steps=2)
+    expected, trace = run_with_edits(layer, once, edits=edit)
+    outputs, second = run_with_edits(model, x, edits=edit, call_index=1)
+    assert_close(outputs, expected)
+    assert_equal_traces(second, vars(trace))
+    with pytest.raises(ValueError, match="`call_index` must be less than 2, how often"):
+        run_with_edits(model, x, edits=[], call_index=2)
+
+
+@BOTH
+def test_both_directions_in_one_run(kind, x):
+    both = keras.layers.Bidirectional(make(kind, return_sequences=True))
+    model = classifier(both)
+    _, other = run_with_edits(model, x[::-1].copy(), edits=[])
+    edits = [Edit("f", 0.5, units=1), Edit("c", other, steps=3)]
+    outputs, trace = run_with_edits(model, x, edits=edits)
+    hidden = []
+    for layer, one, patch in zip(
+        (both.forward_layer, both.backward_layer),
+        (trace, trace.backward),
+        (other.c, other.backward.c),
+        strict=True,
+    ):
+
+        def edit(name, values, t, patch=patch):
+            if name == "f":
+                values[:, 1] = 0.5
+            return patch[:, 3] if (name, t) == ("c", 3) else values
+
+        expected, h = numpy_lstm(layer, x, edit)
+        assert_equal_traces(one, expected)
+        hidden.append(h[:, ::-1] if layer.go_backwards else h)
+    assert_close(outputs, apply_dense(model, np.concatenate(hidden, -1)))
+
+
+@pytest.mark.parametrize("batch_size", [2, BATCH])
+def test_batches_are_edited_as_one(batch_size, x, rng):
+    model = classifier(make("LSTM", return_sequences=True))
+    value = rng.normal(size=(3, TIME, UNITS))
+    edits = [Edit("c", value, samples=[4, 0, 1]), Edit("f", scale=0.5, samples=-2)]
+    expected, trace = run_with_edits(model, x, edits=edits)
+    dataset = [(x[k : k + 2], np.zeros(2)) for k in range(0, BATCH, 2)]
+    for inputs in (x, iter(dataset)):
+        options = {"batch_size": batch_size, "batches": None}
+        outputs, found = run_with_edits(model, inputs, edits=edits, **options)
+        assert_close(outputs, expected)
+        assert_equal_traces(found, vars(trace))
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_masked_outputs_are_those_of_keras(zero, unroll, backwards, x, rng):
+    if BACKEND == "torch" and unroll and backwards:
+        pytest.skip("Keras does not support masks here")
+    mask = rng.random((BATCH, TIME)) < 0.6
+    options = {"unroll": unroll, "go_backwards": backwards, "return_sequences": True}
+    for kind in ("LSTM", "ScratchLSTM"):
+        layer = make(kind, **options, zero_output_for_mask=zero)
+        model = with_mask(layer)
+        outputs, _ = run_with_edits(model, [x, mask], edits=[])
+        assert_close(outputs, to_numpy(model([x, mask])))
 
 
 def without_value(layer):
@@ -293,22 +410,26 @@ def without_value(layer):
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_model_is_unchanged_after_an_error(kind, error, x):
-    model = classifier(make(kind))
-    layer, before = model.layers[0], to_numpy(model(x))
+    class Fails(keras.layers.Layer):
+        fails = False
+
+        def call(self, inputs):
+            if self.fails:
+                raise error("after the LSTM")
+            return inputs
+
+    fails = Fails()
+    model = keras.Sequential([classifier(make(kind)), fails])
+    layer, before = model.layers[0].layers[0], to_numpy(model(x))
     weights = model.get_weights()
     layer.cell.dropout = layer.cell.recurrent_dropout = 0.5
-    model(x)
+    run_with_edits(model, x, edits=[])
     attributes, unset = sorted(vars(layer)), without_value(layer.cell)
-
-    def fail(gates, t):
-        raise error("in the edit")
-
-    with pytest.raises(error, match="in the edit"):
-        run_with_edits(model, x, Edit("f", fail))
+    fails.fails = True
+    with pytest.raises(error, match="after the LSTM"):
+        run_with_edits(model, x, edits=Edit("f", 1.0))
+    fails.fails = False
     assert without_value(layer.cell) == unset  # the dropout masks, too
-    for value in (None, np.ones(UNITS + 1)):
-        with pytest.raises(ValueError, match=r"`value` must be a function .* \(3, 4\)"):
-            run_with_edits(model, x, Edit("f", lambda gates, t, value=value: value))
     assert sorted(vars(layer)) == attributes
     np.testing.assert_equal(model.get_weights(), weights)
     assert_close(to_numpy(model(x)), before)
@@ -320,16 +441,16 @@ def test_model_is_unchanged_after_an_error(kind, error, x):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("g", 1.0), r"`array` must be one of 'i', .* Received: array='g'"),
-        (("f",), "Exactly one of `value` and `scale` must be given"),
-        (("f", 1.0, 2.0), "Exactly one of `value` and `scale` must be given"),
-        (("f", None, np.nan), "`scale` must be a finite number. Received: scale=nan"),
+        ({"array": "g"}, r"`array` must be one of 'x', 'i', .* Received: array='g'"),
+        ({}, "Exactly one of `value` and `scale` must be given"),
+        ({"value": 1.0, "scale": 2.0}, "Exactly one of `value` and `scale` must be"),
+        ({"scale": np.nan}, "`scale` must be a finite number. Received: scale=nan"),
     ],
 )
 @pytest.mark.one_backend
 def test_invalid_edit(arguments, message):
     with pytest.raises(ValueError, match=message):
-        Edit(*arguments)
+        Edit(**{"array": "f"} | arguments)
 
 
 @pytest.mark.parametrize(
@@ -337,16 +458,17 @@ def test_invalid_edit(arguments, message):
     [
         (Edit("f", 1.0, units=UNITS), "`units` must be an integer, a slice or a list"),
         (Edit("f", 1.0, units=[0, -UNITS - 1]), "that selects some of 4"),
-        (Edit("f", 1.0, steps=TIME), "`steps` .* selects some of 5. Received: steps=5"),
+        (Edit("f", 1.0, steps=TIME), "`steps` .* selects some of 7. Received: steps=7"),
         (Edit("f", 1.0, steps=slice(TIME, None)), "`steps` must be"),
         (Edit("f", 1.0, samples=[]), "`samples` must be"),
         (Edit("f", 1.0, units="a"), "`units` must be"),
-        (Edit("f", np.ones(UNITS + 1)), r"broadcasts to .* \(3, 5, 4\)"),
+        (Edit("f", np.ones(UNITS + 2)), r"broadcasts in one way only .* \(5, 7, 4\)"),
+        (Edit("f", lambda gates, t: 1 - gates.i), "`value` must be a number"),
         (Edit("f", "open"), "`value` must be a number"),
         (Edit("f", np.nan), "`value` must be finite"),
         (
             Edit("f", GateTrace(*[np.zeros((BATCH, TIME + 1, UNITS))] * 6)),
-            r"`GateTrace` of shape \(3, 5, 4\), .* Received: .* \(3, 6, 4\)",
+            r"`GateTrace` of shape \(5, 7, 4\), .* Received: .* \(5, 8, 4\)",
         ),
         ("f", "`edits` must be an `Edit` or a list of these"),
         (None, "`edits` must be an `Edit` or a list of these. Received: edits=None"),
@@ -359,7 +481,7 @@ def test_edit_that_does_not_fit_the_layer(edit, message, x):
     ran = []
     model.layers[1].call = lambda *args, **kwargs: ran.append(1)
     with pytest.raises(ValueError, match=message):
-        run_with_edits(model, x, edit)
+        run_with_edits(model, x, edits=edit)
     assert not ran
 
 
@@ -373,22 +495,21 @@ def test_layers_that_cannot_be_edited(x):
         def call(self, inputs):
             return self.dense(inputs)
 
-    class OwnCall(ScratchLSTMCell):
+    class Halved(ScratchLSTMCell):
         def call(self, inputs, states, training=False):
-            return super().call(inputs, states, training)
+            h, (_, c) = super().call(inputs, states, training)
+            return h, [h, 0.5 * c]
 
     unused = Unused()
     unused(x)
-    both = keras.layers.Bidirectional(keras.layers.LSTM(UNITS, name="a"))
-    own_call = ScratchLSTM(cell=OwnCall(UNITS))
-    for layer in (both, own_call):
-        layer.build(x.shape)
+    halved = ScratchLSTM(cell=Halved(UNITS))
+    halved.build(x.shape)
     for model, message in (
         (unused, "`layer` must be called in the model's forward pass"),
-        (both, "one direction .* Pass 'forward_a' or 'backward_a'"),
-        (own_call, "overrides `gates` only"),
+        (halved, "'c' must pass through `observe` in the cell.*with a 'Halved'"),
         (keras.layers.LSTM(UNITS), "must be built"),
         (classifier(keras.layers.GRU(UNITS)), "must be or contain"),
     ):
-        with pytest.raises(ValueError, match=message):
-            run_with_edits(model, x, [])
+        with pytest.raises(ValueError, match=message) as raised:
+            run_with_edits(model, x, edits=Edit("c", 0.0))
+        assert "\n" not in str(raised.value)

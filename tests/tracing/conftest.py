@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from trace_reference import BATCH, FEATURES, TIME, UNITS
+from models import BATCH, FEATURES, TIME, UNITS
 
 from keras_scratch_lstm import GateTrace
 from keras_scratch_lstm.tracing.trace import ARRAYS

@@ -4,8 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from reference import label
-from trace_reference import (
+from models import (
     BATCH,
     FEATURES,
     LAYERS,
@@ -18,9 +17,10 @@ from trace_reference import (
     numpy_trace,
     sequential,
 )
+from reference import label
 
 from keras_scratch_lstm import ScratchLSTM, trace_gates
-from keras_scratch_lstm.tracing.capture import find_all
+from keras_scratch_lstm.observing.models import find_all
 
 BACKEND = keras.backend.backend()
 BOTH = pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM"])
@@ -38,10 +38,10 @@ def test_layers_of_a_stack(kind, tokens):
     x = embed(tokens, model)
     expected = numpy_trace(lower, x)
     for layer in ("lower", lower, 0, -2):
-        assert_close(trace_gates(model, tokens, layer), expected)
+        assert_close(trace_gates(model, tokens, layer=layer), expected)
     expected = numpy_trace(upper, ops.convert_to_numpy(lower(x)))
     for layer in ("upper", upper, np.int64(1), -1):
-        assert_close(trace_gates(model, tokens, layer), expected)
+        assert_close(trace_gates(model, tokens, layer=layer), expected)
     assert find_all(model) == [lower, upper]
 
 
@@ -76,10 +76,10 @@ class Subclassed(keras.Model):
 def test_subclassed_model(x):
     model = Subclassed()
     model(x)
-    assert_close(trace_gates(model, x, "first"), numpy_trace(model.first, x))
+    assert_close(trace_gates(model, x, layer="first"), numpy_trace(model.first, x))
     x_second = ops.convert_to_numpy(model.first(model.first(x)))
     expected = numpy_trace(model.second, x_second)
-    assert_close(trace_gates(model, x, "second"), expected)
+    assert_close(trace_gates(model, x, layer="second"), expected)
     match = "must be called in the model's forward pass.*'unused'"
     check_error(match, model, x, "unused")
 
@@ -112,7 +112,7 @@ def test_stateful_model_starts_from_its_states_and_keeps_them(kind, samples, x):
     model(x)  # states other than zero
     states = [*lower.states, *traced.states]
     before = [ops.convert_to_numpy(state).copy() for state in states]
-    trace = trace_gates(model, x[:samples], "traced", batch_size=2)
+    trace = trace_gates(model, x[:samples], layer="traced", batch_size=2)
     np.testing.assert_equal(list(map(ops.convert_to_numpy, states)), before)
     x_traced = ops.convert_to_numpy(lower(x))[:samples]
     h, c = (state[:samples] for state in before[2:])
@@ -152,10 +152,10 @@ def test_error_in_the_forward_pass_changes_no_state(x):
     model = keras.Model(inputs, traced(fails(lower(inputs))))
     fails.fails = True
     with pytest.raises(RuntimeError, match="before the LSTM"):
-        trace_gates(model, x, "traced")
+        trace_gates(model, x, layer="traced")
     assert not any(ops.convert_to_numpy(state).any() for state in lower.states)
     fails.fails = False
-    trace = trace_gates(model, x, 1)
+    trace = trace_gates(model, x, layer=1)
     assert_close(trace, numpy_trace(traced, ops.convert_to_numpy(lower(x))))
 
 
@@ -174,6 +174,7 @@ def test_trace_has_no_side_effects(x):
             sorted(vars(lstm)),
         )
 
+    trace_gates(model, x)  # compiles the loop, which the layer keeps
     keras.backend.clear_session()  # names start from "scratch_lstm"
     before = observe()
     trace_gates(model, x)
@@ -210,8 +211,8 @@ class CustomCell(keras.layers.LSTMCell):
 @pytest.mark.parametrize(
     ("model", "match"),
     [
-        (None, "`model_or_layer` must be a Keras model or layer, or the path of a"),
-        (keras.layers.LSTM, "`model_or_layer` must be a Keras model or layer"),
+        (None, "`model` must be a Keras model or layer, or the path of a"),
+        (keras.layers.LSTM, "`model` must be a Keras model or layer"),
         (keras.Sequential(name="a"), "must be or contain a `ScratchLSTM`, .*: 'a'"),
         (keras.layers.GRU(2, name="a"), "must be or contain a `ScratchLSTM`"),
         (keras.layers.LSTM(2), r"must be built\. .* on data, or add `keras.Input`"),
@@ -236,7 +237,7 @@ def test_ambiguous_layer_name(x):
     inputs = keras.Input((TIME, FEATURES))
     model = keras.Model(inputs, branch(inputs) + branch(inputs))
     check_error("2 LSTMs of 'functional.*' have the same name", model, x, "same")
-    assert_close(trace_gates(model, x, 1), numpy_trace(find_all(model)[1], x))
+    assert_close(trace_gates(model, x, layer=1), numpy_trace(find_all(model)[1], x))
 
 
 @pytest.mark.skipif(

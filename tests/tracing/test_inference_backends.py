@@ -6,8 +6,8 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from models import LAYERS, TIME, assert_close, embed, numpy_trace, sequential
 from reference import run_python
-from trace_reference import LAYERS, TIME, assert_close, embed, numpy_trace, sequential
 
 from keras_scratch_lstm import ScratchLSTM, to_builtin, to_scratch, trace_gates
 
@@ -44,7 +44,7 @@ def test_trace_conversion_and_saving(kind, tokens, tmp_path):
 def test_backends_for_inference_only(backend):
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
-    tests = Path(__file__).with_name("test_replay.py")
+    tests = Path(__file__).with_name("test_loop.py")
     selected = "conversion_and_saving or both_methods or both_directions"
     command = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
     printed = run_python(

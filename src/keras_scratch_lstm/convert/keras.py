@@ -27,7 +27,7 @@ _CELLS = (layers.LSTMCell, ScratchLSTMCell)
 _FUSED = {"kernel": "W_x", "recurrent_kernel": "W_h", "bias": "b_"}
 
 
-def to_scratch(layer_or_model: Any) -> Any:
+def to_scratch(model: Any) -> Any:
     """Copy a layer or model, with `ScratchLSTM` in place of `keras.layers.LSTM`.
 
     Every `keras.layers.LSTM` becomes a `ScratchLSTM` and every
@@ -44,7 +44,7 @@ def to_scratch(layer_or_model: Any) -> Any:
     raises an error.
 
     Args:
-        layer_or_model: A layer, a cell, or a Sequential or Functional model that
+        model: A layer, a cell, or a Sequential or Functional model that
             contains a built-in LSTM.
 
     Returns:
@@ -61,10 +61,10 @@ def to_scratch(layer_or_model: Any) -> Any:
     >>> [weight.name for weight in to_scratch(model).weights[:3]]
     ['W_xi', 'W_hi', 'b_i']
     """
-    return _convert(layer_or_model, _TO_SCRATCH)
+    return _convert(model, _TO_SCRATCH)
 
 
-def to_builtin(layer_or_model: Any) -> Any:
+def to_builtin(model: Any) -> Any:
     """Copy a layer or model, with `keras.layers.LSTM` in place of `ScratchLSTM`.
 
     The inverse of `to_scratch`, which see for what is copied. A round trip in either
@@ -78,7 +78,7 @@ def to_builtin(layer_or_model: Any) -> Any:
     `Bidirectional(to_builtin(layer))` has new weights.
 
     Args:
-        layer_or_model: A layer, a cell, or a Sequential or Functional model that
+        model: A layer, a cell, or a Sequential or Functional model that
             contains a `ScratchLSTM` or a `ScratchLSTMCell`.
 
     Returns:
@@ -95,7 +95,7 @@ def to_builtin(layer_or_model: Any) -> Any:
     >>> [weight.name for weight in to_builtin(layer).weights]
     ['kernel', 'recurrent_kernel', 'bias']
     """
-    return _convert(layer_or_model, _TO_BUILTIN)
+    return _convert(model, _TO_BUILTIN)
 
 
 def _convert(old, classes):
@@ -103,7 +103,7 @@ def _convert(old, classes):
     lstms = [part for part in parts if isinstance(part, tuple(classes))]
     if not lstms:
         names = " or ".join(f"`{cls.__name__}`" for cls in classes)
-        raise invalid("layer_or_model", old, f"a layer or model that contains {names}")
+        raise invalid("model", old, f"a layer or model that contains {names}")
     owners = {id(p.cell): f"{p.name}/" for p in parts if isinstance(p, layers.RNN)}
     for lstm in lstms:
         _check(lstm, owners.get(id(lstm), "") + lstm.name, classes)

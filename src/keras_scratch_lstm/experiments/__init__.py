@@ -1,16 +1,20 @@
-"""Experiments on a trained LSTM: interventions, ablation, gradients, attribution."""
+"""Experiments on a trained LSTM: edits, ablation, gradients, attribution."""
 
 from keras_scratch_lstm.experiments.ablation import Ablation, ablate_units
 from keras_scratch_lstm.experiments.attribution import (
-    Decomposition,
-    contextual_decomposition,
+    Attribution,
     integrated_gradients,
 )
+from keras_scratch_lstm.experiments.decomposition import (
+    Decomposition,
+    contextual_decomposition,
+)
+from keras_scratch_lstm.experiments.edits import Edit, run_with_edits
 from keras_scratch_lstm.experiments.gradients import trace_gradients
-from keras_scratch_lstm.experiments.interventions import Edit, run_with_edits
 
 __all__ = [
     "Ablation",
+    "Attribution",
     "Decomposition",
     "Edit",
     "ablate_units",

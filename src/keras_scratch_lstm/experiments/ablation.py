@@ -1,5 +1,7 @@
-"""Silence each unit in turn, and measure how a loss or metric changes."""
+"""Silence each unit in turn, and measure how a loss changes."""
 
+import collections
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -8,10 +10,18 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_scratch_lstm import _keras, _validation
-from keras_scratch_lstm.experiments import loop
-from keras_scratch_lstm.experiments.interventions import Selection, select
-from keras_scratch_lstm.tracing.trace import ARRAYS, import_pandas
+from keras_scratch_lstm import _validation
+from keras_scratch_lstm._types import Selection
+from keras_scratch_lstm.experiments.outputs import (
+    concatenate,
+    loss_function,
+    to_targets,
+)
+from keras_scratch_lstm.observing import models
+from keras_scratch_lstm.observing.call import map_with_masks, run
+from keras_scratch_lstm.observing.inputs import read
+from keras_scratch_lstm.observing.loop import ARRAYS, Map
+from keras_scratch_lstm.tracing.trace import import_pandas
 
 if TYPE_CHECKING:
     import pandas
@@ -19,56 +29,64 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Ablation:
-    """The results of `ablate_units`: a table with one row per array and unit.
+    """The results of `ablate_units`: a table with one row per layer, array and unit.
 
     Attributes:
-        baseline: Float, the metric of the model without ablation.
+        baseline: Float, the loss of the model without ablation.
+        layer: Array of strings, the name of the layer of each row; a `Bidirectional`
+            layer has two.
         array: Array of strings, the ablated gate or state of each row.
         unit: Array of integers, the ablated unit of each row.
-        metric: Array of floats, the metric under each ablation.
+        loss: Array of floats, the loss under each ablation.
     """
 
     baseline: float
+    layer: np.ndarray
     array: np.ndarray
     unit: np.ndarray
-    metric: np.ndarray
+    loss: np.ndarray
 
     @property
     def change(self) -> np.ndarray:
-        """The metric of each row minus the baseline."""
-        return self.metric - self.baseline
+        """The loss of each row minus the baseline."""
+        return self.loss - self.baseline
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """Convert the table to a pandas `DataFrame`."""
-        columns = {"array": self.array, "unit": self.unit, "metric": self.metric}
-        return import_pandas().DataFrame({**columns, "change": self.change})
+        names = "layer", "array", "unit", "loss", "change"
+        return import_pandas().DataFrame({name: getattr(self, name) for name in names})
 
 
 def ablate_units(
-    model_or_layer: Any,
+    model: Any,
     inputs: Any,
-    targets: Any,
-    metric: str | Callable[[Any, Any], Any] | None = None,
+    targets: Any = None,
+    *,
+    loss: str | Callable[[Any, Any], Any] | None = None,
     layer: Any = None,
     arrays: str | Iterable[str] = "h",
     units: Selection = None,
     method: Literal["zero", "mean"] = "zero",
+    call_index: int = 0,
     batch_size: int = 1024,
+    batches: int | None = None,
     verbose: int = 1,
 ) -> Ablation:
-    """Silence each unit of an LSTM in turn, and measure how a metric changes.
+    """Silence each unit of an LSTM in turn, and measure how a loss changes.
 
     A unit is silenced at all time steps, so neither the LSTM nor later layers read
     it. The model runs as in `run_with_edits`. On Ctrl-C, the rows that are done are
     returned.
 
+    Arguments that are not listed are those of `trace_gates`.
+
     Args:
-        model_or_layer: See `trace_gates`.
-        inputs: See `run_with_edits`.
-        targets: The targets of the model.
-        metric: A loss by name, or a function `(y_true, y_pred)` such as a Keras loss
-            or metric. Its mean is taken. Default: `None`, the compiled loss.
-        layer: See `run_with_edits`.
+        targets: The targets of the model. Default: `None`, those of the dataset.
+        loss: A loss by name, a Keras loss or metric, or a function
+            `(y_true, y_pred)`, of which the mean is taken, without masked time steps.
+            Default: `None`, the compiled loss.
+        layer: See `trace_gates`. Of a `Bidirectional` layer, the units of both
+            directions are ablated.
         arrays: String or list of strings, the gates and states to ablate, each in
             turn. Default: `"h"`, the output of the unit.
         units: Integer, slice or list of integers, the units to ablate. Default:
@@ -78,13 +96,12 @@ def ablate_units(
         batch_size: Positive integer, the number of samples to run at a time: the
             inputs are repeated for several units. Models with a fixed batch size or
             a `time_major` layer run one unit at a time. Default: 1024.
+        batches: Positive integer, how many batches of a dataset to use, or `None` for
+            all. Default: `None`.
         verbose: 0 (silent), 1 (progress bar) or 2 (one line). Default: 1.
 
     Returns:
         An `Ablation`.
-
-    Raises:
-        ValueError: If an argument is invalid.
 
     Example:
 
@@ -94,7 +111,7 @@ def ablate_units(
     ...     [keras.Input((10, 8)), keras.layers.LSTM(4), keras.layers.Dense(1)]
     ... )
     >>> x, y = np.ones((2, 10, 8)), np.zeros((2, 1))
-    >>> ablation = ablate_units(model, x, y, "mse", verbose=0)
+    >>> ablation = ablate_units(model, x, y, loss="mse", verbose=0)
     >>> ablation.change.shape
     (4,)
 
@@ -102,82 +119,97 @@ def ablate_units(
 
     - [Lakretz et al., 2019](https://aclanthology.org/N19-1002/)
     """
-    batch_size = _validation.positive_integer("batch_size", batch_size)
     names = [arrays] if isinstance(arrays, str) else arrays
     names = list(names) if isinstance(names, Iterable) else []
     if not names or not all(name in ARRAYS for name in names):
         raise _validation.invalid("arrays", arrays, f"among {str(ARRAYS)[1:-1]}")
     if method not in ("zero", "mean"):
         raise _validation.invalid("method", method, "'zero' or 'mean'")
-    call = loop.find_call(model_or_layer, inputs, layer)
-    units = select("units", units, call.shape[2])
-    measure = _measure(metric, call.model, targets)
-    outputs, trace = loop.run(call, loop.unchanged, record=method == "mean")
-    baseline = measure(outputs)
-    rows = [(name, int(unit)) for name in names for unit in units]
-    group = 1 if _is_fixed(call.model) else max(1, batch_size // call.shape[0])
-    values = {name: np.zeros(call.shape[2]) for name in names}
-    if method == "mean":
-        values = {name: np.nanmean(getattr(trace, name), (0, 1)) for name in names}
+    model, lstms = models.select(model, layer)
+    units = _validation.select("units", units, lstms[0].cell.units)
+    rows = [(lstm, name, int(u)) for lstm in lstms for name in names for u in units]
+    loss = loss_function(loss, model)
+    data = list(read(model, inputs, targets, batch_size=batch_size, batches=batches))
+    targets = concatenate([to_targets(batch.targets) for batch in data])
+    record = names if method == "mean" else ()
+    found = [run(model, batch, lstms, None, record, call_index) for batch in data]
+    (baseline,) = _losses(loss, targets, [[outputs] for outputs, _ in found])
+    values = _means([arrays for _, arrays in found], lstms, record)
+    group = 1
+    if not data[0].is_fixed:
+        group = max(1, batch_size // max(batch.samples for batch in data))
     results: list[float] = []
     progress = keras.utils.Progbar(len(rows), verbose=verbose, unit_name="unit")
     try:
         for start in range(0, len(rows), group):
             several = rows[start : start + group]
-            results += _ablate(call, several, values, measure)
+            # A group of the same size needs no new compilation.
+            fill = several[-1:] * (min(group, len(rows)) - len(several))
+            maps = functools.partial(_maps, several + fill, values)
+            outputs = [
+                _run(model, batch, lstms, maps, len(several + fill), call_index)
+                for batch in data
+            ]
+            results += _losses(loss, targets, outputs)[: len(several)]
             progress.update(len(results))
     except KeyboardInterrupt:
         pass
-    array, unit = zip(*rows[: len(results)], strict=True) if results else ((), ())
-    return Ablation(baseline, np.array(array), np.array(unit, int), np.array(results))
-
-
-def _ablate(call, rows, values, measure):
-    """Run the model once for several ablations; return the metric of each."""
-    batch, _, units = call.shape
-    masks, new = {}, {}
-    for name in {name for name, _ in rows}:
-        mask = np.zeros((len(rows), 1, units), bool)
-        for k, (array, unit) in enumerate(rows):
-            mask[k, :, unit] = array == name
-        mask = np.broadcast_to(mask, (len(rows), batch, units))
-        masks[name] = ops.convert_to_tensor(mask.reshape(-1, units))
-        new[name] = ops.cast(values[name], call.layer.cell.compute_dtype)
-
-    def visit(name, step, t):
-        value = getattr(step, name)
-        return ops.where(masks[name], new[name], value) if name in masks else value
-
-    inputs = call.inputs
-    if len(rows) > 1:
-        inputs = keras.tree.map_structure(
-            lambda x: ops.concatenate([ops.convert_to_tensor(x)] * len(rows)), inputs
-        )
-    outputs, _ = loop.run(call, visit, inputs)
-    parts = [ops.split(y, len(rows)) for y in keras.tree.flatten(outputs)]
-    return [
-        measure(keras.tree.pack_sequence_as(outputs, part))
-        for part in zip(*parts, strict=True)
-    ]
-
-
-def _measure(metric, model, targets):
-    """Return a function of the model's outputs that computes the metric."""
-    function = loop.loss_function(metric, model, "metric")
-    targets = keras.tree.map_structure(ops.convert_to_tensor, targets)
-
-    def measure(outputs):
-        if isinstance(metric, keras.metrics.Metric):
-            metric.reset_state()
-        return float(ops.convert_to_numpy(function(targets, outputs)))
-
-    return measure
-
-
-def _is_fixed(model):
-    """Whether the number of samples must be that of the inputs."""
-    inputs = getattr(model, "inputs", None) or []
-    return any(x.shape[0] is not None for x in inputs) or any(
-        getattr(layer, "stateful", False) or getattr(layer, "time_major", False)
-        for layer in _keras.all_layers(model)
+    rows = rows[: len(results)]
+    return Ablation(
+        baseline,
+        layer=np.array([lstm.name for lstm, _, _ in rows]),
+        array=np.array([name for _, name, _ in rows]),
+        unit=np.array([unit for _, _, unit in rows], int),
+        loss=np.array(results),
     )
+
+
+def _run(model, batch, lstms, maps, times, call_index):
+    """Run a batch that is repeated; return the outputs of each repetition."""
+    if times > 1:
+        inputs = keras.tree.map_structure(
+            lambda x: ops.concatenate([ops.convert_to_tensor(x)] * times), batch.inputs
+        )
+        batch = batch._replace(inputs=inputs, samples=times * batch.samples)
+    outputs, _ = run(model, batch, lstms, maps, (), call_index)
+
+    def part(k, x):
+        size = x.shape[0] // times
+        return x[k * size : (k + 1) * size]
+
+    return [map_with_masks(functools.partial(part, k), outputs) for k in range(times)]
+
+
+def _losses(loss, targets, outputs):
+    """Return the loss of each repetition, over all batches."""
+    results = [
+        loss(targets, concatenate(parts)) for parts in zip(*outputs, strict=True)
+    ]
+    return [float(ops.convert_to_numpy(result)) for result in results]
+
+
+def _means(found, lstms, names):
+    """Return the mean of each unit, 0 by default: `(layer, array)` -> array."""
+    means = {lstm: collections.defaultdict(float) for lstm in lstms}
+    for lstm in lstms:
+        for name in names:
+            values = [arrays[lstm][name] for arrays in found]
+            values = [value.reshape(-1, value.shape[-1]) for value in values]
+            means[lstm][name] = np.nanmean(np.concatenate(values), 0)
+    return means
+
+
+def _maps(rows, values, lstm, shapes, mask):
+    """Return the maps of ablations, each for one part of the samples."""
+    maps: dict[str, Map] = {}
+    for k, (at, name, unit) in enumerate(rows):
+        if at is not lstm:
+            continue
+        samples, _, units = shapes[name]
+        if name not in maps:
+            maps[name] = Map(np.ones((samples, units)), np.zeros((samples, units)))
+        size = samples // len(rows)
+        place = slice(k * size, (k + 1) * size), unit
+        maps[name].a[place] = 0.0
+        maps[name].b[place] = np.broadcast_to(values[lstm][name], units)[unit]
+    return maps

@@ -4,45 +4,56 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_scratch_lstm import recurrence
-from keras_scratch_lstm.experiments import loop
-from keras_scratch_lstm.tracing import GateTrace
-from keras_scratch_lstm.tracing.trace import ARRAYS
+from keras_scratch_lstm.experiments.outputs import (
+    loss_function,
+    to_targets,
+)
+from keras_scratch_lstm.observing import models
+from keras_scratch_lstm.observing.call import observed_arrays, result_dtype, run
+from keras_scratch_lstm.observing.inputs import read
+from keras_scratch_lstm.observing.loop import ARRAYS, Map
+from keras_scratch_lstm.tracing.trace import Gradients, join
 
 
 def trace_gradients(
-    model_or_layer: Any,
+    model: Any,
     inputs: Any,
-    targets: Any,
+    targets: Any = None,
+    *,
     loss: str | Callable[[Any, Any], Any] | None = None,
     layer: Any = None,
-) -> GateTrace:
+    call_index: int = 0,
+    batch_size: int = 1024,
+    batches: int | None = 1,
+) -> Gradients:
     """Compute the gradient of a loss by each gate and state at every time step.
 
-    `trace.h[:, t]` is dL/dh_t, through the output at time step `t` and through all
-    later time steps; likewise for `c`, `i`, `f`, `o` and `c_tilde`. The norms over
-    time show how far the gradient reaches back; see `plotting.plot_gradients`.
+    `gradients.h[:, t]` is dL/dh_t, through the output at time step `t` and through
+    all later time steps; likewise for `c`, `i`, `f`, `o` and `c_tilde`. It is the
+    total derivative, through all that the cell computes from the array; see
+    `ScratchLSTMCell.observe`. The norms over time show how far the gradient reaches
+    back; see `plotting.plot_gradients`.
 
-    The model runs as in `run_with_edits`. Needs the TensorFlow, JAX or PyTorch
-    backend.
+    The model runs in inference mode and is not changed. Needs the TensorFlow, JAX or
+    PyTorch backend.
+
+    Arguments that are not listed are those of `trace_gates`.
 
     Args:
-        model_or_layer: See `trace_gates`.
-        inputs: See `run_with_edits`.
-        targets: The targets of the model.
-        loss: A loss by name, or a function `(y_true, y_pred)` such as a Keras loss.
-            Its mean is taken. Default: `None`, the compiled loss.
-        layer: See `run_with_edits`. It may also be a `keras.layers.SimpleRNN`, by
-            name or as the layer, for comparison.
+        targets: The targets of the model. Default: `None`, those of the dataset.
+        loss: A loss by name, a Keras loss, or a function `(y_true, y_pred)`, of which
+            the mean is taken, without masked time steps. Each batch has its own.
+            Default: `None`, the compiled loss.
+        layer: See `trace_gates`. It may also be a `keras.layers.SimpleRNN`, by name
+            or as the layer, for comparison.
 
     Returns:
-        A `GateTrace` of gradients, NaN at masked time steps. For a `SimpleRNN`,
-        which has only `h`, the other arrays are NaN.
-
-    Raises:
-        ValueError: If an argument is invalid.
+        `Gradients`, NaN at masked time steps. For a `SimpleRNN`, which has only `h`,
+        the other arrays are NaN; so are those that a custom cell does not observe.
 
     Example:
 
@@ -52,30 +63,47 @@ def trace_gradients(
     ...     [keras.Input((10, 8)), keras.layers.LSTM(4), keras.layers.Dense(1)]
     ... )
     >>> x, y = np.ones((2, 10, 8)), np.zeros((2, 1))
-    >>> gradients = trace_gradients(model, x, y, "mse")
+    >>> gradients = trace_gradients(model, x, y, loss="mse")
     >>> np.linalg.norm(gradients.h, axis=-1).shape  # |dL/dh_t|
     (2, 10)
     """
-    call = loop.find_call(model_or_layer, inputs, layer, simple_rnn=True)
-    loss = loop.loss_function(loss, call.model, "loss")
-    targets = keras.tree.map_structure(ops.convert_to_tensor, targets)
-    batch, time, units = call.shape
-    names = ("h",) if call.c is None else ARRAYS
+    model, lstms = models.select(model, layer, simple_rnn=True)
+    loss = loss_function(loss, model)
+    data = read(model, inputs, targets, batch_size=batch_size, batches=batches)
+    found = [_gradients(model, batch, lstms, loss, call_index) for batch in data]
+    return join(found, lstms, Gradients)
+
+
+def _gradients(model, batch, lstms, loss, call_index):
+    targets, found = to_targets(batch.targets), {}
+
+    def observe(lstm, shapes, mask):
+        found[lstm] = shapes["h"], mask
+        return {}
+
+    run(model, batch, lstms, observe, (), call_index)
+    places = [(lstm, name) for lstm in lstms for name in observed_arrays(lstm)]
+    # The gradient by a map's `b` at 0 is that by the array.
+    zeros = [ops.zeros(found[at][0], at.cell.compute_dtype) for at, _ in places]
 
     def loss_of(tensors):
-        added = ops.unstack(tensors[0])
+        added = dict(zip(places, tensors, strict=True))
 
-        def visit(name, step, t):
-            return getattr(step, name) + added[t][names.index(name)]
+        def maps(lstm, shapes, mask):
+            return {name: Map(None, b) for (at, name), b in added.items() if at is lstm}
 
-        outputs, _ = loop.run(call, visit)
-        return loss(targets, outputs)
+        return loss(targets, run(model, batch, lstms, maps, (), call_index)[0])
 
-    # Adding zeros to an array gives the gradient by that array.
-    zeros = ops.zeros((time, len(names), batch, units), call.layer.cell.compute_dtype)
-    (gradients,) = recurrence.gradient(loss_of, [zeros])
-    steps = {
-        t: loop.Step(**dict(zip(names, gradient, strict=True)))
-        for t, gradient in enumerate(ops.unstack(gradients))
-    }
-    return loop.to_trace(call, steps)
+    gradients = dict(zip(places, recurrence.gradient(loss_of, zeros), strict=True))
+    results = {lstm: {} for lstm in lstms}
+    for lstm, arrays in results.items():
+        shape, mask = found[lstm]
+        for name in ARRAYS:
+            arrays[name] = np.full(shape, np.nan, result_dtype(lstm))
+            if (lstm, name) in gradients:
+                values = ops.cast(gradients[lstm, name], result_dtype(lstm))
+                arrays[name][:] = ops.convert_to_numpy(values)
+            if mask is not None:
+                arrays[name][~mask] = np.nan
+        arrays |= {} if mask is None else {"mask": mask}
+    return keras.tree.map_structure(batch.crop, results)

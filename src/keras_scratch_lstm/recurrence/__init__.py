@@ -28,6 +28,7 @@ import importlib
 import threading
 
 import keras
+from keras import ops, tree
 
 _forced = threading.local()  # not a `ContextVar`, which `torch.compile` cannot trace
 
@@ -100,13 +101,13 @@ def gradient(function, tensors):
             "Gradients need the TensorFlow, JAX or PyTorch backend. Received: "
             f"KERAS_BACKEND={_NAME}"
         )
-    return _MODULE.gradient(function, [keras.ops.convert_to_tensor(x) for x in tensors])
+    return _MODULE.gradient(function, [ops.convert_to_tensor(x) for x in tensors])
 
 
 def compiled(function):
-    """Compile a function of tensors, whose last argument is constant and hashable.
+    """Compile a function of nested tensors.
 
-    On other backends than JAX, this would not save time, and returns the function.
+    On torch and backends for inference only, this returns the function.
     """
     return getattr(_MODULE, "compiled", _identity)(function)
 
@@ -126,6 +127,39 @@ def copies(states):
     On other backends, the values are immutable, and returned as they are.
     """
     return getattr(_MODULE, "copies", list)(states)
+
+
+def is_compiled():
+    """Whether `compiled` compiles on this backend."""
+    return hasattr(_MODULE, "compiled")
+
+
+def scan(body, carry, xs, like):
+    """Run `carry, ys = body(carry, xs[t])` for every time step.
+
+    Args:
+        body: Function `(carry, x)` that returns a new carry and a dict of tensors.
+        carry: Nested tensors.
+        xs: Nested tensors of shape `(time, ...)`; `None` is passed on.
+        like: Dict of tensors with the shapes and dtypes of those that `body` returns.
+
+    Returns:
+        The last carry, and a dict of the tensors of all time steps, `(time, ...)`.
+    """
+    return getattr(_MODULE, "scan", _scan)(body, carry, xs, like)
+
+
+def _scan(body, carry, xs, like):
+    # Slices of one tensor would each have a gradient of its full size.
+    steps = [x if x is None else ops.unstack(x) for x in tree.flatten(xs)]
+    time = next(len(x) for x in steps if x is not None)
+    stacked = {name: [] for name in like}
+    for t in range(time):
+        values = [x if x is None else x[t] for x in steps]
+        carry, ys = body(carry, tree.pack_sequence_as(xs, values))
+        for name, values in stacked.items():
+            values.append(ys[name])
+    return carry, {name: ops.stack(values) for name, values in stacked.items()}
 
 
 def repeat_masked_outputs(outputs, mask):

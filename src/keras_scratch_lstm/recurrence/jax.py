@@ -29,9 +29,12 @@ def gradient(function, tensors):
     return jax.grad(function)(tensors)
 
 
-@functools.cache
 def compiled(function):
-    return jax.jit(function, static_argnums=function.__code__.co_argcount - 1)
+    return jax.jit(function)
+
+
+def scan(body, carry, xs, like):
+    return lax.scan(body, carry, xs)
 
 
 def repeat_masked_outputs(outputs, mask):

@@ -7,6 +7,7 @@ as a few ops; but one in inference, since tf2onnx supports one write per iterati
 """
 
 import tensorflow as tf
+from keras import tree
 
 from keras_scratch_lstm import _keras
 from keras_scratch_lstm.per_gate import fuse
@@ -32,6 +33,28 @@ def random_uniform(shape, seed):
     seed = tf.cast(seed.next(), "int64")
     bits = tf.random.stateless_uniform(shape, seed, alg="philox", **limits)
     return tf.cast(tf.bitwise.right_shift(bits, 8), "float32") / 2**24
+
+
+def compiled(function):
+    return tf.function(function, autograph=False, reduce_retracing=True)
+
+
+def scan(body, carry, xs, like):
+    flat = tree.flatten(xs)
+    time = next(tf.shape(x)[0] for x in flat if x is not None)
+    arrays = [x if x is None else _array(time, x.dtype).unstack(x) for x in flat]
+    stacked = {name: _array(time, y.dtype, y.shape) for name, y in like.items()}
+
+    def iteration(t, carry, stacked):
+        values = [None if array is None else array.read(t) for array in arrays]
+        carry, ys = body(carry, tree.pack_sequence_as(xs, values))
+        written = {name: array.write(t, ys[name]) for name, array in stacked.items()}
+        return t + 1, carry, written
+
+    _, carry, stacked = tf.while_loop(
+        lambda t, *_: t < time, iteration, (0, carry, stacked), maximum_iterations=time
+    )
+    return carry, {name: array.stack() for name, array in stacked.items()}
 
 
 def lstm(x, h, c, W_x, W_h, b, mask, training):

@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_scratch_lstm import _validation
 
-_FORMAT = "keras_scratch_lstm.GateTrace 1"
+_FORMAT = "keras_scratch_lstm.{} 1"  # the name of the class
 
 
 def write_file(path, write):
@@ -53,13 +53,13 @@ def _is_replaceable(path, status):
     return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and not is_special
 
 
-def save_arrays(path, arrays):
-    """Save a dict of arrays in the format of `GateTrace.save`."""
-    content = {"format": np.array(_FORMAT), **arrays}
+def save_arrays(path, kind, arrays):
+    """Save a dict of arrays of a class in the format of `GateTrace.save`."""
+    content = {"format": np.array(_FORMAT.format(kind)), **arrays}
     write_file(path, lambda file: np.savez(file, **content))
 
 
-def load_arrays(path, convert):
+def load_arrays(path, kind, convert):
     """Return `convert` of what `save_arrays` saved, without unpickling any of it."""
     path = _validation.path("path", path)
     if path.exists() and not (path.is_file() or path.is_dir()):
@@ -67,13 +67,13 @@ def load_arrays(path, convert):
         raise _validation.invalid("path", str(path), "a regular file")
     with open(path, "rb") as file:
         try:
-            return convert(_read(file))
+            return convert(_read(file, kind))
         except Exception as error:  # whatever a damaged file leads to
-            rule = "an undamaged file written by `GateTrace.save`"
+            rule = f"an undamaged file written by `{kind}.save`"
             raise _validation.invalid("path", str(path), rule) from error
 
 
-def _read(file):
+def _read(file, kind):
     if not zipfile.is_zipfile(file):
         raise ValueError("no archive")
     size = file.seek(0, os.SEEK_END)
@@ -84,6 +84,6 @@ def _read(file):
         raise ValueError("compressed")
     if sum(member.file_size for member in members) > size:
         raise ValueError("larger than the file")
-    if str(arrays["format"]) != _FORMAT:
+    if str(arrays["format"]) != _FORMAT.format(kind):
         raise ValueError("format")
     return {name: arrays[name] for name in arrays.files}

@@ -2,6 +2,7 @@
 
 import itertools
 import unicodedata
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -63,7 +64,7 @@ def tokens_of_sample(tokens, batch, time, sample):
     return samples[sample if len(samples) > 1 else 0]
 
 
-def token_features(tokens):
+def token_features(tokens: Sequence[str]) -> dict[str, np.ndarray]:
     """Compute features of tokens that a unit may be selective for.
 
     Characters have features of letters and of their position in words and lines,

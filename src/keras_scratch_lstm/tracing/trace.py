@@ -1,12 +1,13 @@
-"""`GateTrace`: the gates and states of an LSTM at every time step."""
+"""`GateTrace` and `Gradients`: arrays of an LSTM at every time step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
 from keras_scratch_lstm import _types, _validation
+from keras_scratch_lstm.observing.loop import ARRAYS
 from keras_scratch_lstm.tracing import files, html
 from keras_scratch_lstm.tracing.tokens import (
     token_features,
@@ -17,7 +18,6 @@ from keras_scratch_lstm.tracing.tokens import (
 if TYPE_CHECKING:
     import pandas
 
-ARRAYS = ("i", "f", "o", "c_tilde", "c", "h")
 SATURATED = 0.1, 0.9  # below, above
 
 
@@ -47,7 +47,151 @@ class Saturation(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class GateTrace:
+class Arrays:
+    """Six arrays of an LSTM at every time step, checked; see `GateTrace`."""
+
+    i: np.ndarray
+    f: np.ndarray
+    o: np.ndarray
+    c_tilde: np.ndarray
+    c: np.ndarray
+    h: np.ndarray
+    mask: np.ndarray | None = None
+    layer: str = ""
+    backward: Self | None = None
+
+    def __post_init__(self) -> None:
+        shape = getattr(self.i, "shape", ())
+        for name in ARRAYS:
+            array = getattr(self, name)
+            if not (
+                isinstance(array, np.ndarray)
+                and array.dtype in ("float32", "float64")
+                and array.ndim == 3
+                and array.shape == shape
+            ):
+                rule = "float32 or float64, of shape (batch, time, units) as all six"
+                raise _validation.invalid(name, array, rule)
+        if self.mask is not None and not (
+            isinstance(self.mask, np.ndarray)
+            and self.mask.dtype == bool
+            and self.mask.shape == shape[:2]
+        ):
+            rule = f"a boolean array of shape {shape[:2]}, or None"
+            raise _validation.invalid("mask", self.mask, rule)
+        if not isinstance(self.layer, str):
+            raise _validation.invalid("layer", self.layer, "a string")
+        kind = type(self)
+        is_same = isinstance(self.backward, kind) and not self.backward.backward
+        if self.backward is not None and not is_same:
+            rule = f"a `{kind.__name__}` without `backward`, or None"
+            raise _validation.invalid("backward", self.backward, rule)
+
+    def to_dataframe(self, tokens: _types.Tokens | None = None) -> "pandas.DataFrame":
+        """Convert the arrays to a pandas `DataFrame` with one row per value.
+
+        Args:
+            tokens: One sample's tokens (a string or a list of `time` strings), or a
+                list of all samples' tokens. Default: `None`.
+
+        Returns:
+            `DataFrame` with the columns `sample`, `step`, `token`, `unit`, `gate`
+            (one of `i`, `f`, `o`, `c_tilde`, `c` and `h`) and `value`. Without
+            `tokens`, the column `token` is empty.
+
+        Raises:
+            ImportError: If pandas is not installed.
+            ValueError: If `tokens` is invalid.
+        """
+        pd = import_pandas()
+        batch, time, units = self.i.shape
+        shape = batch, time, units, len(ARRAYS)
+        sample, step, unit, gate = np.indices(shape, dtype="int32", sparse=True)
+
+        def column(index):
+            return np.broadcast_to(index, shape).ravel()
+
+        categories: Any = []
+        codes = np.full((batch, time, 1, 1), -1)
+        if tokens is not None:
+            per_sample = np.array(tokens_per_sample(tokens, batch, time))
+            categories, codes = np.unique(per_sample, return_inverse=True)
+            codes = codes.reshape(-1, time, 1, 1)
+        return pd.DataFrame(
+            {
+                "sample": column(sample),
+                "step": column(step),
+                "token": pd.Categorical.from_codes(
+                    column(codes), categories=pd.Index(categories, dtype="str")
+                ),
+                "unit": column(unit),
+                "gate": pd.Categorical.from_codes(column(gate), categories=ARRAYS),
+                "value": np.stack([getattr(self, name) for name in ARRAYS], -1).ravel(),
+            }
+        )
+
+    def save(self, path: _types.Path) -> None:
+        """Save the arrays to an `.npz` file, atomically if it is a regular file.
+
+        Args:
+            path: String or path-like, the file to write. `np.load` reads it, too.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        files.save_arrays(path, type(self).__name__, self._to_arrays(""))
+
+    @classmethod
+    def load(cls, path: _types.Path) -> Self:
+        """Load what `save` wrote. No code in the file is executed.
+
+        Args:
+            path: String or path-like, the file to read.
+
+        Returns:
+            An instance of this class.
+
+        Raises:
+            OSError: If the file cannot be read.
+            ValueError: If the file is damaged or was not written by `save`.
+        """
+        return files.load_arrays(
+            path, cls.__name__, lambda arrays: cls._from_arrays(arrays, "")
+        )
+
+    def __repr__(self) -> str:
+        batch, time, units = self.i.shape
+        return (
+            f"{type(self).__name__}(layer={self.layer!r}, batch={batch}, time={time}, "
+            f"units={units}{', masked' if self.mask is not None else ''}"
+            f"{', backward=…' if self.backward is not None else ''})"
+        )
+
+    def _unmasked(self):
+        return np.ones(self.i.shape[:2], bool) if self.mask is None else self.mask
+
+    def _to_arrays(self, prefix):
+        arrays = {prefix + name: getattr(self, name) for name in ARRAYS}
+        arrays[prefix + "layer"] = np.array(self.layer)
+        if self.mask is not None:
+            arrays[prefix + "mask"] = self.mask
+        if self.backward is not None:
+            arrays |= self.backward._to_arrays("backward_")
+        return arrays
+
+    @classmethod
+    def _from_arrays(cls, content, prefix):
+        arrays = {name: content[prefix + name] for name in ARRAYS}
+        mask = content.get(prefix + "mask")
+        backward = None
+        if not prefix and "backward_i" in content:
+            backward = cls._from_arrays(content, "backward_")
+        layer = content[prefix + "layer"].item()
+        return cls(**arrays, mask=mask, layer=layer, backward=backward)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GateTrace(Arrays):
     """The gates and states of an LSTM layer at every time step.
 
     `trace_gates` returns it. The names are those of the equations in
@@ -89,42 +233,6 @@ class GateTrace:
     >>> np.array_equal(loaded.f, trace.f)
     True
     """
-
-    i: np.ndarray
-    f: np.ndarray
-    o: np.ndarray
-    c_tilde: np.ndarray
-    c: np.ndarray
-    h: np.ndarray
-    mask: np.ndarray | None = None
-    layer: str = ""
-    backward: "GateTrace | None" = None
-
-    def __post_init__(self) -> None:
-        shape = getattr(self.i, "shape", ())
-        for name in ARRAYS:
-            array = getattr(self, name)
-            if not (
-                isinstance(array, np.ndarray)
-                and array.dtype in ("float32", "float64")
-                and array.ndim == 3
-                and array.shape == shape
-            ):
-                rule = "float32 or float64, of shape (batch, time, units) as all six"
-                raise _validation.invalid(name, array, rule)
-        if self.mask is not None and not (
-            isinstance(self.mask, np.ndarray)
-            and self.mask.dtype == bool
-            and self.mask.shape == shape[:2]
-        ):
-            rule = f"a boolean array of shape {shape[:2]}, or None"
-            raise _validation.invalid("mask", self.mask, rule)
-        if not isinstance(self.layer, str):
-            raise _validation.invalid("layer", self.layer, "a string")
-        is_trace = isinstance(self.backward, GateTrace) and not self.backward.backward
-        if self.backward is not None and not is_trace:
-            rule = "a `GateTrace` without `backward`, or None"
-            raise _validation.invalid("backward", self.backward, rule)
 
     def saturation(self) -> dict[str, Saturation]:
         """Compute how often each gate of each unit is nearly closed or nearly open.
@@ -191,49 +299,6 @@ class GateTrace:
                 correlations[name] = y @ x / np.where(norms > 0, norms, np.nan)
         return correlations
 
-    def to_dataframe(self, tokens: _types.Tokens | None = None) -> "pandas.DataFrame":
-        """Convert the trace to a pandas `DataFrame` with one row per value.
-
-        Args:
-            tokens: One sample's tokens (a string or a list of `time` strings), or a
-                list of all samples' tokens. Default: `None`.
-
-        Returns:
-            `DataFrame` with the columns `sample`, `step`, `token`, `unit`, `gate`
-            (one of `i`, `f`, `o`, `c_tilde`, `c` and `h`) and `value`. Without
-            `tokens`, the column `token` is empty.
-
-        Raises:
-            ImportError: If pandas is not installed.
-            ValueError: If `tokens` is invalid.
-        """
-        pd = import_pandas()
-        batch, time, units = self.i.shape
-        shape = batch, time, units, len(ARRAYS)
-        sample, step, unit, gate = np.indices(shape, dtype="int32", sparse=True)
-
-        def column(index):
-            return np.broadcast_to(index, shape).ravel()
-
-        categories: Any = []
-        codes = np.full((batch, time, 1, 1), -1)
-        if tokens is not None:
-            per_sample = np.array(tokens_per_sample(tokens, batch, time))
-            categories, codes = np.unique(per_sample, return_inverse=True)
-            codes = codes.reshape(-1, time, 1, 1)
-        return pd.DataFrame(
-            {
-                "sample": column(sample),
-                "step": column(step),
-                "token": pd.Categorical.from_codes(
-                    column(codes), categories=pd.Index(categories, dtype="str")
-                ),
-                "unit": column(unit),
-                "gate": pd.Categorical.from_codes(column(gate), categories=ARRAYS),
-                "value": np.stack([getattr(self, name) for name in ARRAYS], -1).ravel(),
-            }
-        )
-
     def to_html(
         self,
         path: _types.Path,
@@ -275,59 +340,47 @@ class GateTrace:
         ).encode()
         files.write_file(path, lambda file: file.write(page))
 
-    def save(self, path: _types.Path) -> None:
-        """Save the trace to an `.npz` file, atomically if it is a regular file.
 
-        Args:
-            path: String or path-like, the file to write. `np.load` reads it, too.
+@dataclass(frozen=True, eq=False, repr=False)
+class Gradients(Arrays):
+    """The gradients of a loss by the gates and states at every time step.
 
-        Raises:
-            OSError: If the file cannot be written.
-        """
-        files.save_arrays(path, self._to_arrays(""))
+    `trace_gradients` returns it. `gradients.c[:, t]` is dL/dc_t. The attributes, which
+    are arrays of shape `(batch, time, units)`, and the methods `to_dataframe`, `save`
+    and `load` are those of `GateTrace`. They are NaN at masked time steps, and for an
+    array that the layer does not have.
+    """
 
-    @classmethod
-    def load(cls, path: _types.Path) -> "GateTrace":
-        """Load a saved trace. No code in the file is executed.
 
-        Args:
-            path: String or path-like, the file to read.
+def join(batches, lstms, kind):
+    """Join the arrays of several batches, padded to the same length.
 
-        Returns:
-            A `GateTrace`.
+    Args:
+        batches: List of dicts: layer -> array name or `"mask"` -> array.
+        lstms: List of one layer, or the two of a `Bidirectional` layer.
+        kind: `GateTrace` or `Gradients`.
+    """
+    result: Any = None
+    for lstm in reversed(lstms):
+        arrays = _join([batch[lstm] for batch in batches])
+        result = kind(**arrays, layer=lstm.name, backward=result)
+    return result
 
-        Raises:
-            OSError: If the file cannot be read.
-            ValueError: If the file is damaged or was not written by `save`.
-        """
-        return files.load_arrays(path, lambda arrays: cls._from_arrays(arrays, ""))
 
-    def __repr__(self) -> str:
-        batch, time, units = self.i.shape
-        return (
-            f"GateTrace(layer={self.layer!r}, batch={batch}, time={time}, "
-            f"units={units}{', masked' if self.mask is not None else ''}"
-            f"{', backward=…' if self.backward is not None else ''})"
-        )
+def _join(parts):
+    time = max(part["h"].shape[1] for part in parts)
+    if any("mask" in part or part["h"].shape[1] < time for part in parts):
+        for part in parts:
+            part.setdefault("mask", np.ones(part["h"].shape[:2], bool))
 
-    def _unmasked(self):
-        return np.ones(self.i.shape[:2], bool) if self.mask is None else self.mask
+    def pad(values):
+        width = [(0, 0), (0, time - values.shape[1]), (0, 0)][: values.ndim]
+        fill = False if values.dtype == bool else np.nan
+        return np.pad(values, width, constant_values=fill) if width[1][1] else values
 
-    def _to_arrays(self, prefix):
-        arrays = {prefix + name: getattr(self, name) for name in ARRAYS}
-        arrays[prefix + "layer"] = np.array(self.layer)
-        if self.mask is not None:
-            arrays[prefix + "mask"] = self.mask
-        if self.backward is not None:
-            arrays |= self.backward._to_arrays("backward_")
-        return arrays
-
-    @classmethod
-    def _from_arrays(cls, content, prefix):
-        arrays = {name: content[prefix + name] for name in ARRAYS}
-        mask = content.get(prefix + "mask")
-        backward = None
-        if not prefix and "backward_i" in content:
-            backward = cls._from_arrays(content, "backward_")
-        layer = content[prefix + "layer"].item()
-        return cls(**arrays, mask=mask, layer=layer, backward=backward)
+    joined = {}
+    for name in list(parts[0]):
+        # Releasing each part keeps the peak memory near the size of the result.
+        values = [pad(part.pop(name)) for part in parts]
+        joined[name] = values[0] if len(values) == 1 else np.concatenate(values)
+    return joined

@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from trace_reference import (
+from models import (
     BATCH,
     FEATURES,
     LAYERS,
@@ -14,13 +14,13 @@ from trace_reference import (
     assert_close,
     embed,
     make,
-    named_weights,
     numpy_trace,
     sequential,
 )
+from reference import weights_of
 
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, trace_gates
-from keras_scratch_lstm.tracing import replay
+from keras_scratch_lstm.observing import loop, standard
 from keras_scratch_lstm.tracing.trace import ARRAYS
 
 BACKEND = keras.backend.backend()
@@ -30,10 +30,11 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 @pytest.fixture(params=["from hidden states", "step by step"])
 def method(request, monkeypatch):
-    """Both methods to compute the gates, of which the backend would use one."""
-    recompute = request.param == "from hidden states"
-    monkeypatch.setattr(replay, "_FUNCTIONS", weakref.WeakKeyDictionary())
-    monkeypatch.setattr(replay, "_must_recompute_gates", lambda cell: recompute)
+    """Both methods to compute the gates of a standard cell on torch."""
+    if request.param == "step by step":
+        if BACKEND != "torch":
+            pytest.skip("the only method of this backend")
+        monkeypatch.setattr(standard, "applies", lambda cell: False)
 
 
 @pytest.mark.parametrize("go_backwards", [False, True])
@@ -70,7 +71,7 @@ def test_other_activations_without_bias(kind, x):
     )
     layer(x)
     trace = trace_gates(layer, x)
-    z = x[:, 0] @ named_weights(layer.cell)["W_xf"]
+    z = x[:, 0] @ weights_of(layer.cell)["W_xf"]
     np.testing.assert_allclose(trace.f[:, 0], np.clip(z / 6 + 0.5, 0, 1), **CLOSE)
     h = trace.o * trace.c / (1 + abs(trace.c))
     np.testing.assert_allclose(trace.h, h, **CLOSE)
@@ -130,9 +131,9 @@ def test_both_directions_are_in_input_order(kind, given, x, states, rng):
     assert_close(trace, forward)
     assert_close(trace.backward, backward)
     assert (trace.layer, trace.backward.layer) == ("forward_lstm", "backward_lstm")
-    assert_close(trace_gates(model, inputs, "backward_lstm"), backward)
-    assert_close(trace_gates(model, inputs, layer.forward_layer), forward)
-    assert_close(trace_gates(model, inputs, layer), forward)
+    assert_close(trace_gates(model, inputs, layer="backward_lstm"), backward)
+    assert_close(trace_gates(model, inputs, layer=layer.forward_layer), forward)
+    assert_close(trace_gates(model, inputs, layer=layer), forward)
 
 
 def test_time_major(x):
@@ -167,7 +168,7 @@ def test_batches_and_chunks_of_time_do_not_change_the_trace(
     tokens[0, :3] = 0  # masked
     model = sequential(ScratchLSTM(UNITS, go_backwards=go_backwards), mask_zero=True)
     at_once = trace_gates(model, tokens)
-    monkeypatch.setattr(replay, "_CHUNK_SIZE", 2 * UNITS * 2)  # two steps of two
+    monkeypatch.setattr(loop, "CHUNK_SIZE", 2 * UNITS * 2)  # two steps of two
     chunked = trace_gates(model, tokens, batch_size=2)
     np.testing.assert_array_equal(chunked.mask, at_once.mask)
     assert_close(chunked, at_once, rtol=1e-6, atol=1e-7)

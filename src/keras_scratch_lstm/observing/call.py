@@ -1,0 +1,209 @@
+"""Run a model without side effects, and observe a call of one of its layers."""
+
+import collections
+import contextlib
+import functools
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_scratch_lstm import _keras, _validation, recurrence
+from keras_scratch_lstm.cell import ScratchLSTMCell
+from keras_scratch_lstm.layer import ScratchLSTM
+from keras_scratch_lstm.observing import models
+from keras_scratch_lstm.observing.loop import Loop
+from keras_scratch_lstm.observing.replaced import replaced
+
+
+def run(model, batch, lstms, maps=None, record=(), call_index=0):
+    """Run a model in inference mode, with the loops of some layers observed.
+
+    Variables keep their values.
+
+    Args:
+        model: A built model or layer.
+        batch: A `Batch`.
+        lstms: List of recurrent layers.
+        maps: Function `(lstm, shapes, mask)` that returns a dict of array name ->
+            `Map`. `shapes` is a dict of array name -> `(batch, time, size)`. An error
+            that it raises ends the run. Default: `None`, nothing is changed.
+        record: Sequence of array names; also `"x"`, the layer's inputs, and with them
+            the initial states, `"h_0"` and `"c_0"`.
+        call_index: Integer, which of the calls of each layer to observe.
+
+    Returns:
+        `(outputs, arrays)`: nested tensors, with their masks, and a dict of layer ->
+        dict of array name -> NumPy array; also `"mask"` if there is one.
+    """
+    calls, arrays, errors = collections.Counter(), {}, []
+    observed = dict.fromkeys(lstms, True) | dict.fromkeys(_others(model, lstms), False)
+    # Here, since no variables can be created within the scope of `_frozen`.
+    loops = {lstm: _loop_of(lstm) for lstm in observed}
+
+    def inner_loop(lstm, _, sequences, initial_state, mask=None, **options):
+        loop, index = loops[lstm], calls[lstm]
+        calls[lstm] += 1
+        mask = mask[0] if isinstance(mask, (list, tuple)) else mask
+        states = keras.tree.flatten(initial_state)
+        if not observed[lstm] or index != call_index:
+            return loop(sequences, states, mask, None, ())[:3]
+        with _keep_errors(errors):
+            arguments = sequences, states, mask
+            found = arrays[lstm] = _record_arguments(lstm, *arguments, record)
+            shape = *sequences.shape[:2], lstm.cell.units
+            shapes = dict.fromkeys(loop.arrays, shape) | {"x": tuple(sequences.shape)}
+            changes = maps and maps(lstm, shapes, found.get("mask"))
+            names = tuple(name for name in loop.arrays if name in record)
+            *results, recorded = loop(*arguments, changes, names)
+            _check_observed(lstm, loop, changes or ())
+        found.update(recorded)
+        if "mask" in found:
+            for values in recorded.values():
+                values[~found["mask"]] = np.nan
+        return results
+
+    with _frozen(model), contextlib.ExitStack() as stack:
+        for lstm in observed:
+            # On a GPU, `Bidirectional` runs cuDNN instead of its layers if they allow.
+            method = functools.partial(inner_loop, lstm)
+            scope = replaced(lstm, "inner_loop", method, use_cudnn=False)
+            stack.enter_context(scope)
+        try:
+            outputs = _forward(model, batch.inputs)(batch.inputs, training=False)
+        except Exception:
+            if errors:  # without what Keras adds to errors in a layer's call
+                raise errors[0] from None
+            raise
+    for lstm in lstms:
+        _check_called(model, lstm, calls[lstm], call_index)
+    arrays = keras.tree.map_structure(batch.crop, arrays)
+    return map_with_masks(batch.crop, outputs), arrays
+
+
+def map_with_masks(function, *outputs):
+    """Map nested outputs of a model as `keras.tree.map_structure`, and their masks."""
+
+    def apply(*tensors):
+        result = function(*tensors)
+        masks = [_keras.get_keras_mask(tensor) for tensor in tensors]
+        if all(mask is not None for mask in masks):
+            _keras.set_keras_mask(result, function(*masks))
+        return result
+
+    return keras.tree.map_structure(apply, *outputs)
+
+
+def _loop_of(lstm):
+    if not hasattr(lstm, "_observed_loop"):
+        lstm._observed_loop = Loop(lstm)
+    return lstm._observed_loop
+
+
+def _others(model, lstms):
+    """Return the other LSTMs of the model, if their own eager loops are slower."""
+    if not recurrence.is_compiled():
+        return []
+    layers = (keras.layers.LSTM, ScratchLSTM, keras.layers.RNN)
+    cells = (keras.layers.LSTMCell, ScratchLSTMCell)
+    return [
+        lstm
+        for found in models.find_all(model)
+        for lstm in models.directions_of(found)
+        if lstm not in lstms and type(lstm) in layers and type(lstm.cell) in cells
+    ]
+
+
+def _record_arguments(lstm, sequences, states, mask, record):
+    """Check the arguments of a call, and return those to record as arrays."""
+    if not _validation.are_numbers(sequences):
+        rule = "real numbers where the layer gets them"
+        raise _validation.invalid("inputs", sequences, rule)
+    found = {}
+    try:
+        if mask is not None:
+            found["mask"] = ops.convert_to_numpy(ops.cast(mask, "bool"))
+        if "x" in record:
+            dtype = result_dtype(lstm)
+            values = {"x": sequences} | dict(zip(("h_0", "c_0"), states, strict=False))
+            for name, value in values.items():
+                found[name] = ops.convert_to_numpy(ops.cast(value, dtype))
+        elif record:
+            ops.convert_to_numpy(sequences[:1, :1])
+    except Exception:  # of any type, depending on the backend
+        raise ValueError(
+            f"`layer` must be called outside of compiled or vectorized code. "
+            f"Received: {lstm.name!r}. Pass this layer and its own inputs instead."
+        ) from None
+    return found
+
+
+def observed_arrays(lstm):
+    """Return the names of the arrays that `maps` may change, after a `run`."""
+    loop = _loop_of(lstm)
+    return [name for name in loop.arrays if name not in loop.unobserved]
+
+
+def result_dtype(lstm):
+    """Return the dtype of the recorded arrays of a layer."""
+    return "float64" if lstm.cell.compute_dtype == "float64" else "float32"
+
+
+def _check_observed(lstm, loop, changes):
+    for name in sorted(loop.unobserved.intersection(changes)):
+        raise ValueError(
+            f"{name!r} must pass through `observe` in the cell, so that it can be "
+            f"changed. Received: {lstm.name!r} with a {type(lstm.cell).__name__!r}"
+        )
+
+
+def _check_called(model, lstm, count, call_index):
+    if not count:
+        raise ValueError(
+            f"`layer` must be called in the model's forward pass. Received: "
+            f"{lstm.name!r}, which {model.name!r} does not call, or only in compiled "
+            "code"
+        )
+    if call_index >= count:
+        raise ValueError(
+            f"`call_index` must be less than {count}, how often {model.name!r} calls "
+            f"{lstm.name!r}. Received: call_index={call_index}"
+        )
+
+
+@contextlib.contextmanager
+def _keep_errors(errors):
+    try:
+        yield
+    except Exception as error:
+        errors.append(error)
+        raise
+
+
+@contextlib.contextmanager
+def _frozen(model):
+    """Discard updates of states; on torch, also the gradients of variables."""
+    values = [(v, ops.stop_gradient(v.value)) for v in model.variables]
+    try:
+        with keras.StatelessScope(values):
+            yield
+    except BaseException:
+        # The cells keep the dropout masks of a call that ends in an error.
+        for layer in _keras.all_layers(model):
+            if isinstance(layer, _keras.DropoutRNNCell):
+                layer.reset_dropout_mask()
+                layer.reset_recurrent_dropout_mask()
+        raise
+
+
+def _forward(model, batch):
+    """Return `model`, or `model.call` if its fixed number of time steps differs.
+
+    A model with `keras.Input((35,))` rejects other lengths, though its LSTM does not.
+    """
+    inputs = getattr(model, "inputs", None) or []
+    if len(inputs) == 1 and hasattr(batch, "shape"):
+        fixed, shape = inputs[0].shape, batch.shape
+        if len(fixed) == len(shape) > 1 and fixed[1] not in (None, shape[1]):
+            return model.call
+    return model
