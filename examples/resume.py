@@ -4,7 +4,9 @@ import json
 import os
 import re
 import signal
+import tempfile
 import zipfile
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -47,6 +49,10 @@ class Checkpoint(keras.callbacks.Callback):
         self.epochs = epoch + 1
         if self._writes:
             self._save(epoch)
+            return
+        # JAX needs all processes to take part in gathering the weights.
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save(Path(folder, "discarded.keras"))
 
     def _save(self, epoch):
         with replacing(self._logs) as path:
