@@ -2,12 +2,16 @@
 
 `keras.layers.RNN` prepares dropout masks only for a `DropoutRNNCell`, `lstm` is the
 binding of cuDNN, and a metric is not passed the mask that `get_keras_mask` returns.
-No layer is told that it is being exported.
+No layer is told that it is being exported. Only a `StatelessScope` makes variables
+without values.
 """
 
+import contextlib
 import inspect
 
-from keras.src.backend.common.masking import get_keras_mask
+import keras
+from keras.src.backend.common import global_state
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 __all__ = [
@@ -15,12 +19,16 @@ __all__ = [
     "all_layers",
     "compiled_loss",
     "compiled_losses",
+    "deferred_variables",
     "get_keras_mask",
+    "initialize",
     "is_default_signature",
+    "is_deferred",
     "is_exported_to_litert",
     "lstm",
     "minimize",
     "operation",
+    "set_keras_mask",
     "sublayers",
 ]
 
@@ -45,6 +53,34 @@ def lstm(*args, **kwargs):
 def operation(tensor):
     """Return the layer or operation that a symbolic tensor is an output of."""
     return tensor._keras_history.operation
+
+
+@contextlib.contextmanager
+def deferred_variables():
+    """Make variables that have a shape, and no value before `initialize`.
+
+    Yields the list of these variables.
+    """
+    key, created = "uninitialized_variables", []
+    before = global_state.get_global_attribute(key)
+    global_state.set_global_attribute(key, created)
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield created
+    finally:
+        global_state.set_global_attribute(key, before)
+
+
+def is_deferred(variable):
+    """Whether a variable has no value yet."""
+    return variable._value is None
+
+
+def initialize(variable, value=None):
+    """Give a deferred variable a value, by default that of its initializer."""
+    if value is not None:
+        variable._initializer = lambda shape, dtype: keras.ops.cast(value, dtype)
+    variable._deferred_initialize()
 
 
 def minimize(metric):

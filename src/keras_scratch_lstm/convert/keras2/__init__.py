@@ -1,15 +1,18 @@
 """Open the model files of Keras 2."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import keras
 
-from keras_scratch_lstm import _validation
+from keras_scratch_lstm import _keras, _validation
+from keras_scratch_lstm.convert.keras2 import hard_sigmoid
 from keras_scratch_lstm.convert.keras2.files import (
     FileError,
+    is_of_keras3,
     open_file,
     read_config,
     read_weights,
@@ -17,7 +20,7 @@ from keras_scratch_lstm.convert.keras2.files import (
 from keras_scratch_lstm.convert.keras2.models import Builder
 from keras_scratch_lstm.convert.keras2.weights import assign, infer_shape
 
-__all__ = ["load_keras2"]
+__all__ = ["load_keras2", "load_keras2_weights", "load_model"]
 
 
 def load_keras2(
@@ -57,29 +60,86 @@ def load_keras2(
         trace = trace_gates(model, x)
         model.save("stock_prediction.keras")
     """
+    return build(path, custom_objects, weights)[0]
+
+
+def build(path, custom_objects=None, weights=None, **options):
+    """Load a model; return it and its `Builder`, which takes the options."""
     if not isinstance(custom_objects, (Mapping, type(None))):
         raise _validation.invalid("custom_objects", custom_objects, "a dict or None")
     path = _validation.path("path", path)
     weights = path if weights is None else _validation.path("weights", weights)
-    custom_objects = dict(custom_objects or {})
+    custom_objects, size = dict(custom_objects or {}), weights.stat().st_size
     with (
         _one_error(path, weights),
         keras.saving.custom_object_scope(custom_objects),
         open_file(path) as file,
         open_file(weights) if weights != path else nullcontext(file) as weights_file,
     ):
-        spec, stored = read_config(file), read_weights(weights_file)
+        spec, stored = read_config(file), read_weights(weights_file, size)
         builder = Builder(
             custom_objects,
             lambda stack: infer_shape(stack, stored),
-            most_weights=weights.stat().st_size,
+            file.vocabularies,
+            **options,
         )
-        model = builder.model(spec)
+        with _keras.deferred_variables() as deferred:
+            model = builder.model(spec)
         assign(model, stored, builder)
-    for layer, trainable in builder.trainable.items():
-        if not trainable:
-            layer.trainable = False
-    return model
+        builder.finish(deferred, size)
+    return model, builder
+
+
+def load_keras2_weights(model: Any, path: str | os.PathLike[str]) -> None:
+    """Load the weights of a Keras 2 file into a model that was built in Keras 3.
+
+    The layers must be those of the file in the same order, or have the same names. If
+    one has the activation `"hard_sigmoid"`, which in Keras 2 has another slope, the
+    weights that it is applied to are multiplied by 1.2, with a warning. The model then
+    predicts what Keras 2 predicted.
+
+    Args:
+        model: A built `keras.Sequential` or Functional model.
+        path: Path of an HDF5 file of weights or of a model, or of a `.keras` archive.
+
+    Raises:
+        ValueError: If the weights of a layer do not have the shapes of those in the
+            file; the message names the layer. The model is not changed then.
+    """
+    if not isinstance(model, keras.Model) or not model.built:
+        raise _validation.invalid("model", model, "a Keras model that is built")
+    path = _validation.path("path", path)
+    builder = Builder({}, None)
+    parts = [part for part in _keras.all_layers(model) if hasattr(part, "layers")]
+    builder.parts = {part: part.layers for part in parts}
+    with _one_error(path, path), open_file(path) as file:
+        assign(model, read_weights(file, path.stat().st_size), builder)
+    for names, effect in hard_sigmoid.describe(model):
+        warnings.warn(f"Layers {names}: {effect}", stacklevel=2)
+
+
+def load_model(path: str | os.PathLike[str]) -> Any:
+    """Load the model of a file of Keras 2 or 3, whichever its content shows."""
+    if "://" in str(path):  # such as `hf://`
+        return keras.saving.load_model(path, compile=False)
+    path = _validation.path("path", path)
+    if (path / "config.json").exists():
+        return keras.saving.load_model(path, compile=False)
+    with _one_error(path, path):
+        is_of_keras2 = not is_of_keras3(path)
+    if is_of_keras2:
+        return load_keras2(path)
+    try:
+        return keras.saving.load_model(path, compile=False)
+    except (TypeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        remedy = (
+            "For custom objects, call `keras.saving.load_model`, and pass the model"
+        )
+        names = "Archives must be named `.keras`, HDF5 files `.h5`"
+        raise ValueError(
+            f"Cannot load {str(path)!r}: {reason} {remedy}. {names}."
+        ) from error
 
 
 @contextmanager

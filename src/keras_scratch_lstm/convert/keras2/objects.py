@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from types import FunctionType
 
 import keras
-from keras import ops
 
 from keras_scratch_lstm.convert.keras2.files import FileError
 
@@ -17,19 +16,12 @@ _BASES = {
 }
 
 
-# The name must differ from that of Keras 3's function, or Keras would save that one.
-@keras.saving.register_keras_serializable("keras_scratch_lstm")
-def keras2_hard_sigmoid(x):
-    """The hard sigmoid of Keras 2. That of Keras 3 has a slope of 1/6, not 0.2."""
-    return ops.clip(0.2 * x + 0.5, 0.0, 1.0)
-
-
 def find_custom(name, custom_objects):
     """A class or function that the user passed or registered under a name."""
     return keras.saving.get_registered_object(name, custom_objects=custom_objects)
 
 
-def activation(value, custom_objects):
+def activation(value, custom_objects, hard_sigmoid):
     """The function of a name. No other modules are searched for it."""
     if isinstance(value, Mapping) and value.get("class_name") == "function":
         value = value.get("config")
@@ -38,7 +30,7 @@ def activation(value, custom_objects):
     if found := find_custom(value, custom_objects):
         return found
     if value == "hard_sigmoid":
-        return keras2_hard_sigmoid
+        return hard_sigmoid
     found = vars(keras.activations).get(_RENAMED_ACTIVATIONS.get(value, value))
     if isinstance(found, FunctionType) and found.__name__ not in _GETTERS:
         return found
