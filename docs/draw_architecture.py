@@ -18,12 +18,13 @@ LAYERS = (
     ("cell", "recurrence", "_bidirectional"),
     ("_litert", "cells"),
     ("layer",),
-    ("convert", "tracing", "metrics"),
+    ("convert", "metrics"),
+    ("tracing",),
     ("experiments",),
     ("plotting", "callbacks"),
     ("__init__",),
 )
-COLUMNS = {"convert": 0.12, "metrics": 0.88, "cells": 0.12, "_litert": 0.88}
+COLUMNS = {"convert": 0.37, "metrics": 0.88, "cells": 0.12, "_litert": 0.88}
 COLUMNS |= {"plotting": 0.37, "experiments": 0.37, "callbacks": 0.63}
 WIDTH, ROW, BOX, TOP = 750, 70, (150, 40), (700, 40)
 STYLE = """

@@ -36,6 +36,7 @@ def test_public_names():
         *("Edit", "run_with_edits", "Ablation", "ablate_units", "trace_gradients"),
         *("contextual_decomposition", "integrated_gradients"),
         *("from_torch", "to_torch", "to_builtin", "to_scratch", "load_keras2"),
+        "load_keras2_weights",
     }
     assert all(hasattr(keras_scratch_lstm, name) for name in keras_scratch_lstm.__all__)
 

@@ -13,17 +13,18 @@ from keras import ops
 
 from keras_scratch_lstm import _keras, _validation
 from keras_scratch_lstm.cell import ScratchLSTMCell
+from keras_scratch_lstm.convert.files import load_model
 from keras_scratch_lstm.tracing.inputs import check_inputs
 
 _LOCK = threading.RLock()
 
 
 def load(model_or_layer):
-    """Return the model or layer, loaded if it is the path of a `.keras` file."""
+    """Return the model or layer, loaded if it is the path of a file."""
     if isinstance(model_or_layer, (str, os.PathLike)):
-        return keras.saving.load_model(model_or_layer, compile=False)
+        return load_model(model_or_layer)
     if not isinstance(model_or_layer, keras.layers.Layer):
-        rule = "a Keras model or layer, or the path of a `.keras` file"
+        rule = "a Keras model or layer, or the path of a model's file"
         raise _validation.invalid("model_or_layer", model_or_layer, rule)
     return model_or_layer
 

@@ -12,7 +12,6 @@ from keras_scratch_lstm import _keras, _validation
 from keras_scratch_lstm.convert.keras2 import hard_sigmoid
 from keras_scratch_lstm.convert.keras2.files import (
     FileError,
-    is_of_keras3,
     open_file,
     read_config,
     read_weights,
@@ -20,7 +19,7 @@ from keras_scratch_lstm.convert.keras2.files import (
 from keras_scratch_lstm.convert.keras2.models import Builder
 from keras_scratch_lstm.convert.keras2.weights import assign, infer_shape
 
-__all__ = ["load_keras2", "load_keras2_weights", "load_model"]
+__all__ = ["load_keras2", "load_keras2_weights"]
 
 
 def load_keras2(
@@ -71,7 +70,7 @@ def build(path, custom_objects=None, weights=None, **options):
     weights = path if weights is None else _validation.path("weights", weights)
     custom_objects, size = dict(custom_objects or {}), weights.stat().st_size
     with (
-        _one_error(path, weights),
+        one_error(path, weights),
         keras.saving.custom_object_scope(custom_objects),
         open_file(path) as file,
         open_file(weights) if weights != path else nullcontext(file) as weights_file,
@@ -112,38 +111,16 @@ def load_keras2_weights(model: Any, path: str | os.PathLike[str]) -> None:
     builder = Builder({}, None)
     parts = [part for part in _keras.all_layers(model) if hasattr(part, "layers")]
     builder.parts = {part: part.layers for part in parts}
-    with _one_error(path, path), open_file(path) as file:
+    with one_error(path), open_file(path) as file:
         assign(model, read_weights(file, path.stat().st_size), builder)
-    for names, effect in hard_sigmoid.describe(model):
-        warnings.warn(f"Layers {names}: {effect}", stacklevel=2)
-
-
-def load_model(path: str | os.PathLike[str]) -> Any:
-    """Load the model of a file of Keras 2 or 3, whichever its content shows."""
-    if "://" in str(path):  # such as `hf://`
-        return keras.saving.load_model(path, compile=False)
-    path = _validation.path("path", path)
-    if (path / "config.json").exists():
-        return keras.saving.load_model(path, compile=False)
-    with _one_error(path, path):
-        is_of_keras2 = not is_of_keras3(path)
-    if is_of_keras2:
-        return load_keras2(path)
-    try:
-        return keras.saving.load_model(path, compile=False)
-    except (TypeError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        remedy = (
-            "For custom objects, call `keras.saving.load_model`, and pass the model"
-        )
-        names = "Archives must be named `.keras`, HDF5 files `.h5`"
-        raise ValueError(
-            f"Cannot load {str(path)!r}: {reason} {remedy}. {names}."
-        ) from error
+    for name, layer in hard_sigmoid.layers_with(model).items():
+        rule = "`hard_sigmoid(x)` of Keras 2 is `hard_sigmoid(1.2 * x)` of Keras 3"
+        effect = "weights were multiplied by 1.2" if layer.weights else "it differs"
+        warnings.warn(f"Layer {name!r}: {effect}, since {rule}.", stacklevel=2)
 
 
 @contextmanager
-def _one_error(path, weights):
+def one_error(path, weights=None):
     """Name the files in the error, whatever a damaged file causes."""
     try:
         yield
@@ -154,6 +131,6 @@ def _one_error(path, weights):
         if not isinstance(error, FileError):
             reason = f"its contents are invalid ({type(error).__name__}: {reason})"
         files = f"{str(path)!r}"
-        if weights != path:
+        if weights not in (None, path):
             files += f" with the weights {str(weights)!r}"
         raise ValueError(f"Cannot load {files}: {reason}") from error

@@ -75,7 +75,9 @@ def open_file(path):
     elif start[:1] in (b"{", b'"'):
         config = _decode(path.read_bytes())
         # `json.dump(model.to_json(), file)` encodes twice.
-        yield Content(_decode(config) if isinstance(config, str) else config)
+        config = _decode(config) if isinstance(config, str) else config
+        version = config.get("keras_version") if isinstance(config, dict) else None
+        yield Content(config, version=version)
     else:
         for pattern, kind in _NOT_MODELS.items():
             if re.match(pattern, start, re.IGNORECASE):
@@ -87,6 +89,8 @@ def open_file(path):
 
 def is_of_keras3(path):
     """Whether Keras 3 wrote the file of a model, by its content."""
+    if (path / _CONFIG).exists():  # an archive that was unpacked
+        return True
     with open_file(path) as content:
         return _major(content.version) not in ("0", "1", "2")
 
@@ -143,7 +147,6 @@ def read_config(content):
     _check_version(content.version)
     if not isinstance(config, dict) or "class_name" not in config:
         raise FileError("its architecture is not that of a Keras model.")
-    _check_version(config.get("keras_version"))
     return config
 
 

@@ -54,19 +54,15 @@ def scale(owner, variable, array):
     return array * np.repeat(found, array.shape[-1] // len(found))
 
 
-def describe(model):
-    """Yield names of layers with Keras 3's hard sigmoid, and what was done to them."""
-    layers = [layer for layer in _keras.all_layers(model) if _is_used(layer)]
-    layers = [layer for layer in layers if not isinstance(layer, keras.layers.RNN)]
-    scaled = [layer.path for layer in layers if layer.weights]
-    if scaled:
-        yield (
-            scaled,
-            (
-                f"weights multiplied by {SCALE}, since `hard_sigmoid(x)` of Keras 2 is "
-                f"`hard_sigmoid({SCALE} * x)` of Keras 3."
-            ),
-        )
-    others = [layer.name for layer in layers if not layer.weights]
-    if others:
-        yield others, "`hard_sigmoid` of Keras 3 differs from that of Keras 2."
+def layers_with(model):
+    """Layers and cells with the hard sigmoid of Keras 3, by their paths."""
+    parts = [part for part in _keras.all_layers(model) if _is_used(part)]
+    return {p.path: p for p in parts if not isinstance(p, keras.layers.RNN)}
+
+
+def activation_layer(name):
+    """Keras 2's `Activation("hard_sigmoid")`, which has no weights to scale."""
+    stack = [keras.layers.Rescaling(SCALE), keras.layers.Activation("hard_sigmoid")]
+    model = keras.Sequential(stack, name=name)
+    model.supports_masking = True
+    return model

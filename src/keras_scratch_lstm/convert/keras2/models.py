@@ -99,6 +99,9 @@ class Builder:
         layers.clean(config)
         if custom is not None:
             return custom.from_config(_without_modules(config))
+        is_hard = class_name == "Activation" and config["activation"] == "hard_sigmoid"
+        if is_hard and self.hard_sigmoid is keras.activations.hard_sigmoid:
+            return hard_sigmoid.activation_layer(config["name"])
         if config.get("vocabulary", "") is None:
             config["vocabulary"] = self._vocabulary(class_name)
         is_stateful = _pop_stateful(class_name, config)
