@@ -21,11 +21,12 @@ LAYERS = (
     ("convert", "metrics"),
     ("tracing",),
     ("experiments",),
-    ("plotting", "callbacks"),
+    ("__main__", "plotting", "callbacks"),
     ("__init__",),
 )
 COLUMNS = {"convert": 0.37, "metrics": 0.88, "cells": 0.12, "_litert": 0.88}
-COLUMNS |= {"plotting": 0.37, "experiments": 0.37, "callbacks": 0.63}
+COLUMNS |= {"plotting": 0.5, "experiments": 0.5, "callbacks": 0.88}
+COLUMNS |= {"__main__": 0.12, "tracing": 0.63}
 WIDTH, ROW, BOX, TOP = 750, 70, (150, 40), (700, 40)
 STYLE = """
   svg { --ink: #1b1f24; --card: #f3f4f6; --line: #8b949e; }
