@@ -530,6 +530,12 @@ def test_weights_of_frozen_nested_and_shared_layers(files):
         assert_predicts_as_recorded(model, files, "nested")
 
 
+def test_weights_of_normalization(files):
+    model = keras.models.clone_model(load_keras2(files / "normalized.h5"))
+    load_keras2_weights(model, files / "normalized.h5")
+    assert_predicts_as_recorded(model, files, "normalized")
+
+
 @pytest.mark.one_backend
 def test_weights_are_found_by_name(tmp_path, rng):
     values = write_keras_2_1(tmp_path / "model.h5", rng)

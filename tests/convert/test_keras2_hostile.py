@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import io
 import json
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import h5py
@@ -465,3 +467,103 @@ def test_mutated_configurations_load_or_raise_one_error(tmp_path, rng):
             except ValueError as error:
                 is_one = re.fullmatch("Cannot load '.*model.h5': .*", str(error))
                 raise (OneError if is_one else AssertionError) from error
+
+
+# --- archives ----------------------------------------------------------------
+
+
+def write_archive(path, rng, edit=None, members=(), version="2.15.0", **options):
+    """Write an archive as Keras 2.15 did, after `edit(file)` of its weights."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        shapes = {"lstm/cell": [(3, 16), (4, 16), (16,)], "dense": [(4, 2), (2,)]}
+        for name, weights in shapes.items():
+            for k, shape in enumerate(weights):
+                file[f"layers/{name}/vars/{k}"] = rng.normal(size=shape)
+        if edit:
+            edit(file)
+    content = {
+        "metadata.json": json.dumps({"keras_version": version}),
+        "config.json": json.dumps(serialized("Sequential", layers=KERAS_2_1["config"])),
+        "model.weights.h5": buffer.getvalue(),
+        **dict(members),
+    }
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, value in content.items():
+            if value is not None:
+                archive.writestr(name, value)
+
+
+def share(file):
+    """Links in circles, and to one object by very many paths."""
+    file["layers/lstm/layers"] = file["layers"]
+    for k in range(40):
+        file[f"level_{k}/a"] = file[f"level_{k - 1}" if k else "layers"]
+        file[f"level_{k}/b"] = file[f"level_{k}/a"]
+
+
+def test_archives_with_other_members_are_loaded(tmp_path, rng):
+    path = tmp_path / "model.keras"
+    members = {"../escaped": b"x", "assets/../../escaped": b"x", "/tmp/escaped": b"x"}
+    write_archive(path, rng, share, members, compression=zipfile.ZIP_DEFLATED)
+    assert load_keras2(path).count_params() == 3 * 16 + 4 * 16 + 16 + 4 * 2 + 2
+    assert list(tmp_path.iterdir()) == [path]
+    assert not (tmp_path.parent / "escaped").exists()
+
+
+def remove_cell(file):
+    del file["layers/lstm/cell"]
+
+
+def add_layer(file):
+    file["layers/gru/cell/vars/0"] = np.ones((2, 2))
+
+
+def add_variable(file):
+    file["layers/dense/vars/2"] = np.ones(2)
+
+
+def widen(file):
+    del file["layers/dense/vars/0"]
+    file["layers/dense/vars/0"] = np.ones((4, 10**4))
+
+
+BOMB = bytes(2**28)
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"edit": remove_cell}, "'lstm_1' has weights that are missing"),
+        ({"edit": add_layer}, r"no layer has the weights of \['gru'\] in the file"),
+        ({"edit": add_variable}, "'dense_1' has 2 weights of its own. Received: 3"),
+        ({"edit": widen}, r"'dense_1': `kernel` must have shape \(4, 2\)"),
+        ({"members": {"metadata.json": None}}, "no model: it has no 'config.json'"),
+        ({"members": {"model.weights.h5": None}}, "has an architecture, but no weigh"),
+        ({"members": {"model.weights.h5": b"HDF"}}, "contents are invalid"),
+        ({"members": {"config.json": b"{"}}, "not valid JSON"),
+        ({"members": {"metadata.json": b"[]"}}, "contents are invalid"),
+        ({"members": {"config.json": BOMB}}, "'config.json' must have at most"),
+        ({"members": {"model.weights.h5": BOMB}}, "'model.weights.h5' must have at m"),
+        ({"members": {"a/vocabulary.txt": BOMB}}, "vocabulary.txt' must have at most"),
+        ({"version": "3.4.0"}, "`keras.saving.load_model` for it"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_invalid_archives_raise_one_error(tmp_path, rng, options, message):
+    path = tmp_path / "model.keras"
+    write_archive(path, rng, **options, compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match=f"^Cannot load .*model.keras': .*{message}"):
+        load_keras2(path)
+
+
+def test_paths_of_vocabularies_are_not_opened(tmp_path, rng):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret\nwords")
+    for vocabulary in (str(secret), None):
+        config = {"vocabulary": vocabulary, "max_tokens": None}
+        edit = add("TextVectorization", **config)
+        write_keras_2_1(tmp_path / "model.h5", rng, changed(edit))
+        with pytest.raises(ValueError, match=r"'last' .*its vocabulary is not in the"):
+            load_keras2(tmp_path / "model.h5")

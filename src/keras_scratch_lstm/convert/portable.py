@@ -5,11 +5,10 @@ import tempfile
 
 import keras
 import numpy as np
-from keras import activations, ops
+from keras import ops
 
 from keras_scratch_lstm import _keras, _validation
-from keras_scratch_lstm.convert import keras2
-from keras_scratch_lstm.convert.keras2 import hard_sigmoid
+from keras_scratch_lstm.convert import hard_sigmoid, keras2
 from keras_scratch_lstm.convert.keras2.files import open_file
 
 _TOLERANCE = 1e-4  # of the range of the outputs
@@ -40,8 +39,7 @@ def convert(old, new, weights=None):
     """
     original, builder = keras2.build(old, weights=weights)
     yield from _lines(old, original, builder)
-    options = {"hard_sigmoid": activations.hard_sigmoid}
-    model, builder = keras2.build(old, weights=weights, **options)
+    model, builder = keras2.build(old, weights=weights, is_portable=True)
     scaled = [k for k, v in hard_sigmoid.layers_with(model).items() if v.weights]
     scaled += [
         f"input of {layer.name}"

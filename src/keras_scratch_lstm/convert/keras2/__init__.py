@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from keras_scratch_lstm import _keras, _validation
-from keras_scratch_lstm.convert.keras2 import hard_sigmoid
+from keras_scratch_lstm.convert import hard_sigmoid
 from keras_scratch_lstm.convert.keras2.files import (
     FileError,
     open_file,

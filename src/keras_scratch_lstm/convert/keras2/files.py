@@ -5,8 +5,6 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import h5py
@@ -37,7 +35,7 @@ class Content(NamedTuple):
 
     config: Any = None
     weights: h5py.File | None = None
-    vocabularies: Mapping[str, list[str]] = MappingProxyType({})
+    vocabularies: Any = ()
     version: str | None = None
 
 
@@ -49,14 +47,12 @@ class Weights(NamedTuple):
         tree: In files without names of layers, nested dicts of datasets.
         size: Bytes of the file.
         backend: Backend of Keras 2.
-        version: Version of Keras 2, or `None`.
     """
 
     groups: list[tuple[str, dict[str, h5py.Dataset]]] | None
     tree: dict[str, Any]
     size: int
     backend: str = "tensorflow"
-    version: str | None = None
 
 
 @contextlib.contextmanager
@@ -67,8 +63,10 @@ def open_file(path):
     with path.open("rb") as file:
         start = file.read(100).lstrip()
     if h5py.is_hdf5(path):
-        with _open_hdf5(path) as file:
-            yield _content(file)
+        with h5py.File(path) as file:
+            config = _text(file.attrs.get("model_config"))
+            version = _text(file.attrs.get("keras_version"))
+            yield Content(config and _decode(config), file, version=version)
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive, _open_archive(archive, path) as content:
             yield content
@@ -93,19 +91,6 @@ def is_of_keras3(path):
         return True
     with open_file(path) as content:
         return _major(content.version) not in ("0", "1", "2")
-
-
-def _open_hdf5(file):
-    try:
-        return h5py.File(file, "r")
-    except OSError as error:
-        raise FileError(f"it is damaged: {error}") from error
-
-
-def _content(file):
-    config = _text(file.attrs.get("model_config"))
-    version = _text(file.attrs.get("keras_version"))
-    return Content(config and _decode(config), file, version=version)
 
 
 @contextlib.contextmanager
@@ -133,7 +118,7 @@ def _open_archive(archive, path):
     if _WEIGHTS not in names:
         yield content
         return
-    with _open_hdf5(io.BytesIO(read(_WEIGHTS))) as file:
+    with h5py.File(io.BytesIO(read(_WEIGHTS))) as file:
         yield content._replace(weights=file)
 
 
@@ -162,7 +147,7 @@ def read_weights(content, size):
     _check_version(version)
     names = _names(root, "layer_names")
     if names is None:
-        return Weights(None, _read_tree(root), size, version=version)
+        return Weights(None, _read_tree(root), size)
     groups = []
     for name in names:
         group = _child(root, name, h5py.Group)
@@ -175,7 +160,7 @@ def read_weights(content, size):
     if _names(root.get("top_level_model_weights"), "weight_names"):
         raise FileError("its model has weights outside its layers.")
     backend = _text(root.attrs.get("backend")) or "tensorflow"
-    return Weights(groups, {}, size, backend, version)
+    return Weights(groups, {}, size, backend)
 
 
 def _read_tree(root):

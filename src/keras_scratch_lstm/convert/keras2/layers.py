@@ -10,23 +10,33 @@ from keras import layers
 
 from keras_scratch_lstm.convert.keras2.files import FileError
 
+_KINDS = (
+    *("Conv", "ConvLSTM", "MaxPooling", "AveragePooling", "GlobalMaxPooling"),
+    *("GlobalAveragePooling", "UpSampling", "ZeroPadding", "Cropping"),
+    "SpatialDropout",
+)
 SUPPORTED = (
     *("LSTM", "GRU", "SimpleRNN", "RNN", "LSTMCell", "GRUCell", "SimpleRNNCell"),
-    *("StackedRNNCells", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"),
-    *("Bidirectional", "TimeDistributed", "Masking", "Embedding", "Dense"),
+    *(
+        "StackedRNNCells",
+        "Bidirectional",
+        "TimeDistributed",
+        "Masking",
+        "Embedding",
+        "Dense",
+    ),
     *("Activation", "ReLU", "LeakyReLU", "PReLU", "ELU", "Softmax"),
-    *("Dropout", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D"),
-    *("GaussianNoise", "GaussianDropout", "AlphaDropout", "ActivityRegularization"),
+    *(
+        "Dropout",
+        "GaussianNoise",
+        "GaussianDropout",
+        "AlphaDropout",
+        "ActivityRegularization",
+    ),
     *("BatchNormalization", "LayerNormalization", "Normalization", "Rescaling"),
-    *("Conv1D", "Conv2D", "Conv3D", "SeparableConv1D", "SeparableConv2D"),
-    *("DepthwiseConv1D", "DepthwiseConv2D", "Conv1DTranspose", "Conv2DTranspose"),
-    *("MaxPooling1D", "MaxPooling2D", "MaxPooling3D"),
-    *("AveragePooling1D", "AveragePooling2D", "AveragePooling3D"),
-    *("GlobalMaxPooling1D", "GlobalMaxPooling2D", "GlobalMaxPooling3D"),
-    *("GlobalAveragePooling1D", "GlobalAveragePooling2D", "GlobalAveragePooling3D"),
-    *("UpSampling1D", "UpSampling2D", "UpSampling3D"),
-    *("ZeroPadding1D", "ZeroPadding2D", "ZeroPadding3D"),
-    *("Cropping1D", "Cropping2D", "Cropping3D"),
+    *("SeparableConv1D", "SeparableConv2D", "DepthwiseConv1D", "DepthwiseConv2D"),
+    *("Conv1DTranspose", "Conv2DTranspose"),
+    *(f"{kind}{rank}D" for kind in _KINDS for rank in (1, 2, 3)),
     *("Flatten", "Reshape", "Permute", "RepeatVector"),
     *("Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum"),
     *("Concatenate", "Dot", "Attention", "AdditiveAttention", "MultiHeadAttention"),

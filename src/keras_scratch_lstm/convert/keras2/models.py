@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import keras
 
 from keras_scratch_lstm import _keras
-from keras_scratch_lstm.convert.keras2 import graph, hard_sigmoid, layers, objects
+from keras_scratch_lstm.convert import hard_sigmoid
+from keras_scratch_lstm.convert.keras2 import graph, layers, objects
 from keras_scratch_lstm.convert.keras2.files import FileError, number, snake_case
 
 _MODELS = {
@@ -15,11 +16,7 @@ _MODELS = {
     "Functional": graph.functional,
     "Model": graph.functional,  # until TensorFlow 2.3
 }
-_OBJECTS = {
-    "initializer": objects.initializer,
-    "regularizer": objects.regularizer,
-    "constraint": objects.constraint,
-}
+_OBJECTS = ("initializer", "regularizer", "constraint")
 _MOST_STATES = 2**24  # of a stateful layer, which the file does not have
 _MODULES = tuple(f"keras.{name}s" for name in ("layer", "activation", *_OBJECTS))
 
@@ -31,20 +28,15 @@ class Builder:
         trainable: Dict of each layer and its `trainable`, outer layers first.
         parts: Dict of each model and its layers, in the order of the file.
         class_names: Dict of each layer and its class in Keras 2.
+        is_portable: Whether the model has no function that Keras 3 does not have.
         call_arguments: Dict of layers and the arguments to call them with.
     """
 
-    def __init__(
-        self,
-        custom_objects,
-        infer_shape,
-        vocabularies=(),
-        hard_sigmoid=hard_sigmoid.keras2_hard_sigmoid,
-    ):
-        self.custom_objects = custom_objects
+    def __init__(self, custom_objects, infer_shape, vocabularies=(), is_portable=False):
+        functions = {"hard_sigmoid": hard_sigmoid.keras2_hard_sigmoid}
+        self.custom_objects = ({} if is_portable else functions) | custom_objects
         self.infer_shape = infer_shape
-        self.vocabularies = dict(vocabularies)
-        self.hard_sigmoid = hard_sigmoid
+        self.vocabularies, self.is_portable = dict(vocabularies), is_portable
         self.trainable, self.parts, self.class_names = {}, {}, {}
         self.call_arguments, self.stateful = {}, []
 
@@ -67,10 +59,6 @@ class Builder:
             _keras.initialize(variable)
         for layer in self.stateful:
             _make_states(layer, max(most, _MOST_STATES))
-        for layer in self.class_names:
-            if isinstance(layer, keras.layers.Normalization):
-                del vars(layer)["finalize_state"]
-                layer.finalize_state()
         for layer, trainable in self.trainable.items():
             if not trainable:
                 layer.trainable = False
@@ -100,7 +88,7 @@ class Builder:
         if custom is not None:
             return custom.from_config(_without_modules(config))
         is_hard = class_name == "Activation" and config["activation"] == "hard_sigmoid"
-        if is_hard and self.hard_sigmoid is keras.activations.hard_sigmoid:
+        if is_hard and self.is_portable:
             return hard_sigmoid.activation_layer(config["name"])
         if config.get("vocabulary", "") is None:
             config["vocabulary"] = self._vocabulary(class_name)
@@ -108,13 +96,11 @@ class Builder:
         is_causal = class_name.endswith("Attention") and config.pop("causal", False)
         cls = layers.translate(class_name, config)
         layer = cls(**{key: self._argument(key, v) for key, v in config.items()})
-        if isinstance(layer, layers.PASSING_MASKS):
-            layer.supports_masking = True
-        if isinstance(layer, layers.DROPPING_MASKS):
-            layer.supports_masking = False
+        if isinstance(layer, layers.PASSING_MASKS + layers.DROPPING_MASKS):
+            layer.supports_masking = isinstance(layer, layers.PASSING_MASKS)
         if is_stateful:
             self.stateful.append(layer)
-        if isinstance(layer, keras.layers.Normalization):
+        if isinstance(layer, keras.layers.Normalization) and layer.input_mean is None:
             vars(layer)["finalize_state"] = lambda: None  # before it has weights
         if is_causal:
             self.call_arguments[layer] = {"use_causal_mask": True}
@@ -126,9 +112,11 @@ class Builder:
         if kind == "activation" and value is not None:
             if isinstance(value, Mapping) and value.get("class_name") != "function":
                 return self.layer(value)
-            return objects.activation(value, self.custom_objects, self.hard_sigmoid)
+            return objects.activation(value, self.custom_objects)
+        if kind == "initializer":
+            return objects.initializer(value, self.custom_objects)
         if kind in _OBJECTS:
-            return _OBJECTS[kind](value, self.custom_objects)
+            return objects.make(kind, value, self.custom_objects)
         if key in ("layer", "backward_layer", "cell"):
             return self.layer(value)
         if key == "cells":
@@ -168,19 +156,15 @@ def _pop_stateful(class_name, config):
     if class_name == "Bidirectional":
         specs = [config.get("layer"), config.get("backward_layer")]
         configs = [graph.read(spec)[1] for spec in specs if spec]
-    values = [each.pop("stateful", False) for each in configs]
-    return any(values)
+    return True in [each.pop("stateful", False) for each in configs]
 
 
 def _make_states(layer, most):
-    parts = [layer]
-    if isinstance(layer, keras.layers.Bidirectional):
-        layer.stateful = True
-        parts = [layer.forward_layer, layer.backward_layer]
-    for part in parts:
-        shapes = part.get_build_config()
-        shapes = shapes.get(
-            "shapes_dict", {"sequences_shape": shapes.get("input_shape")}
+    layer.stateful, wrapped = True, ("forward_layer", "backward_layer")
+    for part in dict.fromkeys(getattr(layer, name, layer) for name in wrapped):
+        config = part.get_build_config()
+        shapes = config.get(
+            "shapes_dict", {"sequences_shape": config.get("input_shape")}
         )
         shape = part.compute_output_shape(shapes["sequences_shape"])
         shape = shape[0] if part.return_state else shape

@@ -9,7 +9,7 @@ import numpy as np
 from keras import layers
 
 from keras_scratch_lstm import _keras
-from keras_scratch_lstm.convert.keras2 import hard_sigmoid
+from keras_scratch_lstm.convert import hard_sigmoid
 from keras_scratch_lstm.convert.keras2.files import (
     FileError,
     check_array,
@@ -41,8 +41,8 @@ class _Entry(NamedTuple):
 def assign(model, weights, builder):
     """Assign all weights, none before all shapes are those of the file."""
     if weights.groups is None:
-        entries = list(_Tree(builder).entries(model, weights.tree))
-        found = {id(variable) for entry in entries for variable in entry.variables}
+        found = set()
+        entries = list(_entries_in_tree(model, weights.tree, builder, found))
         for part in builder.parts[model]:
             if {id(v) for _, v in variables(part, builder)} - found:
                 raise FileError(f"layer {part.name!r} has weights that are missing.")
@@ -62,7 +62,7 @@ def _named(entry, function):
     """Call a function, and name the layer in its error."""
     try:
         return function(entry)
-    except FileError as error:
+    except ValueError as error:
         raise FileError(f"layer {entry.layer!r}: {error}") from error
 
 
@@ -74,24 +74,21 @@ def _entries_in_order(model, weights, builder):
     expected = [(part, found) for part, found in expected if found]
     groups = weights.groups
     if len(expected) != len(groups):
-        raise FileError(
-            f"the model has {len(expected)} layers with weights. Received: "
-            f"{len(groups)} such layers in the file."
-        )
+        rule = f"the model has {len(expected)} layers with weights"
+        raise FileError(f"{rule}. Received: {len(groups)} such layers in the file.")
     by_name = dict(groups)
     if all(part.name in by_name for part, _ in expected):
         groups = [(part.name, by_name[part.name]) for part, _ in expected]
     entries = []
     for (layer, found), (name, datasets) in zip(expected, groups, strict=True):
         if len(found) != len(datasets):
+            rule = f"layer {layer.name!r} has {len(found)} weights"
             raise FileError(
-                f"layer {layer.name!r} has {len(found)} weights. Received: "
-                f"{len(datasets)} for {name!r} in the file."
+                f"{rule}. Received: {len(datasets)} for {name!r} in the file."
             )
         owners = {}
-        for (owner, variable), (key, dataset) in zip(
-            found, datasets.items(), strict=True
-        ):
+        pairs = zip(found, datasets.items(), strict=True)
+        for (owner, variable), (key, dataset) in pairs:
             _check_name(layer, variable, key)
             entry = _Entry(layer.name, owner, [], [])
             owners.setdefault(owner, entry).variables.append(variable)
@@ -132,61 +129,44 @@ def _check_name(layer, variable, name):
     """Raise an error if the name in the file is that of another weight."""
     stored = name.rpartition("/")[-1].partition(":")[0]
     if stored in _NAMES and variable.name in _NAMES and stored != variable.name:
-        raise FileError(
-            f"layer {layer.name!r}: its weight `{variable.name}` has the name {name!r} "
-            "in the file."
-        )
+        rule = f"layer {layer.name!r}: its weight `{variable.name}` has the name"
+        raise FileError(f"{rule} {name!r} in the file.")
 
 
 # --- files of Keras 2.12 to 2.15 have a tree of objects ----------------------
 
 
-class _Tree:
-    """Finds the objects of a tree by attribute, and layers by class and order."""
+def _entries_in_tree(layer, node, builder, covered, name=None):
+    """Yield the entries of a layer and of the layers within it, named as attributes."""
+    name, stored = name or layer.name, node.get("vars", {})
+    own = _own(layer, builder) if stored else []
+    if len(own) != len(stored):
+        rule = f"layer {name!r} has {len(own)} weights of its own"
+        raise FileError(f"{rule}. Received: {len(stored)} in the file.")
+    covered |= set(map(id, own))
+    yield _Entry(name, layer, own, [stored[key] for key in sorted(stored, key=number)])
+    for key, child in node.items():
+        parts = getattr(layer, key, None)
+        if layer in builder.parts:
+            parts = builder.parts[layer] if key in _CONTAINERS else None
+        if isinstance(parts, layers.Layer):
+            yield from _entries_in_tree(parts, child, builder, covered, name)
+        elif isinstance(parts, list) and key != "vars":
+            yield from _entries_in_list(parts, child, builder, covered)
 
-    def __init__(self, builder):
-        self.builder, self.covered = builder, set()
 
-    def entries(self, layer, node, name=None):
-        """Yield the entries of a layer and the layers within it."""
-        name = name or layer.name
-        own, stored = _own(layer, self.builder), node.get("vars", {})
-        if stored:
-            datasets = [stored[key] for key in sorted(stored, key=number)]
-            if len(own) != len(datasets):
-                raise FileError(
-                    f"layer {name!r} has {len(own)} weights of its own. Received: "
-                    f"{len(datasets)} in the file."
-                )
-            self.covered |= set(map(id, own))
-            yield _Entry(name, layer, own, datasets)
-        if layer in self.builder.parts:
-            found = [node[key] for key in _CONTAINERS if key in node] or [{}]
-            yield from self._layers(self.builder.parts[layer], found[0])
-            return
-        for key, child in node.items():
-            attribute = vars(layer).get(key)
-            if isinstance(attribute, layers.Layer):
-                yield from self.entries(attribute, child, name)
-            elif isinstance(attribute, list):
-                yield from self._layers(attribute, child)
-            elif key != "vars":
-                raise FileError(f"layer {name!r} has no `{key}`, as the file has.")
-
-    def _layers(self, parts, node):
-        groups = {}
-        for key in sorted(node, key=number):
-            groups.setdefault(re.sub(r"_\d+$", "", key), []).append(node[key])
-        for layer in parts:
-            if {id(v) for _, v in variables(layer, self.builder)} - self.covered:
-                key = snake_case(
-                    self.builder.class_names.get(layer, type(layer).__name__)
-                )
-                if not groups.get(key):
-                    raise FileError(f"layer {layer.name!r} has no weights in the file.")
-                yield from self.entries(layer, groups[key].pop(0))
-        if others := [key for key, nodes in groups.items() if nodes]:
-            raise FileError(f"no layer has the weights of {others} in the file.")
+def _entries_in_list(parts, nodes, builder, covered):
+    """Layers of a class are numbered, but not those that came earlier in the file."""
+    by_class = {}
+    for key in sorted(nodes, key=number):
+        by_class.setdefault(re.sub(r"_\d+$", "", key), []).append(nodes[key])
+    for part in parts:
+        key = snake_case(builder.class_names.get(part, type(part).__name__))
+        is_covered = {id(v) for _, v in variables(part, builder)} <= covered
+        if not is_covered and by_class.get(key):
+            yield from _entries_in_tree(part, by_class[key].pop(0), builder, covered)
+    if others := [key for key, found in by_class.items() if found]:
+        raise FileError(f"no layer has the weights of {others} in the file.")
 
 
 # --- arrays ------------------------------------------------------------------
@@ -215,6 +195,9 @@ def _assign(entry, backend):
             _keras.initialize(variable, array)
         else:
             variable.assign(array)
+    if isinstance(owner, layers.Normalization):
+        vars(owner).pop("finalize_state", None)  # see `Builder`
+        owner.finalize_state()
 
 
 def _is_cudnn(entry):

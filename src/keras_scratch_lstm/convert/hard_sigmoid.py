@@ -8,7 +8,6 @@ import numpy as np
 from keras import activations, ops
 
 from keras_scratch_lstm import _keras
-from keras_scratch_lstm.convert.keras2.files import FileError
 
 SCALE = 1.2
 # Whether each gate, in the order of the weights, has the recurrent activation.
@@ -38,7 +37,7 @@ def factors(owner):
     kind = type(owner).__name__
     is_hard = _is_used(owner, ["activation"])
     if is_hard and kind in ("LSTMCell", "ConvLSTMCell"):
-        raise FileError(
+        raise ValueError(
             "`activation='hard_sigmoid'`, which is also applied to the cell state, has "
             "no equivalent in Keras 3."
         )
