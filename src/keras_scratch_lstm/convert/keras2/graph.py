@@ -76,7 +76,8 @@ def sequential(builder, config, is_outermost=False):
     if not inputs:
         shape = _input_shape(stack[0], first)
         if shape is None and is_outermost:
-            shape = _build_shape(config, stack) or builder.infer_shape(stack)
+            is_stateful = not set(stack).isdisjoint(builder.stateful)
+            shape = _build_shape(config, is_stateful) or builder.infer_shape(stack)
         if shape is not None:
             name = f"{stack[0].name}_input"
             first = {**first, "batch_input_shape": shape, "name": name}
@@ -98,12 +99,10 @@ def _input_shape(layer, config):
     return config.get("batch_input_shape", default)
 
 
-def _build_shape(config, stack):
+def _build_shape(config, is_stateful):
     """The shape of the inputs that built the model, of any batch size."""
     shape = config.get("build_input_shape")
-    if shape and not any(getattr(layer, "stateful", False) for layer in stack):
-        shape = [None, *shape[1:]]
-    return shape
+    return shape if is_stateful or not shape else [None, *shape[1:]]
 
 
 # --- Functional --------------------------------------------------------------
