@@ -34,9 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from keras_scratch_lstm.convert import portable  # imports Keras
 
-        run = portable.describe if options.info else portable.convert
-        paths = [options.old] if options.info else [options.old, options.new]
-        for line in run(*paths, options.weights):
+        if options.info:
+            lines = portable.describe(options.old, options.weights)
+        else:
+            lines = portable.convert(options.old, options.new, options.weights)
+        for line in lines:
             print(line)
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {str(error).partition(chr(10))[0]}", file=sys.stderr)

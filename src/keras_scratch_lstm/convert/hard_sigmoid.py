@@ -32,7 +32,8 @@ def _is_used(layer, names=("activation", "recurrent_activation")):
 
 def factors(owner):
     """The factor of each gate's weights that makes Keras 3's hard sigmoid Keras 2's."""
-    if not _is_used(owner):
+    is_known = type(owner).__module__.startswith("keras.")
+    if not owner.weights or not is_known or not _is_used(owner):
         return None
     kind = type(owner).__name__
     is_hard = _is_used(owner, ["activation"])

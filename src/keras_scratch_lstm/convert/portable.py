@@ -40,7 +40,8 @@ def convert(old, new, weights=None):
     original, builder = keras2.build(old, weights=weights)
     yield from _lines(old, original, builder)
     model, builder = keras2.build(old, weights=weights, is_portable=True)
-    scaled = [k for k, v in hard_sigmoid.layers_with(model).items() if v.weights]
+    found = hard_sigmoid.layers_with(model).items()
+    scaled = [name for name, layer in found if hard_sigmoid.factors(layer)]
     scaled += [
         f"input of {layer.name}"
         for layer, kind in builder.class_names.items()

@@ -115,7 +115,11 @@ def load_keras2_weights(model: Any, path: str | os.PathLike[str]) -> None:
         assign(model, read_weights(file, path.stat().st_size), builder)
     for name, layer in hard_sigmoid.layers_with(model).items():
         rule = "`hard_sigmoid(x)` of Keras 2 is `hard_sigmoid(1.2 * x)` of Keras 3"
-        effect = "weights were multiplied by 1.2" if layer.weights else "it differs"
+        effect = (
+            "weights were multiplied by 1.2"
+            if hard_sigmoid.factors(layer)
+            else "it differs"
+        )
         warnings.warn(f"Layer {name!r}: {effect}, since {rule}.", stacklevel=2)
 
 
