@@ -223,9 +223,13 @@ class _Graph:
         try:
             if isinstance(layer, layers.Layer):
                 arguments = _masks(layer, inputs, arguments) | arguments
+            mask = _merged_mask(layer, inputs) if isinstance(layer, _MERGING) else None
+            if mask is not None and isinstance(layer, layers.Multiply):
+                # That of Keras 3 has 1 in place of masked values.
+                layer = functools.partial(functools.reduce, ops.multiply)
             result = layer(inputs, **arguments)
-            if isinstance(layer, _MERGING):
-                _keras.set_keras_mask(result, _merged_mask(layer, inputs))
+            if mask is not None:
+                _keras.set_keras_mask(result, mask)
             self._name_operations(key, result)
             masks = map(_keras.get_keras_mask, keras.tree.flatten(result))
             self._name_operations(f"{key}_mask", [m for m in masks if m is not None])
