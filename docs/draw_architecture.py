@@ -18,14 +18,16 @@ LAYERS = (
     ("cell", "recurrence", "_bidirectional"),
     ("_litert", "cells"),
     ("layer",),
-    ("convert", "observing", "metrics"),
+    ("convert", "metrics"),
+    ("observing",),
     ("tracing", "callbacks"),
     ("experiments", "litert"),
-    ("plotting",),
+    ("__main__", "plotting"),
     ("__init__",),
 )
 COLUMNS = {"convert": 0.12, "metrics": 0.88, "cells": 0.12, "_litert": 0.88}
 COLUMNS |= {"plotting": 0.37, "experiments": 0.37, "litert": 0.12, "callbacks": 0.63}
+COLUMNS |= {"__main__": 0.12}
 WIDTH, ROW, BOX, TOP = 750, 70, (150, 40), (700, 40)
 STYLE = """
   svg { --ink: #1b1f24; --card: #f3f4f6; --line: #8b949e; }

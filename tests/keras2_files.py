@@ -1,9 +1,17 @@
-"""Write files as Keras 2.1 did."""
+"""Files of Keras 2: those that `tf-keras` makes, and one as Keras 2.1 did."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import h5py
+import keras
 import numpy as np
+from keras import ops
+
+MAKE = Path(__file__).parent / "convert" / "make_keras2.py"
+STACKS = 4  # random models of each kind
 
 # From Keras 2.1.6, which stores a Sequential model as a list.
 KERAS_2_1 = {
@@ -94,3 +102,29 @@ def write_keras_2_1(path, rng, config=KERAS_2_1, shapes=SHAPES, version="2.1.6")
 
 def serialized(class_name, **config):
     return {"class_name": class_name, "config": config}
+
+
+def run_keras2(folder, seed, stacks=STACKS):
+    command = [sys.executable, MAKE, folder, str(seed), str(stacks)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def predict(model, inputs):
+    inputs = inputs if len(inputs) > 1 else inputs[0]
+    outputs = keras.tree.flatten(model(inputs))
+    return [ops.convert_to_numpy(output) for output in outputs]
+
+
+def recorded(files, name):
+    arrays = np.load(files / f"{name}.npz")
+    return [[arrays[key] for key in arrays if key[0] == kind] for kind in "xy"]
+
+
+def assert_predicts_as_recorded(model, files, name):
+    inputs, expected = recorded(files, name)
+    for one, other in zip(predict(model, inputs), expected, strict=True):
+        scale = np.ptp(other)
+        assert scale > 1e-3, name
+        np.testing.assert_allclose(one / scale, other / scale, rtol=0, atol=2e-5)

@@ -38,6 +38,7 @@ def test_public_names():
         *("Attribution", "Gradients", "Saturation", "token_features"),
         *("from_torch", "to_torch", "to_builtin", "to_scratch", "load_keras2"),
         *("export_litert", "LiteRTFile"),
+        "load_keras2_weights",
     }
     assert all(hasattr(keras_scratch_lstm, name) for name in keras_scratch_lstm.__all__)
 

@@ -2,8 +2,13 @@
 
 `keras.layers.RNN` prepares dropout masks only for a `DropoutRNNCell`, `lstm` is the
 binding of cuDNN, and a metric is not passed the mask that `get_keras_mask` returns.
+Only a `StatelessScope` makes variables without values.
 """
 
+import contextlib
+
+import keras
+from keras.src.backend.common import global_state
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
@@ -12,7 +17,10 @@ __all__ = [
     "all_layers",
     "compiled_loss",
     "compiled_losses",
+    "deferred_variables",
     "get_keras_mask",
+    "initialize",
+    "is_deferred",
     "lstm",
     "minimize",
     "operation",
@@ -41,6 +49,34 @@ def lstm(*args, **kwargs):
 def operation(tensor):
     """Return the layer or operation that a symbolic tensor is an output of."""
     return tensor._keras_history.operation
+
+
+@contextlib.contextmanager
+def deferred_variables():
+    """Make variables that have a shape, and no value before `initialize`.
+
+    Yields the list of these variables.
+    """
+    key, created = "uninitialized_variables", []
+    before = global_state.get_global_attribute(key)
+    global_state.set_global_attribute(key, created)
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield created
+    finally:
+        global_state.set_global_attribute(key, before)
+
+
+def is_deferred(variable):
+    """Whether a variable has no value yet."""
+    return variable._value is None
+
+
+def initialize(variable, value=None):
+    """Give a deferred variable a value, by default that of its initializer."""
+    if value is not None:
+        variable._initializer = lambda shape, dtype: keras.ops.cast(value, dtype)
+    variable._deferred_initialize()
 
 
 def minimize(metric):

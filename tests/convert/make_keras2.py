@@ -2,15 +2,18 @@
 
 python make_keras2.py FOLDER SEED STACKS
 
-For each model there are `NAME.h5` and `NAME.npz` with the inputs and the outputs.
-`STACKS` is the number of models of random layers.
+For each model there are `NAME.h5`, the archive `NAME.keras`, and `NAME.npz` with the
+inputs and the outputs. `STACKS` is the number of models of random layers.
 """
 
+import collections
+import contextlib
 import json
 import os
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 warnings.simplefilter("ignore")  # Keras 2 warns that HDF5 is a legacy format
@@ -20,7 +23,13 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 from tf_keras import Input, Model, Sequential, layers
+from tf_keras.src.saving import saving_lib
 from tf_keras.src.saving.legacy.hdf5_format import _convert_rnn_weights
+
+DEPENDENCIES = "_layer_checkpoint_dependencies"
+# Without its functions for cuDNN, Keras 2 builds its layers ten times faster.
+for cls in (layers.LSTM, layers.GRU):
+    cls._could_use_gpu_kernel = property(lambda _: False, lambda *_: None)
 
 BATCH, TIME, FEATURES, TOKENS = 4, 6, 4, 7
 
@@ -209,9 +218,78 @@ def functions():
     return Model(x, [*parts, *(tf.cast(test, "float32") for test in tests)])
 
 
+def embedded(mask_zero=True):
+    """Tokens, some of them padding, and their vectors."""
+    tokens = Input((TIME,))
+    return tokens, layers.Embedding(TOKENS, 4, mask_zero=mask_zero)(tokens)
+
+
+def masked_decoders():
+    """Decoders with masks of their own and the states of encoders."""
+    source, encoded = embedded()
+    target, x = embedded()
+    _, h, c = layers.LSTM(3, return_state=True)(encoded)
+    outputs = [layers.LSTM(3)(x, initial_state=[h, c])]
+    for recurrent in (layers.LSTM, layers.GRU, layers.SimpleRNN):
+        states = [h, c] if recurrent is layers.LSTM else [h]
+        decoded = recurrent(3, return_sequences=True)(x, initial_state=states)
+        # Outputs of masked time steps are not compared: on JAX, they start from h.
+        outputs.append(layers.GlobalAveragePooling1D()(decoded))
+    layer = layers.Bidirectional(layers.LSTM(3, return_state=True))
+    _, *states = layer(encoded)
+    layer = layers.Bidirectional(layers.LSTM(3, return_sequences=True))
+    # The mask goes on from the first decoder to the second.
+    outputs.append(layers.GRU(3)(layer(x, initial_state=states)))
+    states = [layers.Concatenate()(states[k::2]) for k in (0, 1)]
+    layer = layers.LSTM(6, go_backwards=True)
+    return Model([source, target], [*outputs, layer(x, initial_state=states)])
+
+
+def masked_branches():
+    """Masks that run through layers with names of Keras 3's own operations."""
+    source, x = embedded()
+    target, y = embedded()
+    parts = [
+        layers.Concatenate(name="concatenate")([x, y]),
+        layers.Dropout(0.5)(layers.Concatenate(axis=1, name="expand_dims")([x, y])),
+        layers.Average(name="any")([x, y]),
+        layers.Add(name="logical_and")([layers.Dense(4)(x), x * 2]),
+        layers.Multiply()([layers.Rescaling(2.0)(x), y]),
+        layers.Attention()([x, y]),
+        layers.AdditiveAttention()([y, x]),
+        layers.MultiHeadAttention(2, 3)(x, value=y),
+    ]
+    return Model([source, target], [layers.LSTM(2)(part) for part in parts])
+
+
+def normalized():
+    x = Input((TIME, FEATURES))
+    y = layers.Normalization(mean=[0.5, 1, 2, 3], variance=[1, 2, 3, 4.0])(x)
+    y = layers.Normalization()(layers.Normalization(axis=None, mean=1, variance=2)(y))
+    return Model(x, layers.LSTM(3)(layers.Normalization(axis=(1, 2))(y)))
+
+
+def hard():
+    """Every use of Keras 2's hard sigmoid that Keras 3 alone can express."""
+    x, recurrent = Input((TIME, FEATURES)), {"recurrent_activation": "hard_sigmoid"}
+    both, only = {**recurrent, "activation": "hard_sigmoid"}, "hard_sigmoid"
+    h = layers.Bidirectional(layers.LSTM(3, return_sequences=True, **recurrent))(x)
+    h = layers.GRU(3, return_sequences=True, reset_after=False, **both)(h)
+    h = layers.GRU(3, return_sequences=True, **both)(2 * h - 1)
+    h = layers.SimpleRNN(3, return_sequences=True, activation=only)(2 * h - 1)
+    h = layers.TimeDistributed(layers.Dense(4, activation=only))(2 * h - 1)
+    h = layers.Activation(only)(layers.Conv1D(4, 2, activation=only)(8 * h - 4))
+    h = layers.SeparableConv1D(4, 2, activation=only)(8 * h - 6)
+    h = layers.DepthwiseConv1D(2, activation=only)(2 * h - 1)
+    video = layers.Reshape((3, 2, 2, 1))(layers.Flatten()(h))
+    video = layers.ConvLSTM2D(2, 2, **recurrent)(video)
+    return Model(x, [h, layers.Dense(2, activation=only)(layers.Flatten()(video))])
+
+
 SEQUENTIAL = (stock, sentiment, autoencoder, masked, cells, convolutions)
 FUNCTIONAL = (video, seq2seq, bidirectional_states, nested, attention)
 FUNCTIONAL += (slices, arithmetic, functions)
+FUNCTIONAL += (masked_decoders, masked_branches, normalized, hard)
 
 
 def random_stack(rng):
@@ -256,10 +334,36 @@ def random_stack(rng):
     return [*first, *stack, recurrent(return_sequences=False), layers.Dense(2)]
 
 
+def random_seq2seq(rng):
+    """An encoder and a decoder with its states, of random layers, each with a mask."""
+    kind = (layers.LSTM, layers.GRU, layers.SimpleRNN)[rng.integers(3)]
+    is_bidirectional = rng.integers(2)
+
+    def recurrent(**options):
+        layer = kind(3, **options)
+        return layers.Bidirectional(layer) if is_bidirectional else layer
+
+    source, x = embedded(bool(rng.integers(3)))
+    target, y = embedded()
+    if rng.integers(2):
+        y = layers.Dropout(0.5)(layers.Concatenate()([x, y]))
+    if rng.integers(2):
+        x = recurrent(return_sequences=True)(x)
+    _, *states = recurrent(return_state=True)(x)
+    decoded = recurrent(return_sequences=True)(y, initial_state=states)
+    if rng.integers(2):
+        decoded = layers.TimeDistributed(layers.Dense(3))(decoded)
+    return Model([source, target], layers.Dense(2)(layers.LSTM(4)(decoded)))
+
+
 def randomize(model, rng):
     for weight in model.weights:
         value = rng.normal(0, 0.5, weight.shape)
-        weight.assign(np.abs(value) + 0.5 if "variance" in weight.name else value)
+        value = np.abs(value) + 0.5 if "variance" in weight.name else value
+        weight.assign(np.asarray(value, weight.dtype.as_numpy_dtype))
+    for layer in model.layers:
+        if isinstance(layer, layers.Normalization):
+            layer.finalize_state()
 
 
 def save(model, name, folder, rng):
@@ -270,6 +374,7 @@ def save(model, name, folder, rng):
         value = rng.normal(size=[tensor.shape[0] or BATCH, *shape]).astype("float32")
         if len(shape) == 1:
             value = rng.integers(TOKENS, size=value.shape).astype("float32")
+            value[0, :2] = value[1, -2:] = 0  # padding on the left, and on the right
         elif len(shape) == 2:
             value[0, -2:] = 0  # masked, if the model has a mask
         inputs.append(value)
@@ -279,6 +384,51 @@ def save(model, name, folder, rng):
     arrays |= {f"y{k}": value for k, value in enumerate(outputs)}
     np.savez(folder / f"{name}.npz", **arrays)
     model.save(folder / f"{name}.h5")
+    if name != "slices":  # Keras 2 has no archives of models with `...`
+        model.save(folder / f"{name}.keras")
+
+
+def save_text(folder):
+    """Models of texts, with vocabularies in the configuration or in a file."""
+    texts = tf.constant([["b a"], ["a d"], ["c"], [""]])
+    vectorize = layers.TextVectorization(output_sequence_length=3)
+    vectorize.adapt(["a b c b", "a b"])
+    given = layers.TextVectorization(vocabulary=["a", "b"], output_sequence_length=3)
+    lookup = layers.StringLookup()
+    lookup.adapt([["b"], ["c"]])
+    for name, first in {"text": vectorize, "given": given, "lookup": lookup}.items():
+        x = Input((1,), dtype="string")
+        vectors = layers.Embedding(9, 4)(first(x))
+        model = Model(x, layers.LSTM(3)(vectors))
+        np.savez(folder / f"{name}.npz", x0=texts.numpy().astype(str), y0=model(texts))
+        model.save(folder / f"{name}.keras")
+    (folder / "text.json").write_text(model.to_json())
+
+
+@contextlib.contextmanager
+def as_keras_2_12():
+    """Save archives as Keras 2.12 did: with other attributes first, and numbers."""
+
+    def walk(trackable):
+        names = set(dir(trackable)) - (saving_lib.ATTR_SKIPLIST - {DEPENDENCIES})
+        for name in sorted(name for name in names if not name.startswith("__")):
+            with contextlib.suppress(Exception):
+                yield name, getattr(trackable, name)
+
+    def container(parts, weights, assets, inner_path, visited_trackables):
+        parts = parts.values() if isinstance(parts, dict) else parts
+        counts = collections.Counter()
+        for part in filter(saving_lib._is_keras_trackable, parts):
+            name = saving_lib.generic_utils.to_snake_case(type(part).__name__)
+            path = f"{inner_path}/{name}" + (f"_{counts[name]}" if counts[name] else "")
+            counts[name] += 1
+            saving_lib._save_state(part, weights, assets, path, visited_trackables)
+
+    with (
+        mock.patch.object(saving_lib, "_walk_trackable", walk),
+        mock.patch.object(saving_lib, "_save_container_state", container),
+    ):
+        yield
 
 
 def save_for_cudnn(folder):
@@ -324,9 +474,16 @@ def main(folder, seed, stacks):
     model = tf_keras.models.load_model(folder / "stock.h5")
     (folder / "stock.json").write_text(model.to_json())
     model.save_weights(folder / "stock_weights.h5")
+    model.save_weights(folder / "stock.weights.h5")
+    save_text(folder)
+    with as_keras_2_12():
+        for name in ("nested", "masked_decoders"):
+            model = tf_keras.models.load_model(folder / f"{name}.h5")
+            model.save(folder / f"{name}_2_12.keras")
     for k in range(int(stacks)):
         stack = [Input((TIME, FEATURES)), *random_stack(rng)]
-        save(Sequential(stack), f"random_{k}", folder, rng)
+        save(Sequential(stack), f"random_stack_{k}", folder, rng)
+        save(random_seq2seq(rng), f"random_seq2seq_{k}", folder, rng)
 
 
 if __name__ == "__main__":

@@ -1,80 +1,46 @@
 """Files of Keras 2: those of `tf-keras`, and older dialects written by hand."""
 
 import copy
-import fcntl
 import json
-import os
-import random
-import subprocess
-import sys
-from pathlib import Path
 
 import h5py
 import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from keras2_files import KERAS_2_1, SHAPES, serialized, write_keras_2_1
+from keras2_files import (
+    KERAS_2_1,
+    SHAPES,
+    STACKS,
+    assert_predicts_as_recorded,
+    predict,
+    recorded,
+    run_keras2,
+    serialized,
+    write_keras_2_1,
+)
 from reference import lstm
 
-from keras_scratch_lstm import load_keras2, to_scratch, trace_gates
+from keras_scratch_lstm import (
+    load_keras2,
+    load_keras2_weights,
+    to_scratch,
+    trace_gates,
+)
 from keras_scratch_lstm.convert.keras2 import graph, operations
 from keras_scratch_lstm.convert.keras2.layers import SUPPORTED
 from keras_scratch_lstm.convert.keras2.models import Builder
 
-MAKE = Path(__file__).with_name("make_keras2.py")
-STACKS = 8
+TREES = ("nested", "masked_decoders")
 OPERATIONS = ("slices", "arithmetic", "functions")
+MASKS = ("masked_decoders", "masked_branches")
 NAMES = (
     *("stock", "sentiment", "autoencoder", "masked", "cells", "convolutions", "cudnn"),
     *("video", "seq2seq", "bidirectional_states", "nested", "attention", "stateful"),
-    *OPERATIONS,
+    *("normalized", "hard", *OPERATIONS, *MASKS),
 )
 # Keras 2 removed the mask without a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:Layer .* does not support masking")
-
-
-def run_keras2(folder, seed, stacks=STACKS):
-    command = [sys.executable, MAKE, folder, str(seed), str(stacks)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return folder
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory):
-    """The folder with the files of `tf-keras`, made once for all test processes."""
-    pytest.importorskip("tf_keras", reason="tf-keras is not installed")
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    with (folder / "keras2.lock").open("a+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        folder, seed = folder / "keras2", folder / "keras2.seed"
-        if not seed.exists():
-            folder.mkdir()
-            default = random.SystemRandom().randrange(2**31)
-            run_keras2(folder, os.environ.get("TEST_SEED", default))
-            seed.write_text("done")
-    return folder
-
-
-def predict(model, inputs):
-    inputs = inputs if len(inputs) > 1 else inputs[0]
-    outputs = keras.tree.flatten(model(inputs))
-    return [ops.convert_to_numpy(output) for output in outputs]
-
-
-def recorded(files, name):
-    arrays = np.load(files / f"{name}.npz")
-    return [[arrays[key] for key in arrays if key[0] == kind] for kind in "xy"]
-
-
-def assert_predicts_as_recorded(model, files, name):
-    inputs, expected = recorded(files, name)
-    for one, other in zip(predict(model, inputs), expected, strict=True):
-        scale = np.ptp(other)
-        assert scale > 1e-3, name
-        np.testing.assert_allclose(one / scale, other / scale, rtol=0, atol=2e-5)
 
 
 def edited(files, name, folder, edit):
@@ -106,19 +72,61 @@ def test_layers_pass_on_masks_as_in_keras2(files):
 
 
 @pytest.mark.parametrize("k", range(STACKS))
-def test_random_stacks_predict_as_in_keras2(files, k):
-    assert_predicts_as_recorded(
-        load_keras2(files / f"random_{k}.h5"), files, f"random_{k}"
-    )
+@pytest.mark.parametrize("kind", ["stack", "seq2seq"])
+def test_random_models_predict_as_in_keras2(files, kind, k):
+    name = f"random_{kind}_{k}"
+    extension = ("h5", "keras")[k % 2]
+    assert_predicts_as_recorded(load_keras2(files / f"{name}.{extension}"), files, name)
 
 
 @pytest.mark.slow
-def test_many_random_stacks_predict_as_in_keras2(tmp_path, seed):
+@pytest.mark.parametrize("kind", ["stack", "seq2seq"])
+def test_many_random_models_predict_as_in_keras2(tmp_path, seed, kind):
     pytest.importorskip("tf_keras", reason="tf-keras is not installed")
     run_keras2(tmp_path, seed, 100)
     for k in range(100):
-        model = load_keras2(tmp_path / f"random_{k}.h5")
-        assert_predicts_as_recorded(model, tmp_path, f"random_{k}")
+        test_random_models_predict_as_in_keras2(tmp_path, kind, k)
+
+
+# --- archives, which Keras 2 writes from 2.12 ----------------------------------
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("name", [*NAMES, *(f"{name}_2_12" for name in TREES)])
+def test_archives_have_the_same_weights(files, name):
+    if name in ("slices", "cudnn"):
+        pytest.skip("Keras 2 writes no archives of models with `...`, or for cuDNN")
+    archive = load_keras2(files / f"{name}.keras")
+    expected = load_keras2(files / f"{name.removesuffix('_2_12')}.h5")
+    for one, other in zip(archive.weights, expected.weights, strict=True):
+        assert one.name == other.name
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["stock", *MASKS])
+def test_archives_predict_as_in_keras2(files, tmp_path, name):
+    path = tmp_path / "renamed.h5"  # recognized by content
+    path.write_bytes((files / f"{name}.keras").read_bytes())
+    assert_predicts_as_recorded(load_keras2(path), files, name)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("name", ["text", "given", "lookup"])
+def test_vocabularies_are_loaded(files, tmp_path, name):
+    import tensorflow as tf
+
+    model = load_keras2(files / f"{name}.keras")
+    model.save(tmp_path / "model.keras")
+    arrays = np.load(files / f"{name}.npz")
+    texts = tf.constant(arrays["x0"].astype(object))
+    for each in (model, keras.saving.load_model(tmp_path / "model.keras")):
+        np.testing.assert_allclose(each(texts), arrays["y0"], atol=1e-6)
+
+
+@pytest.mark.one_backend
+def test_missing_vocabulary_is_an_error(files):
+    with pytest.raises(ValueError, match=r"StringLookup.: its vocabulary is not in"):
+        load_keras2(files / "text.json", weights=files / "text.keras")
 
 
 def test_architecture_and_weights_in_two_files(files, tmp_path):
@@ -128,6 +136,11 @@ def test_architecture_and_weights_in_two_files(files, tmp_path):
     for path in (architecture, twice):
         model = load_keras2(path, weights=weights)
         assert_predicts_as_recorded(model, files, "stock")
+    expected = model.get_weights()
+    for other in (files / "stock.weights.h5", files / "stock.keras"):
+        model = load_keras2(architecture, weights=other)
+        for one, value in zip(model.get_weights(), expected, strict=True):
+            np.testing.assert_array_equal(one, value)
     with pytest.raises(ValueError, match=r"no weights. Pass `weights=`"):
         load_keras2(architecture)
     with pytest.raises(ValueError, match=r"no architecture. Pass the architecture as"):
@@ -151,7 +164,7 @@ def test_loaded_model_can_be_saved_traced_and_converted(files, tmp_path):
     np.testing.assert_allclose(trace.i, i, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", [*OPERATIONS, *MASKS])
 def test_model_with_operations_can_be_saved_and_converted(files, tmp_path, name):
     model = load_keras2(files / f"{name}.h5")
     model.save(tmp_path / "model.keras")
@@ -315,6 +328,17 @@ def store_build_shape(file, config):
     }
 
 
+def store_build_shape_of_stateful(file, config):
+    remove_input_shape(file, config)
+    config["config"]["build_input_shape"] = [1, 1, 4]
+
+
+def store_dtype_of_inputs(file, config):
+    """Until Keras 2.0, the first layer had the dtype of its inputs."""
+    remove_input_layer(file, config)
+    config["config"]["layers"][0]["config"]["dtype"] = "int32"
+
+
 @pytest.mark.parametrize(
     ("name", "edit"),
     [
@@ -326,6 +350,8 @@ def store_build_shape(file, config):
         ("sentiment", remove_input_shape),
         ("autoencoder", store_build_shape),
         ("stateful", remove_input_layer),
+        ("stateful", store_build_shape_of_stateful),
+        ("sentiment", store_dtype_of_inputs),
     ],
 )
 def test_older_dialects_predict_the_same(files, tmp_path, name, edit):
@@ -481,3 +507,74 @@ def test_custom_objects(tmp_path, rng, spec, custom_objects):
         keras.Model(model.inputs[0], [layer.output for layer in model.layers]), [x]
     )
     np.testing.assert_allclose(last, factor * dense, rtol=1e-6)
+
+
+# --- weights for a model that was built in Keras 3 ---------------------------
+
+
+def rebuilt_stock(recurrent_activation="hard_sigmoid", units=1):
+    options = {"return_sequences": True, "recurrent_activation": recurrent_activation}
+    stack = [layers.LSTM(5, **options), layers.LSTM(3), layers.Dense(units)]
+    return keras.Sequential([keras.Input((6, 4)), *stack])
+
+
+@pytest.mark.parametrize("extension", ["h5", "weights.h5", "keras"])
+def test_weights_of_a_model_built_in_keras3(files, extension):
+    model = rebuilt_stock()
+    with pytest.warns(
+        UserWarning, match=r"lstm.*: weights were multiplied by 1.2, since"
+    ):
+        load_keras2_weights(model, files / f"stock.{extension}")
+    assert_predicts_as_recorded(model, files, "stock")
+
+
+def test_weights_of_frozen_nested_and_shared_layers(files):
+    expected = load_keras2(files / "nested.h5")
+    for extension in ("h5", "keras"):
+        model = keras.models.clone_model(expected)
+        load_keras2_weights(model, files / f"nested.{extension}")
+        assert_predicts_as_recorded(model, files, "nested")
+
+
+def test_weights_of_normalization(files):
+    model = keras.models.clone_model(load_keras2(files / "normalized.h5"))
+    load_keras2_weights(model, files / "normalized.h5")
+    assert_predicts_as_recorded(model, files, "normalized")
+
+
+@pytest.mark.one_backend
+def test_weights_are_found_by_name(tmp_path, rng):
+    values = write_keras_2_1(tmp_path / "model.h5", rng)
+    x = keras.Input((5, 3))
+    h = keras.Input((4,))
+    parts = [layers.LSTM(4, name="lstm_1")(x), layers.Dense(2, name="dense_1")(h)]
+    for model in (keras.Model([x, h], parts), keras.Model([h, x], parts[::-1])):
+        load_keras2_weights(model, tmp_path / "model.h5")
+        found = [
+            weight
+            for name in ("lstm_1", "dense_1")
+            for weight in model.get_layer(name).get_weights()
+        ]
+        for one, other in zip(found, values, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("extension", ["h5", "keras"])
+def test_weights_of_another_model_change_nothing(files, extension):
+    path = files / f"stock.{extension}"
+    model = rebuilt_stock("sigmoid", units=2)
+    before = model.get_weights()
+    with pytest.raises(
+        ValueError, match=r"layer 'dense.*: `kernel` must have shape .3, 2."
+    ):
+        load_keras2_weights(model, path)
+    for one, other in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(one, other)
+    small = keras.Sequential([keras.Input((6, 4)), layers.LSTM(5)])
+    with pytest.raises(ValueError, match=r"1 layers with weights|no layer has the we"):
+        load_keras2_weights(small, path)
+    with pytest.raises(
+        ValueError, match=r"`model` must be a Keras model that is built"
+    ):
+        load_keras2_weights(keras.Sequential([layers.LSTM(5)]), path)

@@ -220,7 +220,6 @@ class CustomCell(keras.layers.LSTMCell):
             keras.layers.RNN(CustomCell(2), name="a"),
             "Received: 'a' with a 'CustomCell'",
         ),
-        ("missing.keras", "File not found"),
     ],
     ids=label,
 )

@@ -7,14 +7,15 @@ import keras
 
 from keras_scratch_lstm import _keras, _validation
 from keras_scratch_lstm.cell import ScratchLSTMCell
+from keras_scratch_lstm.convert.files import load_model
 
 
 def load(model):
-    """Return the model or layer, loaded if it is the path of a `.keras` file."""
+    """Return the model or layer, loaded if it is the path of a file."""
     if isinstance(model, (str, os.PathLike)):
-        return keras.saving.load_model(model, compile=False)
+        return load_model(model)
     if not isinstance(model, keras.layers.Layer):
-        rule = "a Keras model or layer, or the path of a `.keras` file"
+        rule = "a Keras model or layer, or the path of a model's file"
         raise _validation.invalid("model", model, rule)
     return model
 

@@ -29,7 +29,7 @@ def trace_gates(
     current states, which do not change.
 
     Args:
-        model: A built Keras model or layer, or the path of a `.keras` file.
+        model: A built Keras model or layer, or the path of a file of Keras 2 or 3.
         inputs: Inputs of the model or layer: an array, a tensor or a nested list, a
             list or dict of these, or a dataset of batches with or without targets:
             a `tf.data.Dataset`, a `keras.utils.PyDataset` or another iterable.

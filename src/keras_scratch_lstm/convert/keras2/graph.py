@@ -1,16 +1,23 @@
 """Build Sequential and Functional models, whose layers a `Builder` makes."""
 
+import functools
+import inspect
 import re
 from collections.abc import Mapping
 
 import keras
 import numpy as np
+from keras import layers, ops
 
 from keras_scratch_lstm import _keras
 from keras_scratch_lstm.convert.keras2 import operations
 from keras_scratch_lstm.convert.keras2.files import FileError
 
 _CONSTANT = "_CONSTANT_VALUE"
+_MERGING = (
+    *(layers.Add, layers.Subtract, layers.Multiply, layers.Average),
+    *(layers.Maximum, layers.Minimum, layers.Concatenate),
+)
 
 
 def read(spec):
@@ -69,7 +76,8 @@ def sequential(builder, config, is_outermost=False):
     if not inputs:
         shape = _input_shape(stack[0], first)
         if shape is None and is_outermost:
-            shape = _build_shape(config, stack) or builder.infer_shape(stack)
+            is_stateful = not set(stack).isdisjoint(builder.stateful)
+            shape = _build_shape(config, is_stateful) or builder.infer_shape(stack)
         if shape is not None:
             name = f"{stack[0].name}_input"
             first = {**first, "batch_input_shape": shape, "name": name}
@@ -86,17 +94,15 @@ def _input_shape(layer, config):
         return layer.input_shape if layer.built else None
     # Keras 2 did not read the shape that a wrapped layer stores.
     inner = config.get("layer", {}).get("config", {})
-    is_inner = isinstance(layer, keras.layers.Bidirectional)
+    is_inner = isinstance(layer, layers.Bidirectional)
     default = inner.get("batch_input_shape") if is_inner else None
     return config.get("batch_input_shape", default)
 
 
-def _build_shape(config, stack):
+def _build_shape(config, is_stateful):
     """The shape of the inputs that built the model, of any batch size."""
     shape = config.get("build_input_shape")
-    if shape and not any(getattr(layer, "stateful", False) for layer in stack):
-        shape = [None, *shape[1:]]
-    return shape
+    return shape if is_stateful or not shape else [None, *shape[1:]]
 
 
 # --- Functional --------------------------------------------------------------
@@ -128,6 +134,32 @@ def functional(builder, config):
     model = keras.Model(_unpack(inputs), _unpack(outputs), name=name)
     builder.parts[model] = parts
     return model
+
+
+def _masks(layer, inputs, arguments):
+    """The masks to call a layer with; Keras 3 passes on only that of one tensor."""
+    tensors = {"mask": inputs}
+    if isinstance(layer, layers.MultiHeadAttention):
+        keys = (key for key in ("value", "key") if arguments.get(key) is not None)
+        tensors = {"query_mask": inputs, **{f"{k}_mask": arguments[k] for k in keys}}
+    elif "mask" not in inspect.signature(layer.call).parameters:
+        return {}
+    get = functools.partial(keras.tree.map_structure, _keras.get_keras_mask)
+    masks = {name: get(value) for name, value in tensors.items()}
+    return {k: v for k, v in masks.items() if set(keras.tree.flatten(v)) != {None}}
+
+
+def _merged_mask(layer, inputs):
+    """The mask of merged inputs: in Keras 2, where all have data; in Keras 3, any."""
+    masks = [_keras.get_keras_mask(x) for x in inputs]
+    if all(mask is None for mask in masks):
+        return None
+    axis = getattr(layer, "axis", -1) % len(inputs[0].shape)
+    if isinstance(layer, layers.Concatenate) and axis < len(inputs[0].shape) - 1:
+        pairs = zip(inputs, masks, strict=True)
+        masks = [ops.ones_like(x[..., 0], "bool") if m is None else m for x, m in pairs]
+        return ops.concatenate(masks, axis=axis)
+    return functools.reduce(ops.logical_and, [m for m in masks if m is not None])
 
 
 class _Graph:
@@ -184,14 +216,23 @@ class _Graph:
             stored = rest[0] if rest else {}
             given = {k: self.tensors(v) for k, v in stored.items() if v is not None}
             arguments = arguments | given
-        has_states = isinstance(layer, (keras.layers.RNN, keras.layers.Bidirectional))
+        has_states = isinstance(layer, (layers.RNN, layers.Bidirectional))
         if has_states and isinstance(inputs, list):
             inputs, *states = inputs
             arguments = {"initial_state": states, **arguments}
         try:
+            if isinstance(layer, layers.Layer):
+                arguments = _masks(layer, inputs, arguments) | arguments
+            mask = _merged_mask(layer, inputs) if isinstance(layer, _MERGING) else None
+            if mask is not None and isinstance(layer, layers.Multiply):
+                # That of Keras 3 has 1 in place of masked values.
+                layer = functools.partial(functools.reduce, ops.multiply)
             result = layer(inputs, **arguments)
-            if not isinstance(layer, keras.layers.Layer):
-                self._name_operations(key, result)
+            if mask is not None:
+                _keras.set_keras_mask(result, mask)
+            self._name_operations(key, result)
+            masks = map(_keras.get_keras_mask, keras.tree.flatten(result))
+            self._name_operations(f"{key}_mask", [m for m in masks if m is not None])
         except Exception as error:  # of any type, depending on the backend
             reason = str(error).partition("\n")[0]
             raise FileError(f"layer {key!r} cannot be called: {reason}") from error
@@ -200,7 +241,7 @@ class _Graph:
     def _name_operations(self, key, tensors):
         """Name new operations as in the file; layers may have Keras's own names."""
         for operation in map(_keras.operation, keras.tree.flatten(tensors)):
-            is_layer = isinstance(operation, keras.layers.Layer)
+            is_layer = isinstance(operation, layers.Layer)
             if not is_layer and operation not in self.named:
                 operation.name = unique_name(key, self.taken)
                 self.taken.add(operation.name)

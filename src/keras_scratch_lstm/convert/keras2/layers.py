@@ -4,32 +4,43 @@ Each rule has one reason and changes a configuration in place.
 """
 
 import inspect
-import math
 
+import numpy as np
 from keras import layers
 
 from keras_scratch_lstm.convert.keras2.files import FileError
 
+_KINDS = (
+    *("Conv", "ConvLSTM", "MaxPooling", "AveragePooling", "GlobalMaxPooling"),
+    *("GlobalAveragePooling", "UpSampling", "ZeroPadding", "Cropping"),
+    "SpatialDropout",
+)
 SUPPORTED = (
     *("LSTM", "GRU", "SimpleRNN", "RNN", "LSTMCell", "GRUCell", "SimpleRNNCell"),
-    *("StackedRNNCells", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"),
-    *("Bidirectional", "TimeDistributed", "Masking", "Embedding", "Dense"),
+    *(
+        "StackedRNNCells",
+        "Bidirectional",
+        "TimeDistributed",
+        "Masking",
+        "Embedding",
+        "Dense",
+    ),
     *("Activation", "ReLU", "LeakyReLU", "PReLU", "ELU", "Softmax"),
-    *("Dropout", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D"),
-    *("GaussianNoise", "GaussianDropout", "AlphaDropout", "ActivityRegularization"),
-    *("BatchNormalization", "LayerNormalization", "Rescaling"),
-    *("Conv1D", "Conv2D", "Conv3D", "SeparableConv1D", "SeparableConv2D"),
-    *("DepthwiseConv1D", "DepthwiseConv2D", "Conv1DTranspose", "Conv2DTranspose"),
-    *("MaxPooling1D", "MaxPooling2D", "MaxPooling3D"),
-    *("AveragePooling1D", "AveragePooling2D", "AveragePooling3D"),
-    *("GlobalMaxPooling1D", "GlobalMaxPooling2D", "GlobalMaxPooling3D"),
-    *("GlobalAveragePooling1D", "GlobalAveragePooling2D", "GlobalAveragePooling3D"),
-    *("UpSampling1D", "UpSampling2D", "UpSampling3D"),
-    *("ZeroPadding1D", "ZeroPadding2D", "ZeroPadding3D"),
-    *("Cropping1D", "Cropping2D", "Cropping3D"),
+    *(
+        "Dropout",
+        "GaussianNoise",
+        "GaussianDropout",
+        "AlphaDropout",
+        "ActivityRegularization",
+    ),
+    *("BatchNormalization", "LayerNormalization", "Normalization", "Rescaling"),
+    *("SeparableConv1D", "SeparableConv2D", "DepthwiseConv1D", "DepthwiseConv2D"),
+    *("Conv1DTranspose", "Conv2DTranspose"),
+    *(f"{kind}{rank}D" for kind in _KINDS for rank in (1, 2, 3)),
     *("Flatten", "Reshape", "Permute", "RepeatVector"),
     *("Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum"),
     *("Concatenate", "Dot", "Attention", "AdditiveAttention", "MultiHeadAttention"),
+    *("StringLookup", "TextVectorization"),
 )
 # The same layers under other names, in some releases.
 _ALIASES = {
@@ -43,6 +54,7 @@ _ALIASES = {
 }
 # As of Keras 3.16, these do not pass on the mask of their input by default.
 PASSING_MASKS = (layers.RNN, layers.Bidirectional, layers.TimeDistributed)
+DROPPING_MASKS = (layers.Normalization, layers.Rescaling)  # in Keras 2
 _RECURRENT = (layers.RNN, layers.LSTMCell, layers.GRUCell, layers.SimpleRNNCell)
 _INHERITED = ("name", "dtype", "activity_regularizer")
 
@@ -98,6 +110,28 @@ def _reverse_backward_layer(config):
         config["backward_layer"] = {**config["layer"], "config": backward}
 
 
+def _remove_integer_dtype(config):
+    """In Keras 2.0, the first layer has the dtype of its inputs."""
+    if str(config.get("dtype")).startswith(("int", "uint")):
+        del config["dtype"]
+
+
+def _check_vocabulary(config):
+    """Without one, all text would become one token; a path is not opened."""
+    if not isinstance(config.get("vocabulary"), list):
+        remedy = "Save the model as `.keras` with `tf-keras`, which stores it"
+        raise FileError(f"its vocabulary is not in the file. {remedy}.")
+
+
+def _use_scalars(config):
+    """Keras would repeat one mean for all features."""
+    mean, variance = config.get("mean"), config.get("variance")
+    if mean is not None and np.size(mean) == np.size(variance) == 1:
+        config.update(axis=None, mean=np.ravel(mean)[0], variance=np.ravel(variance)[0])
+    elif mean is not None and len(np.ravel(config["axis"])) != 1:
+        raise FileError("`mean` and `variance` must have one axis.")
+
+
 _EVERY = (
     _remove("batch_input_shape", "input_shape", "input_dtype"),  # of `InputLayer`
     _remove("trainable"),  # set after the weights
@@ -109,7 +143,12 @@ _RULES = {
     "GRUCell": (_default("reset_after", False),),
     "CuDNNGRU": (_default("reset_after", True),),
     "Bidirectional": (_reverse_backward_layer,),
-    "Embedding": (_remove("input_length"),),
+    "Embedding": (_remove("input_length"), _remove_integer_dtype),
+    "Normalization": (_use_scalars,),
+    **dict.fromkeys(
+        ("StringLookup", "TextVectorization"),
+        (_check_vocabulary, _remove("dtype", "vocabulary_size")),
+    ),
     "LeakyReLU": (_rename("alpha", "negative_slope"),),
     "ThresholdedReLU": (_rename("theta", "threshold"),),
     "BatchNormalization": (_unpack_axis, _remove("fused")),
@@ -122,22 +161,6 @@ _RULES = {
         (_remove("kernel_initializer", "kernel_regularizer", "kernel_constraint"),),
     ),
 }
-
-
-def check_size(class_name, config, most):
-    """Raise an error if a layer must have more than `most` weights, before it has."""
-    if class_name.endswith("Embedding"):
-        sizes = [config.get("input_dim"), config.get("output_dim")]
-    elif class_name.endswith(("LSTM", "GRU", "RNN", "Cell")):
-        sizes = 2 * [config.get("units")]
-    else:
-        kernel = config.get("kernel_size")
-        kernel = kernel if isinstance(kernel, list) else [kernel]
-        sizes = [config.get("units"), config.get("filters"), *kernel]
-    sizes = [size for size in sizes if isinstance(size, int)]
-    if math.prod(sizes) > most:
-        rule = f"it must have at least {math.prod(sizes)} weights"
-        raise FileError(f"{rule}, which is more than the bytes of the file, {most}.")
 
 
 def clean(config):

@@ -1,10 +1,10 @@
 """The functions and small objects in the configurations of Keras 2 layers."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from types import FunctionType
 
 import keras
-from keras import ops
 
 from keras_scratch_lstm.convert.keras2.files import FileError
 
@@ -15,13 +15,6 @@ _BASES = {
     "regularizer": (keras.regularizers, keras.regularizers.Regularizer),
     "constraint": (keras.constraints, keras.constraints.Constraint),
 }
-
-
-# The name must differ from that of Keras 3's function, or Keras would save that one.
-@keras.saving.register_keras_serializable("keras_scratch_lstm")
-def keras2_hard_sigmoid(x):
-    """The hard sigmoid of Keras 2. That of Keras 3 has a slope of 1/6, not 0.2."""
-    return ops.clip(0.2 * x + 0.5, 0.0, 1.0)
 
 
 def find_custom(name, custom_objects):
@@ -37,16 +30,12 @@ def activation(value, custom_objects):
         raise FileError(f"the activation {value!r:.80} is not supported.")
     if found := find_custom(value, custom_objects):
         return found
-    if value == "hard_sigmoid":
-        return keras2_hard_sigmoid
     found = vars(keras.activations).get(_RENAMED_ACTIVATIONS.get(value, value))
-    if isinstance(found, FunctionType) and found.__name__ not in _GETTERS:
+    getters = ("get", "serialize", "deserialize")
+    if isinstance(found, FunctionType) and found.__name__ not in getters:
         return found
     remedy = f"Pass `custom_objects={{{value!r}: ...}}`."
     raise FileError(f"the activation {value!r:.80} is not a Keras activation. {remedy}")
-
-
-_GETTERS = ("get", "serialize", "deserialize")
 
 
 def initializer(value, custom_objects):
@@ -57,20 +46,12 @@ def initializer(value, custom_objects):
             config["distribution"] = "truncated_normal"
         value = {**value, "config": config}
     try:
-        return _make("initializer", value, custom_objects)
+        return make("initializer", value, custom_objects)
     except FileError:
         return None
 
 
-def regularizer(value, custom_objects):
-    return _make("regularizer", value, custom_objects)
-
-
-def constraint(value, custom_objects):
-    return _make("constraint", value, custom_objects)
-
-
-def _make(kind, value, custom_objects):
+def make(kind, value, custom_objects):
     """An object of a class in Keras's module, from its name or configuration."""
     if value is None:
         return None
@@ -84,7 +65,8 @@ def _make(kind, value, custom_objects):
     if found is None:
         found = vars(module).get(name)
         if found is None and not config:
-            found = _by_short_name(module, name)
+            with suppress(TypeError, ValueError):  # such as "l2" and "uniform"
+                found = module.get(name)
         is_class = isinstance(found, type) and issubclass(found, base)
         if not is_class and not isinstance(found, base):
             remedy = f"Pass `custom_objects={{{name!r}: ...}}`."
@@ -93,11 +75,3 @@ def _make(kind, value, custom_objects):
         return found(**config) if isinstance(found, type) else found
     except (TypeError, ValueError) as error:
         raise FileError(f"the {kind} {name!r} is invalid: {error}") from error
-
-
-def _by_short_name(module, name):
-    """Find names such as "l2" and "uniform", which are not classes of the module."""
-    try:
-        return module.get(name)
-    except (TypeError, ValueError):
-        return None
