@@ -42,8 +42,7 @@ from keras_scratch_lstm.tracing.trace import (
     check_array,
 )
 
-_WIDTH = 9  # inches
-_DPI = 150
+_WIDTH, _DPI = 9, 150  # inches, dots per inch
 _INTEGERS: Any = {"nbins": "auto", "steps": [1, 2, 5, 10], "integer": True}
 _LINE = 88  # characters per line of text
 _MAX_TOKEN_LABELS = 100
@@ -128,8 +127,7 @@ def plot_heatmap(
 
     Args:
         trace: A `GateTrace`.
-        array: String, one of `"i"`, `"f"`, `"o"`, `"c_tilde"`, `"c"` and `"h"`.
-            Default: `"f"`.
+        array: String, the name of a gate or state. Default: `"f"`.
         tokens: See `plot_gates`.
         sample: See `plot_gates`.
         steps: See `plot_gates`.
@@ -143,7 +141,8 @@ def plot_heatmap(
     columns = (steps - start) // width
     full = np.full((len(values), max(columns) + 1), np.nan, values.dtype)
     full[:, columns] = values
-    image = (ax := _axes(4.5, ax)).imshow(
+    ax = _axes(4.5, ax)
+    image = ax.imshow(
         full,
         aspect="auto",
         interpolation="nearest",
