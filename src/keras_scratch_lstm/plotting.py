@@ -162,17 +162,14 @@ def plot_saturation(
 ) -> Figure:
     """Plot how often the gates of each unit are saturated, one point per unit.
 
-    A unit whose forget gate is at the top left nearly always keeps its cell state; at
-    the bottom right it nearly always resets it.
+    This is figure 3 of Karpathy, Johnson and Li; see `GateTrace.saturation`. A unit
+    whose forget gate is at the top left nearly always keeps its cell state; at the
+    bottom right it nearly always resets it.
 
     Args:
         trace: A `GateTrace`.
         figure: See `plot_gates`.
         path: See `plot_gates`.
-
-    References:
-
-    - [Karpathy, Johnson and Li, 2015](https://arxiv.org/abs/1506.02078), figure 3
     """
     figure = _figure(3.3, figure)
     low, high = SATURATED
