@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -13,7 +12,12 @@ from keras_scratch_lstm.experiments.outputs import (
     to_targets,
 )
 from keras_scratch_lstm.observing import models
-from keras_scratch_lstm.observing.call import observed_arrays, result_dtype, run
+from keras_scratch_lstm.observing.call import (
+    crop_arrays,
+    observed_arrays,
+    result_dtype,
+    run,
+)
 from keras_scratch_lstm.observing.inputs import read
 from keras_scratch_lstm.observing.loop import ARRAYS, Map
 from keras_scratch_lstm.tracing.trace import Gradients, join
@@ -106,4 +110,4 @@ def _gradients(model, batch, lstms, loss, call_index):
             if mask is not None:
                 arrays[name][~mask] = np.nan
         arrays |= {} if mask is None else {"mask": mask}
-    return keras.tree.map_structure(batch.crop, results)
+    return crop_arrays(batch, results)
