@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
-from keras_scratch_lstm import recurrence
+from keras_scratch_lstm import _validation, recurrence
 from keras_scratch_lstm.experiments.outputs import (
     loss_function,
     to_targets,
@@ -72,6 +73,10 @@ def trace_gradients(
     (2, 10)
     """
     model, lstms = models.select(model, layer, simple_rnn=True)
+    if isinstance(loss, keras.metrics.Metric):
+        raise _validation.invalid(
+            "loss", loss, "a loss, since metrics have no gradient"
+        )
     loss = loss_function(loss, model)
     data = read(model, inputs, targets, batch_size=batch_size, batches=batches)
     found = [_gradients(model, batch, lstms, loss, call_index) for batch in data]
