@@ -74,9 +74,7 @@ def trace_gradients(
     """
     model, lstms = models.select(model, layer, simple_rnn=True)
     if isinstance(loss, keras.metrics.Metric):
-        raise _validation.invalid(
-            "loss", loss, "a loss, since metrics have no gradient"
-        )
+        raise _validation.invalid("loss", loss, "a loss; metrics have no gradient")
     loss = loss_function(loss, model)
     data = read(model, inputs, targets, batch_size=batch_size, batches=batches)
     found = [_gradients(model, batch, lstms, loss, call_index) for batch in data]
