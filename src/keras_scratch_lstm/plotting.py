@@ -42,8 +42,8 @@ from keras_scratch_lstm.tracing.trace import (
     check_array,
 )
 
-_WIDTH = 9  # inches
-_DPI = 150
+_WIDTH, _DPI = 9, 150  # inches, dots per inch
+_INTEGERS: Any = {"nbins": "auto", "steps": [1, 2, 5, 10], "integer": True}
 _LINE = 88  # characters per line of text
 _MAX_TOKEN_LABELS = 100
 # The palette of Okabe and Ito, which is safe for color-blind readers.
@@ -108,8 +108,8 @@ def plot_gates(
         ax.tick_params(axis="x", length=0)
         ax.spines[["top", "right"]].set_visible(False)
     _label_time(rows[-1], steps, tokens)
-    handles, labels = rows[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=3, frameon=False)
+    legend = rows[0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside upper right", ncols=3, frameon=False)
     return _save(figure, path)
 
 
@@ -127,8 +127,7 @@ def plot_heatmap(
 
     Args:
         trace: A `GateTrace`.
-        array: String, one of `"i"`, `"f"`, `"o"`, `"c_tilde"`, `"c"` and `"h"`.
-            Default: `"f"`.
+        array: String, the name of a gate or state. Default: `"f"`.
         tokens: See `plot_gates`.
         sample: See `plot_gates`.
         steps: See `plot_gates`.
@@ -137,12 +136,12 @@ def plot_heatmap(
     """
     sample, steps, tokens = _select(trace, sample, steps, tokens)
     values = getattr(trace, check_array(array))[sample, steps].T
-    ax = _axes(4.5, ax)
     # Between uneven time steps, there are empty columns.
     start, width = min(steps), np.gcd.reduce(np.diff(np.sort(steps))) or 1
     columns = (steps - start) // width
     full = np.full((len(values), max(columns) + 1), np.nan, values.dtype)
     full[:, columns] = values
+    ax = _axes(4.5, ax)
     image = ax.imshow(
         full,
         aspect="auto",
@@ -152,7 +151,7 @@ def plot_heatmap(
         extent=(start - width / 2, max(steps) + width / 2, len(full) - 0.5, -0.5),
     )
     ax.set(ylabel="unit", title=_TITLES[array])
-    ax.yaxis.set_major_locator(_integer_locator())
+    ax.yaxis.set_major_locator(MaxNLocator(**_INTEGERS))
     _label_time(ax, steps, tokens)
     ax.figure.colorbar(image, ax=ax, pad=0.01, aspect=30)
     return _save(ax.figure, path)
@@ -163,19 +162,14 @@ def plot_saturation(
 ) -> Figure:
     """Plot how often the gates of each unit are saturated, one point per unit.
 
-    The x-axis is the fraction of time steps at which the gate is below 0.1
-    (left-saturated), the y-axis the fraction at which it is above 0.9
-    (right-saturated). A unit whose forget gate is at the top left nearly always keeps
-    its cell state; at the bottom right it nearly always resets it.
+    This is figure 3 of Karpathy, Johnson and Li; see `GateTrace.saturation`. A unit
+    whose forget gate is at the top left nearly always keeps its cell state; at the
+    bottom right it nearly always resets it.
 
     Args:
         trace: A `GateTrace`.
         figure: See `plot_gates`.
         path: See `plot_gates`.
-
-    References:
-
-    - [Karpathy, Johnson and Li, 2015](https://arxiv.org/abs/1506.02078), figure 3
     """
     figure = _figure(3.3, figure)
     low, high = SATURATED
@@ -233,8 +227,8 @@ def plot_attribution(
     """Plot the tokens, colored by their attribution scores.
 
     Args:
-        scores: Array of shape `(time,)`, such as one sample's scores of
-            `integrated_gradients`, summed over the features.
+        scores: Array of shape `(time,)`, such as the sums over the features of one
+            sample's `Attribution.scores`.
         tokens: See `plot_gates`.
         ax: See `plot_heatmap`.
         path: See `plot_gates`.
@@ -275,7 +269,7 @@ def plot_gradients(
                 label = f"{name}: |dL/d{array}|"
                 ax.plot(means, color=colors[k % 3], linestyle=linestyle, label=label)
     ax.set(yscale="log", xlabel="time step", ylabel="norm of the gradient")
-    ax.xaxis.set_major_locator(_integer_locator())
+    ax.xaxis.set_major_locator(MaxNLocator(**_INTEGERS))
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False)
     return _save(ax.figure, path)
@@ -300,8 +294,9 @@ def plot_ablation(
     rows = np.argsort(-np.abs(ablation.change))[:most]
     labels = [f"{ablation.array[row]}, unit {ablation.unit[row]}" for row in rows]
     if len(set(ablation.layer)) > 1:  # the directions of a `Bidirectional` layer
-        pairs = zip(ablation.layer[rows], labels, strict=True)
-        labels = [f"{layer}: {label}" for layer, label in pairs]
+        labels = [
+            f"{ablation.layer[k]}: {x}" for k, x in zip(rows, labels, strict=True)
+        ]
     ax = _axes(0.8 + 0.2 * len(rows), ax)
     ax.barh(labels, ablation.change[rows], color=_STYLES["f"]["color"])
     ax.invert_yaxis()
@@ -336,9 +331,8 @@ def _color_tokens(values, labels, array, title, ax):
     )
     ax.add_collection(cells)
     font: dict[str, Any] = {"fontsize": 9, "family": "monospace", "parse_math": False}
-    for label, (x, y, w), rgba in zip(
-        labels, boxes, cells.to_rgba(values), strict=True
-    ):
+    colors = cells.to_rgba(values)
+    for label, (x, y, w), rgba in zip(labels, boxes, colors, strict=True):
         is_dark = rgba[:3] @ [0.3, 0.59, 0.11] < 0.5
         text = ax.text(x + w / 2, y + 0.55, label, ha="center", va="center", **font)
         text.set_color("white" if is_dark else "black")
@@ -363,10 +357,6 @@ def _normalize(array, values):
     return Normalize(-most, most)
 
 
-def _integer_locator():
-    return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True)
-
-
 def _figure(height, figure=None):
     """Return `figure`, or a new one."""
     if figure is None:
@@ -389,7 +379,7 @@ def _label_time(ax, steps, tokens):
     """Label the time axis by the tokens if there is room, else by numbers."""
     if tokens is None or len(tokens) > _MAX_TOKEN_LABELS:
         ax.set_xlabel("time step")
-        ax.xaxis.set_major_locator(_integer_locator())
+        ax.xaxis.set_major_locator(MaxNLocator(**_INTEGERS))
         return
     ax.set_xticks(steps, _visible(tokens), family="monospace", parse_math=False)
     rotation = 90 if max(map(len, tokens)) > 1 else 0

@@ -114,10 +114,11 @@ def test_compiled_loss_and_later_layers(x, rng):
 
 @pytest.mark.one_backend
 def test_missing_loss(x):
-    with pytest.raises(
-        ValueError, match=r"`loss` must be given, since .* not compiled"
-    ):
-        trace_gradients(classifier(make("LSTM")), x, x)
+    model = classifier(make("LSTM"))
+    with pytest.raises(ValueError, match=r"`loss` must be given, .* not compiled"):
+        trace_gradients(model, x, x)
+    with pytest.raises(ValueError, match="`loss` must be a loss; metrics have no"):
+        trace_gradients(model, x, x, loss=keras.metrics.MeanSquaredError())
 
 
 def test_masked_loss_is_that_of_evaluate(x, rng):

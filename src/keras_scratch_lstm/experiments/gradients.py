@@ -7,13 +7,18 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_scratch_lstm import recurrence
+from keras_scratch_lstm import _validation, recurrence
 from keras_scratch_lstm.experiments.outputs import (
     loss_function,
     to_targets,
 )
 from keras_scratch_lstm.observing import models
-from keras_scratch_lstm.observing.call import observed_arrays, result_dtype, run
+from keras_scratch_lstm.observing.call import (
+    crop_arrays,
+    observed_arrays,
+    result_dtype,
+    run,
+)
 from keras_scratch_lstm.observing.inputs import read
 from keras_scratch_lstm.observing.loop import ARRAYS, Map
 from keras_scratch_lstm.tracing.trace import Gradients, join
@@ -68,6 +73,8 @@ def trace_gradients(
     (2, 10)
     """
     model, lstms = models.select(model, layer, simple_rnn=True)
+    if isinstance(loss, keras.metrics.Metric):
+        raise _validation.invalid("loss", loss, "a loss; metrics have no gradient")
     loss = loss_function(loss, model)
     data = read(model, inputs, targets, batch_size=batch_size, batches=batches)
     found = [_gradients(model, batch, lstms, loss, call_index) for batch in data]
@@ -106,4 +113,4 @@ def _gradients(model, batch, lstms, loss, call_index):
             if mask is not None:
                 arrays[name][~mask] = np.nan
         arrays |= {} if mask is None else {"mask": mask}
-    return keras.tree.map_structure(batch.crop, results)
+    return crop_arrays(batch, results)

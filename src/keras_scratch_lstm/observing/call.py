@@ -77,8 +77,15 @@ def run(model, batch, lstms, maps=None, record=(), call_index=0):
             raise
     for lstm in lstms:
         _check_called(model, lstm, calls[lstm], call_index)
-    arrays = keras.tree.map_structure(batch.crop, arrays)
-    return map_with_masks(batch.crop, outputs), arrays
+    return map_with_masks(batch.crop, outputs), crop_arrays(batch, arrays)
+
+
+def crop_arrays(batch, arrays):
+    """Remove the padding of a batch from arrays of layers: dicts by layer and name."""
+    return {
+        lstm: {name: batch.crop(values) for name, values in found.items()}
+        for lstm, found in arrays.items()
+    }
 
 
 def map_with_masks(function, *outputs):
