@@ -200,18 +200,12 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
     def observe(self, name: str, value: Tensor) -> Tensor:
         """Return an array of a time step, as an experiment records or edits it.
 
-        Outside of experiments, this returns `value`. The first call with a name in a
-        time step counts; later ones return the same tensor. The gates pass through it
-        after `gates` has returned them. Within `gates`, pass an array through it if
-        another one is computed from it, so that edits and gradients include the
-        dependence:
+        Outside of experiments, this returns `value`. All gates pass through it after
+        `gates`. Within `gates`, pass an array through it before others are computed
+        from it, so that edits and gradients include the dependence:
 
             i = self.observe("i", sigmoid(...))
             f = 1 - i
-
-        Args:
-            name: `"i"`, `"f"`, `"o"`, `"c_tilde"`, `"c"` or `"h"`.
-            value: Tensor of shape `(batch, units)`.
         """
         return value
 
@@ -226,17 +220,9 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
         )
 
     def prepare_sequences(self, sequences: Tensor, training: bool = False) -> Tensor:
-        """Return the inputs of all time steps as `call` is to receive them.
+        """Return the inputs of all time steps, `(batch, time, features)`, for `call`.
 
-        `ScratchLSTM` calls this before its loop. A random cell can override it to add
-        masks, which must not be drawn in a compiled loop, as further features.
-
-        Args:
-            sequences: Tensor of shape `(batch, time, features)`.
-            training: Boolean, whether the layer is in training. Default: `False`.
-
-        Returns:
-            Tensor of shape `(batch, time, features or more)`.
+        `ScratchLSTM` calls it before its loop, so that a cell can add random masks.
         """
         return sequences
 
@@ -307,11 +293,9 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
 
 
 def _check_gates(gates):
-    # A tensor of four samples would unpack, too.
-    is_tuple = isinstance(gates, (tuple, list))
-    if not is_tuple or len(gates) != len(GATES):
-        received = f"{len(gates)} values" if is_tuple else type(gates).__name__
-        raise ValueError(
-            "`gates` must return `Gates(i, f, o, c_tilde)`. Received: " + received
-        )
-    return gates
+    is_tuple = isinstance(gates, (tuple, list))  # a tensor would unpack, too
+    if is_tuple and len(gates) == len(GATES):
+        return gates
+    received = f"{len(gates)} values" if is_tuple else type(gates).__name__
+    rule = "`gates` must return `Gates(i, f, o, c_tilde)`."
+    raise ValueError(f"{rule} Received: {received}")
