@@ -410,8 +410,10 @@ def test_converted_regularizers_and_constraints_act_the_same(rng, arguments):
     ids=label,
 )
 def test_regularizers_and_constraints_across_gates_are_rejected(name, value):
-    for make_layer, convert in ((layers.LSTM, to_scratch), (ScratchLSTM, to_builtin)):
-        layer = make_layer(6, **{name: value}, name="lstm")
+    every = dict.fromkeys("ifoc", value)
+    builtin = layers.LSTM(6, **{name: value}, name="lstm")
+    scratch = ScratchLSTM(6, **{name: every}, name="lstm")
+    for layer, convert in ((builtin, to_scratch), (scratch, to_builtin)):
         with pytest.raises(ValueError, match=f"`lstm/lstm_cell`: .* as `{name}` acts"):
             convert(layer)
 
