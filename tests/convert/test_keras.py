@@ -410,7 +410,7 @@ def test_converted_regularizers_and_constraints_act_the_same(rng, arguments):
     ids=label,
 )
 def test_regularizers_and_constraints_across_gates_are_rejected(name, value):
-    every = dict.fromkeys("ifoc", value)
+    every = value if value is Multiply else dict.fromkeys("ifoc", value)
     builtin = layers.LSTM(6, **{name: value}, name="lstm")
     scratch = ScratchLSTM(6, **{name: every}, name="lstm")
     for layer, convert in ((builtin, to_scratch), (scratch, to_builtin)):
