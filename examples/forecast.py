@@ -112,7 +112,12 @@ def train(args, parts):
     scale.adapt(x)
     head = keras.layers.Dense(AHEAD)
     model = keras.Sequential(
-        [keras.Input((PAST, len(FEATURES))), scale, layer(args.units, name="lstm"), head]
+        [
+            keras.Input((PAST, len(FEATURES))),
+            scale,
+            layer(args.units, name="lstm"),
+            head,
+        ]
     )
     model.compile(keras.optimizers.Adam(0.002), "mae")
     stop = keras.callbacks.EarlyStopping(patience=3, restore_best_weights=True)
@@ -143,16 +148,21 @@ def main(argv=None):
     parts = make_windows(hours, data)
     print({k: len(v[0]) for k, v in parts.items()})
     import time
-    t=time.time()
+
+    t = time.time()
     model = train(args, parts)
-    print(time.time()-t)
+    print(time.time() - t)
     times, x, y = parts["test"]
     f = naive_forecasts(x) | {"LSTM": model.predict(x, verbose=0)}
     for n, v in f.items():
-        e = np.abs(v-y).mean(0)
-        print(n, [round(float(e[k-1]),2) for k in HOURS_AHEAD], round(float(e.mean()),3))
+        e = np.abs(v - y).mean(0)
+        print(
+            n,
+            [round(float(e[k - 1]), 2) for k in HOURS_AHEAD],
+            round(float(e.mean()), 3),
+        )
     args.out.mkdir(parents=True, exist_ok=True)
-    model.save(args.out/"model.keras")
+    model.save(args.out / "model.keras")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def read_series(shape, inputs=None, feature_names=None, times=None, scores=None)
     names = [f"feature {k}" for k in range(count)]
     if feature_names is not None:
         is_list = isinstance(feature_names, (list, tuple, np.ndarray))
-        names = list(map(str, feature_names)) if is_list else []
+        names = list(map(_printable, feature_names)) if is_list else []
         if not is_list or len(set(names)) != count:
             rule = f"a list of {count} names, one for each feature of `inputs`"
             raise _validation.invalid("feature_names", feature_names, rule)
@@ -107,7 +107,7 @@ def render(layer, arrays, sample=0, tokens=None, series=None, correlate=None):
         "sequences": _quantize_all(arrays),
     }
     values = {
-        "layer": html.escape("".join(c if c.isprintable() else "�" for c in layer)),
+        "layer": html.escape(_printable(layer)),
         # No `<` may end the script element.
         "data": json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
     }
@@ -132,7 +132,7 @@ def render_for_notebook(layer, arrays, mask, saturation):
         cells.append((name, *(f"{x:.3f}" for x in row)))
     rows = ("".join(f"<td>{cell}</td>" for cell in row) for row in cells)
     return (
-        f"<p><code>{html.escape(layer)}</code>: {batch} samples, {time} time steps, "
+        f"<p><code>{html.escape(_printable(layer))}</code>: {batch} samples, {time} time steps, "
         f"{units} units{', masked' if mask is not None else ''}. "
         "<code>trace.to_html(path)</code> writes the report.</p>"
         f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
@@ -262,7 +262,11 @@ def _read_times(value, shape):
         raise _validation.invalid("times", value, rule)
     if array.dtype.kind == "M":
         array = np.char.replace(np.datetime_as_string(array, unit="m"), "T", " ")
-    return [list(map(str, one)) for one in array.reshape(-1, shape[1])]
+    return [list(map(_printable, one)) for one in array.reshape(-1, shape[1])]
+
+
+def _printable(value):
+    return "".join(c if c.isprintable() else "�" for c in str(value))
 
 
 def _finite(values):
