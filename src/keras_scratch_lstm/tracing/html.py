@@ -131,10 +131,10 @@ def render_for_notebook(layer, arrays, mask, saturation):
         row += [np.nanmean(x) for x in saturation.get(name, ())] if finite.size else []
         cells.append((name, *(f"{x:.3f}" for x in row)))
     rows = ("".join(f"<td>{cell}</td>" for cell in row) for row in cells)
+    name, masked = html.escape(_printable(layer)), "" if mask is None else ", masked"
     return (
-        f"<p><code>{html.escape(_printable(layer))}</code>: {batch} samples, {time} time steps, "
-        f"{units} units{', masked' if mask is not None else ''}. "
-        "<code>trace.to_html(path)</code> writes the report.</p>"
+        f"<p>Layer <code>{name}</code>: {batch} samples, {time} time steps, {units} "
+        f"units{masked}. <code>trace.to_html(path)</code> writes the report.</p>"
         f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
     )
 
