@@ -90,7 +90,7 @@ def plot_gates(
     margin = 0.7 * (x[1] - x[0]) if len(x) > 1 else 0.7
     rows[-1].set_xlim(x.min() - abs(margin), x.max() + abs(margin))
     label_time(rows[-1], x, tokens, times)
-    found = {}  # one line for each array
+    found: dict[str, Any] = {}  # one line for each array
     for ax in rows[: len(panels) // len(units)]:
         found |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     placed: dict[str, Any] = {
