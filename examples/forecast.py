@@ -152,7 +152,7 @@ def plot_forecasts(test, forecasts, chosen, path):
         ax.axvline(times[k, PAST - 1], color="0.75", linewidth=0.8)
         ax.set_ylabel("°C")
         ax.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, ncols=3, loc="upper left")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=3)
     figure.savefig(path, dpi=150)
 
 

@@ -488,6 +488,10 @@ def test_report_on_a_phone(visit, trace, scheme):
     assert 0 <= box["y"] <= 800 - box["height"]
     for view in ("chart", "text"):
         page.check(f"input[value={view}]")
+        if view == "chart":
+            page.tap("[data-zoom='2']")
+            width = page.evaluate("document.getElementById('scroll').scrollWidth")
+            assert width > 600  # scrolls, but not the page
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
     back = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert back == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 23, 27)")
