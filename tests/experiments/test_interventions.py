@@ -1,6 +1,7 @@
 from fractions import Fraction
 
 import keras
+import models
 import numpy as np
 import pytest
 from keras import ops
