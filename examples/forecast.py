@@ -122,7 +122,8 @@ def explain(model, x):
     scaled = keras.ops.convert_to_numpy(model.layers[0](x))
     baseline = np.zeros_like(scaled)  # average weather, at the same hours of the day
     baseline[..., -2:] = scaled[..., -2:]
-    return integrated_gradients(model, x, EXPLAINED - 1, baseline=baseline)
+    target = EXPLAINED - 1
+    return integrated_gradients(model, x, target=target, baseline=baseline).scores
 
 
 def print_features(model, x, y, scores, seed):
