@@ -262,6 +262,7 @@ def test_plot_attribution_of_features(rng):
         ({"inputs": np.zeros((6, 4))}, r"`inputs` must be of shape \(6, 5\)"),
         ({"feature_names": ["a"]}, "`feature_names` must be a list of 5 names"),
         ({"times": HOURS[:2]}, r"`times` must be dates or numbers of shape \(6,\)"),
+        ({"inputs": np.zeros((6, 5)), "ax": Figure().subplots()}, "`ax` must be None"),
     ],
 )
 def test_invalid_series_raise_error(arguments, match, rng):
@@ -288,6 +289,32 @@ def test_states_and_dates(trace):
     left, right, *_ = figure.axes[0].get_images()[0].get_extent()
     assert left == date2num(times[1, 0]) - 0.5
     assert right == date2num(times[1, -1]) + 0.5
+
+
+def test_unselected_time_steps_are_empty(trace):
+    times = np.datetime64("2013-11-30") + np.arange(TIME)
+    for dates in (None, times):
+        figure = plotting.plot_heatmap(trace, sample=1, steps=[8, 2, 4], times=dates)
+        (image,) = figure.axes[0].get_images()
+        values, f = image.get_array(), trace.f[1].T
+        np.testing.assert_array_equal(values[:, [0, 1, 3]], f[:, [2, 4, 8]])
+        assert np.ma.getmaskarray(values)[:, 2].all()
+        left, right, *_ = image.get_extent()
+        start = 0 if dates is None else date2num(times[0])
+        assert (left, right) == (start + 1, start + 9)
+
+
+def test_plots_are_drawn_into_what_is_given(trace, rng):
+    whole = Figure()
+    left, right = whole.subfigures(1, 2)
+    assert plotting.plot_gates(trace, units=[0, 3], figure=left) is left
+    assert plotting.plot_saturation(trace, figure=right) is right
+    assert [len(part.axes) for part in (left, right)] == [2, 3]
+    for scores in (rng.normal(size=TIME), rng.normal(size=(TIME, 2))):
+        ax, other = (figure := Figure()).subplots(1, 2)
+        assert plotting.plot_attribution(scores, ax=ax) is figure
+        assert ax.has_data()
+        assert not other.has_data()
 
 
 def test_plot_gradients_has_norms(trace):

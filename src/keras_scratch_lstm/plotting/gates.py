@@ -91,7 +91,7 @@ def plot_gates(
 def _plot_lines(ax, x, values):
     """Plot the gates, or the states, of one unit."""
     for name, line in values.items():
-        options: dict[str, Any] = STYLES[name] | {"markersize": 3, "linewidth": 1.4}
+        options = STYLES[name] | {"markersize": 3, "linewidth": 1.4}
         if len(x) > MAX_LABELS:
             options |= {"marker": None, "linestyle": "-", "linewidth": 0.9}
         ax.plot(x, line, label=TITLES[name], **options)
