@@ -174,7 +174,12 @@ CALLS = {
     to_builtin: every(model=ANYTHING),
     to_torch: every(layer=ANYTHING),
     from_torch: every(lstm_or_state_dict=ANYTHING | STATE_DICT),
-    TRACE.to_html: every(path=PATH, tokens=TOKENS, sample=SAMPLE),
+    TRACE.to_html: st.fixed_dictionaries(
+        {"path": PATH, "tokens": TOKENS, "sample": SAMPLE},
+        optional=dict.fromkeys(
+            ["inputs", "feature_names", "times", "scores"], ANYTHING
+        ),
+    ),
     TRACE.save: every(path=PATH),
 }
 if find_spec("pandas"):

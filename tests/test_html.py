@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from keras_scratch_lstm import GateTrace
+from keras_scratch_lstm.tracing.html import quantize
 from keras_scratch_lstm.tracing.trace import ARRAYS
 
 pytestmark = pytest.mark.one_backend
@@ -55,21 +56,27 @@ def path(tmp_path):
     return tmp_path / "report.html"
 
 
-def read_report(path):
-    """Decode the data of a report independently of its script."""
+def read_data(path):
     pattern = r'<script type="application/json" id="data">(.*?)</script>'
-    data = json.loads(re.search(pattern, path.read_text("utf-8"), re.DOTALL)[1])
-    names, shape = data["stored"], (len(data["stored"]), data["units"], data["time"])
-    codes = np.frombuffer(zlib.decompress(base64.b64decode(data["values"])), "uint8")
-    low, high = (
-        np.frombuffer(base64.b64decode(data[key]), "<f4").reshape(*shape[:2], 1)
-        for key in ("low", "high")
-    )
+    return json.loads(re.search(pattern, path.read_text("utf-8"), re.DOTALL)[1])
+
+
+def unpack(text, dtype, *shape):
+    return np.frombuffer(base64.b64decode(text), dtype).reshape(shape)
+
+
+def read_report(path, sample=0):
+    """Decode the data of a sample independently of the report's script."""
+    data = read_data(path)
+    one = data["sequences"][sample]
+    names, shape = one["stored"], (len(one["stored"]), data["units"], data["time"])
+    codes = np.frombuffer(zlib.decompress(base64.b64decode(one["values"])), "uint8")
+    low, high = (unpack(one[key], "<f4", *shape[:2], 1) for key in ("low", "high"))
     codes = codes.reshape(shape)
-    values = low + (high - low) * (codes / data["levels"])
+    values = low + (high - low) * (codes / one["levels"])
     values[codes == 255] = np.nan
     values = dict(zip(names, values.swapaxes(1, 2), strict=True))
-    return data, {"h": values["o"] * np.tanh(values["c"])} | values
+    return data | one, {"h": values["o"] * np.tanh(values["c"])} | values
 
 
 def assert_close(values, trace, sample, data):
@@ -88,23 +95,34 @@ def assert_close(values, trace, sample, data):
     [(50, 5, True, 254), (2000, 256, False, 31)],
 )
 def test_quantized_values_match_trace(time, units, is_lstm, levels, rng, path):
-    tokens = ["".join(rng.choice(list("abc d\n"), time)) for _ in range(2)]
-    changes = {} if is_lstm else {"h": rng.uniform(-3, 3, (2, time, units))}
-    trace = make_trace(rng, time, units, **changes)
-    trace.to_html(path, tokens, sample=1)
+    samples = 3 if time == 50 else 1
+    tokens = ["".join(rng.choice(list("abc d\n"), time)) for _ in range(samples)]
+    changes = {} if is_lstm else {"h": rng.uniform(-3, 3, (samples, time, units))}
+    trace = make_trace(rng, time, units, samples, **changes)
+    trace.to_html(path, tokens, sample=samples - 1)
     assert path.stat().st_size < 3_000_000
-    data, values = read_report(path)
-    assert data["tokens"] == list(tokens[1])
-    assert data["levels"] >= levels
-    assert data["stored"] == list(ARRAYS[: 5 if is_lstm else 6])
-    assert_close(values, trace, 1, data)
+    for sample in range(samples):
+        data, values = read_report(path, sample)
+        assert data["tokens"][sample] == list(tokens[sample])
+        assert data["levels"] >= levels
+        assert data["stored"] == list(ARRAYS[: 5 if is_lstm else 6])
+        assert_close(values, trace, sample, data)
     for name in ARRAYS:
-        variance = getattr(trace, name)[1].var(axis=0, dtype="float64")
+        variance = getattr(trace, name).var(axis=(0, 1), dtype="float64")
         np.testing.assert_allclose(data["variance"][name], variance, atol=1e-5)
 
 
+@pytest.mark.parametrize("limit", [4000, 2500, 2000])
+def test_levels_keep_to_a_size_limit(limit, rng):
+    trace = make_trace(rng, 30, 20)
+    arrays = {name: getattr(trace, name)[0] for name in ARRAYS}
+    packed = quantize(arrays, limit)
+    assert len(packed["values"]) <= limit
+    assert packed["levels"] < 254
+
+
 def test_report_keeps_masked_and_infinite_values_apart(rng, path):
-    trace = make_trace(rng, 3, masked=[1])
+    trace = make_trace(rng, 3, samples=1, masked=[1])
     trace.f[0, 0, 2] = np.inf
     trace.i[0, :, 4] = np.nan
     trace.o[0, [0, 2], 0] = 0.3  # constant, and not a float32
@@ -119,34 +137,112 @@ def test_report_keeps_masked_and_infinite_values_apart(rng, path):
 
 
 def test_correlations_of_report_are_those_of_the_trace(rng, path):
-    trace = make_trace(rng, len(TEXT), samples=1, masked=[3, 40])
-    trace.to_html(path, TEXT)
-    data, _ = read_report(path)
+    trace = make_trace(rng, len(TEXT), masked=[3, 40])
     vowel = np.isin(list(TEXT), list("aeiouAEIOU"))
+    inputs = rng.normal(size=(2, len(TEXT), 3))
+    trace.to_html(path, TEXT)
+    of_tokens = read_data(path)["correlations"]
+    trace.to_html(path, inputs=inputs, feature_names=["a", "b", "c"])
+    of_inputs = read_data(path)["correlations"]
     for name in ARRAYS:
-        (expected,) = trace.correlate({"vowel": vowel}, name).values()
-        found = data["correlations"][name]["vowel"]
-        np.testing.assert_allclose(found, expected, atol=6e-4)
+        features = {"vowel": vowel, "b": inputs[..., 1].astype("float32")}
+        expected = trace.correlate(features, name)
+        found = of_tokens[name]["vowel"], of_inputs[name]["b"]
+        np.testing.assert_allclose(found, [*expected.values()], atol=6e-4)
+
+
+def test_active_units_are_those_in_the_outer_quarters(rng, path):
+    trace = make_trace(rng, 37, samples=3, masked=[4])
+    trace.to_html(path)
+    steps = trace.c.reshape(-1, UNITS).astype("float64")
+    low, high = np.nanquantile(steps, [0.25, 0.75], axis=0)
+    for packed, expected in zip(
+        read_data(path)["activity"], (steps > high, steps < low), strict=True
+    ):
+        bits = np.frombuffer(zlib.decompress(base64.b64decode(packed)), "uint8")
+        active = np.unpackbits(bits, count=steps.size).reshape(UNITS, -1).T
+        np.testing.assert_array_equal(active, expected)
+
+
+def test_inputs_and_scores_of_the_report(rng, path):
+    """Of more than 24 features, the report has those of the largest scores."""
+    inputs = rng.normal(size=(2, 6, 30))
+    inputs[0, 2, 5] = np.nan
+    scores = rng.normal(size=inputs.shape) * np.linspace(0.1, 10, 30)
+    trace = make_trace(rng, 6)
+    trace.to_html(path, inputs=inputs, scores=scores)
+    data = read_data(path)
+    order = np.sort(np.argsort(-np.abs(scores).mean(axis=(0, 1)))[:24])
+    assert data["features"] == [f"feature {k}" for k in order]
+    for name, values in (("inputs", inputs), ("scores", scores)):
+        found = unpack(data[name], "<f4", 2, 24, 6).swapaxes(1, 2)
+        np.testing.assert_array_equal(found, values[..., order].astype("float32"))
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3)], ids=["one", "each"])
+def test_times_of_the_report(shape, rng, path):
+    hours = np.datetime64("2013-11-30T22", "h") + np.arange(np.prod(shape))
+    make_trace(rng, 3).to_html(path, times=hours.reshape(shape))
+    times = read_data(path)["times"]
+    assert times[0] == ["2013-11-30 22:00", "2013-11-30 23:00", "2013-12-01 00:00"]
+    assert len(times) == len(hours) // 3
 
 
 def test_hostile_names_and_tokens_are_escaped(rng, path):
     layer = "".join(HOSTILE)
-    make_trace(rng, len(HOSTILE), layer=layer).to_html(path, HOSTILE)
+    trace = make_trace(rng, len(HOSTILE), layer=layer)
+    names = [f"{k} {text}" for k, text in enumerate(HOSTILE)]
+    inputs = rng.normal(size=(2, len(HOSTILE), len(HOSTILE)))
+    trace.to_html(path, HOSTILE, inputs=inputs, feature_names=names, times=HOSTILE)
     page = path.read_text("utf-8")
     assert page.count("<script") == page.count("</script>") == 2
     assert "<!--" not in page
     assert "<img" not in page
     assert not re.search("[\x00\x1b\u2028\u2029\u202a-\u202e\u2066-\u2069]", page)
-    assert read_report(path)[0]["tokens"] == HOSTILE
+    assert read_data(path)["tokens"] == [HOSTILE]
     title = html.unescape(re.search("<title>Gates of (.*?)</title>", page)[1])
     assert title == "".join(c if c.isprintable() else "�" for c in layer)
 
 
-@pytest.mark.parametrize("arguments", [{"tokens": "ab"}, {"sample": 2}])
+X = np.zeros((2, len(TEXT), 3))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"tokens": "ab"},
+        {"sample": 2},
+        {"inputs": X[:1]},
+        {"inputs": X[..., :0]},
+        {"inputs": [[1], [2, 3]]},
+        {"inputs": X.astype(str)},
+        {"scores": X},
+        {"scores": X[..., :2], "inputs": X},
+        {"feature_names": ["a", "b"], "inputs": X},
+        {"feature_names": ["a", "a", "b"], "inputs": X},
+        {"feature_names": "abc", "inputs": X},
+        {"feature_names": ["a"]},
+        {"times": np.arange(3)},
+        {"times": [[1], [2, 3]]},
+    ],
+    ids=str,
+)
 def test_invalid_arguments_write_nothing(arguments, trace, path):
-    with pytest.raises(ValueError, match=f"^`{next(iter(arguments))}` must "):
+    with pytest.raises(ValueError, match=rf"^`{next(iter(arguments))}` must [^\n]+$"):
         trace.to_html(path, **arguments)
     assert not path.exists()
+
+
+def test_large_trace_in_a_notebook_is_a_table(rng):
+    trace = make_trace(rng, 200, 300, masked=[7], layer="<b>")
+    shown = trace._repr_html_()
+    assert len(shown) < 3000
+    assert "Layer <code>&lt;b&gt;</code>: 2 samples, 200 time steps, 300 units" in shown
+    row = re.search(r"<tr><td>f</td>(.*?)</tr>", shown)[1]
+    f = trace.f[:, np.arange(200) != 7]
+    expected = [f.mean(), f.min(), f.max(), (f < 0.1).mean(), (f > 0.9).mean()]
+    found = [float(x) for x in re.findall(r"<td>([\d.]+)</td>", row)]
+    np.testing.assert_allclose(found, expected, atol=6e-4)
 
 
 # --- in a browser ------------------------------------------------------------
@@ -173,10 +269,12 @@ def visit(browser, path):
     """Open a trace's report; no error and no request to elsewhere may occur."""
     contexts, errors, requests = [], [], []
 
-    def visit(trace, tokens=None, width=1200, scheme="light", **kwargs):
-        trace.to_html(path, tokens)
-        kwargs |= {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
-        contexts.append(browser.new_context(**kwargs))
+    def visit(trace, tokens=None, width=1200, scheme="light", touch=False, **kwargs):
+        trace.to_html(path, tokens, **kwargs)
+        size = {"width": width, "height": 800}
+        contexts.append(
+            browser.new_context(viewport=size, color_scheme=scheme, has_touch=touch)
+        )
         page = contexts[-1].new_page()
         page.set_default_timeout(20_000)
         for event in ("console", "pageerror", "dialog"):
@@ -194,22 +292,39 @@ def visit(browser, path):
 
 
 def token(page, step):
-    return page.locator(f"#text span[data-step='{step}']")
+    return page.locator(f".text span[data-step='{step}']").first
 
 
 def number(text):
     return float(re.search(r"[+−]?\d+(\.\d+)?", text)[0].replace("−", "-"))
 
 
-def assert_shows(page, trace, step, unit):
+def assert_shows(page, trace, step, unit, sample=0, id="value"):
+    """Check the six values at a time step, which have three decimals."""
     for name in ARRAYS:
-        shown = page.inner_text(f"#value-{name}")
-        digits = len(shown.partition(".")[2])
-        assert digits >= 1
-        tolerance = np.nanmax(np.abs(trace.c)) / 127 + 0.5 * 10**-digits
-        assert abs(number(shown) - getattr(trace, name)[0, step, unit]) <= tolerance
-    assert page.inner_text("#where").startswith(f"time step {step}")
-    assert page.inner_text("#where").endswith(f", unit {unit}")
+        shown = page.inner_text(f"#{id}-{name}")
+        assert re.fullmatch(r"−?\d+\.\d{3}", shown)
+        tolerance = np.nanmax(np.abs(trace.c)) / 127 + 0.0005
+        assert abs(number(shown) - getattr(trace, name)[sample, step, unit]) < tolerance
+    where = page.inner_text("#where").split(", ")
+    assert where[0] == f"time step {step}"
+    assert f"unit {unit}" in where[-1]
+
+
+def rgb(locator, attribute="backgroundColor"):
+    style = f"(element) => getComputedStyle(element).{attribute}"
+    return np.array(re.findall(r"\d+", locator.evaluate(style)), int)[:3]
+
+
+def points(path):
+    """Return the parts of an SVG path, each of shape `(points, 2)`."""
+    parts = [re.findall(r"(-?[\d.]+),(-?[\d.]+)", part) for part in path.split("M")[1:]]
+    return [np.array(part, float) for part in parts]
+
+
+def plot_box(page):
+    """Return the offset of the lines of the chart on the page."""
+    return page.locator("#chart svg").first.bounding_box()
 
 
 def luminance(color):
@@ -228,12 +343,7 @@ def test_color_key_matches_token_colors(name, scheme, visit, rng):
     page = visit(trace, "abcde", scheme=scheme)
     page.check(f"input[value={name}]")
     page.select_option("#unit", "0")
-
-    def color(step, attribute):
-        style = f"(span) => getComputedStyle(span).{attribute}"
-        return np.array(re.findall(r"\d+", token(page, step).evaluate(style)), int)[:3]
-
-    colors = np.array([color(step, "backgroundColor") for step in range(5)])
+    colors = np.array([rgb(token(page, step)) for step in range(5)])
     negative, zero, positive = {
         "light": ([213, 94, 0], [255, 255, 255], [0, 114, 178]),
         "dark": ([240, 130, 50], [20, 23, 27], [86, 180, 233]),
@@ -243,17 +353,21 @@ def test_color_key_matches_token_colors(name, scheme, visit, rng):
     expected = [np.interp(share, range(len(ends)), rgb) for rgb in np.transpose(ends)]
     np.testing.assert_allclose(colors, np.transpose(expected), atol=2)
     for step in range(5):  # the contrast that WCAG requires
-        pair = [luminance(colors[step]), luminance(color(step, "color"))]
+        pair = [luminance(colors[step]), luminance(rgb(token(page, step), "color"))]
         assert (max(pair) + 0.05) / (min(pair) + 0.05) > 4.5
 
-    png = image.open(io.BytesIO(page.locator("#bar").screenshot())).convert("RGB")
+    png = page.locator("#texts .bar").screenshot()
+    png = image.open(io.BytesIO(png)).convert("RGB")
+    box = page.locator("#texts .bar").bounding_box()
     bar = np.asarray(png)[png.height // 2]
     at = np.arange(3, len(bar) - 3)  # without the border
-    share = (at - 0.5) / (len(bar) - 2) * 4
+    share = (at - 0.5 - box["x"] % 1) / (box["width"] - 2) * 4
     expected = np.transpose([np.interp(share, range(5), rgb) for rgb in colors.T])
     np.testing.assert_allclose(bar[at], expected, atol=4)
-    assert number(page.inner_text("#low")) == low
-    assert number(page.inner_text("#high")) == high
+    key = page.inner_text("#texts .key")
+    assert name in key
+    assert "of unit 0 (" in key
+    assert [number(x) for x in re.findall(r"−?\d\.\d{3}", key)] == [low, high]
 
 
 def test_keyboard_navigation(visit, trace):
@@ -272,6 +386,8 @@ def test_keyboard_navigation(visit, trace):
         page.focus(f"input[value={view}]")
         page.keyboard.press("Space")
         page.keyboard.press("Tab")
+        while view == "chart" and not page.evaluate("document.activeElement.role"):
+            page.keyboard.press("Tab")  # past the buttons of the zoom
         page.keyboard.press("Home")
         keys = ["ArrowRight", "ArrowRight", "ArrowLeft", "End", "ArrowRight", "Home"]
         for key, step in zip(keys, [1, 2, 1, last, last, 0], strict=True):
@@ -283,9 +399,9 @@ def test_keyboard_navigation(visit, trace):
 def test_sorting_of_units(visit, rng):
     trace = make_trace(rng, len(TEXT))
     vowel = np.isin(list(TEXT), list("aeiouAEIOU"))
-    trace.f[0, :, 3] = np.where(vowel, 0.9, 0.1)
-    trace.f[0, :, 1] = np.where(np.char.isdigit(list(TEXT)), 0.4, 0.6)
-    trace.f[0, :, 2] = 0.5
+    trace.f[..., 3] = np.where(vowel, 0.9, 0.1)
+    trace.f[..., 1] = np.where(np.char.isdigit(list(TEXT)), 0.4, 0.6)
+    trace.f[..., 2] = 0.5
     page = visit(trace, TEXT)
     page.check("input[value=f]")
 
@@ -305,11 +421,18 @@ def test_sorting_of_units(visit, rng):
     units, labels = listed("vowel")
     r = [abs(number(label)) for label in labels[:-1]]
     assert (units[0], r) == (3, sorted(r, reverse=True))
-    variances = trace.f[0].var(axis=0)
+    variances = trace.f.var(axis=(0, 1))
     units, labels = listed("variance")
     assert units == (*np.argsort(-variances),)
-    assert labels[0] == f"variance {variances.max():.3f}"
+    assert number(labels[0]) == pytest.approx(variances.max(), abs=6e-4)
     assert listed("unit number")[0] == (*range(UNITS),)
+    page.select_option("#order", "strongest correlation")
+    for query, expected in [("digit", {1}), ("3", {3}), ("vow", {3}), ("none", set())]:
+        page.fill("#query", query)
+        script = "(options) => options.map((option) => option.value)"
+        found = page.eval_on_selector_all("#second option", script)
+        assert expected <= {int(unit) for unit in found[1:]}
+        assert ("2" in found) == (not query)
 
 
 @pytest.mark.parametrize("tokens", [None, np.arange(8) / 8], ids=["none", "numbers"])
@@ -321,30 +444,29 @@ def test_line_chart_of_time_series(tokens, visit, rng):
     page.select_option("#unit", "4")
     orders = page.eval_on_selector_all("#order option", "(o) => o.map((x) => x.value)")
     assert orders == ["variance", "unit number"]
-    path = page.get_attribute("#chart path.selected", "d")
-    lines = [re.findall(r"([\d.]+),([\d.]+)", part) for part in path.split("M")[1:]]
+    lines = points(page.get_attribute("#chart path.selected", "d"))
     assert list(map(len, lines)) == [2, 1, 2]  # interrupted where masked
-    x, y = np.concatenate([np.array(line, float) for line in lines]).T
+    x, y = np.concatenate(lines).T
     steps = [0, 1, 4, 6, 7]
     assert np.corrcoef(x, steps)[0, 1] == pytest.approx(1, abs=1e-5)
     assert np.corrcoef(y, trace.f[0, steps, 4])[0, 1] == pytest.approx(-1, abs=1e-4)
-    box = page.locator("#chart").bounding_box()
+    box = plot_box(page)
     page.mouse.move(box["x"] + x[3], box["y"] + 20)
     assert_shows(page, trace, 6, 4)
     page.mouse.move(box["x"] + (x[1] + x[2]) / 2, box["y"] + 20)
     assert [page.inner_text(f"#value-{name}") for name in ARRAYS] == ["–"] * 6
     page.check("input[value=text]")
-    shown = page.inner_text("#text").split()
+    shown = page.inner_text(".text").split()
     assert shown == [str(t) for t in (range(8) if tokens is None else tokens)]
 
 
 def test_hostile_tokens_in_a_browser(visit, rng):
     page = visit(make_trace(rng, len(HOSTILE)), HOSTILE)
     marks = re.compile("[\x00-\x09\x0b-\x1f\u202a-\u202e\u2066-\u2069\u200f]")
-    assert not marks.search(page.inner_text("#text"))
-    assert "⟨U+202E⟩gpj.exe" in page.inner_text("#text")
-    assert page.locator("#text span").count() == len(HOSTILE)
-    assert page.locator("img, #text script").count() == 0
+    assert not marks.search(page.inner_text(".text"))
+    assert "⟨U+202E⟩gpj.exe" in page.inner_text(".text")
+    assert page.locator(".text span").count() == len(HOSTILE)
+    assert page.locator("img, .text script").count() == 0
     for step, text in enumerate(HOSTILE):
         token(page, step).hover()
         where = page.inner_text("#where")
@@ -356,13 +478,261 @@ def test_hostile_tokens_in_a_browser(visit, rng):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_report_on_a_phone(visit, trace, scheme):
-    page = visit(trace, TEXT, width=390, scheme=scheme, has_touch=True)
+    inputs = np.cumsum(np.ones((2, len(TEXT), 3)), axis=1)
+    page = visit(
+        trace, TEXT, width=390, scheme=scheme, touch=True, inputs=inputs, scores=inputs
+    )
     token(page, 10).tap()
     assert_shows(page, trace, 10, int(page.input_value("#unit")))
     box = page.locator("#values").bounding_box()  # stays visible
     assert 0 <= box["y"] <= 800 - box["height"]
     for view in ("chart", "text"):
         page.check(f"input[value={view}]")
+        if view == "chart":
+            page.tap("[data-zoom='2']")
+            width = page.evaluate("document.getElementById('scroll').scrollWidth")
+            assert width > 600  # scrolls, but not the page
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
     back = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert back == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 23, 27)")
+
+
+def test_pinned_step_stays_until_escape(visit, trace):
+    page = visit(trace, TEXT)
+    page.select_option("#unit", "2")
+    token(page, 4).hover()
+    assert_shows(page, trace, 4, 2)
+    token(page, 9).click()
+    assert "pinned" in page.inner_text("#where")
+    for view in ("text", "chart"):
+        page.check(f"input[value={view}]")
+        page.locator("#texts, #scroll").locator("visible=true").first.hover()
+        page.select_option("#unit", "1")
+        assert_shows(page, trace, 9, 1)
+    page.keyboard.press("Escape")
+    assert "pinned" not in page.inner_text("#where")
+    box = plot_box(page)
+    page.mouse.move(box["x"] + 1, box["y"] + 20)
+    assert_shows(page, trace, 0, 1)
+    page.mouse.click(box["x"] + box["width"] - 1, box["y"] + 20)
+    page.mouse.move(box["x"] + 1, box["y"] + 20)
+    assert_shows(page, trace, len(TEXT) - 1, 1)
+
+
+def test_two_units_and_another_sequence(visit, trace):
+    page = visit(trace, [TEXT, TEXT[::-1]])
+    page.select_option("#unit", "3")
+    page.select_option("#second", "0")
+    page.select_option("#sample", "1")
+    token(page, 5).click()
+    assert_shows(page, trace, 5, 3, sample=1)
+    assert_shows(page, trace, 5, 0, sample=1, id="second")
+    assert json.dumps(TEXT[::-1][5]) in page.inner_text("#where")
+    left, right = (page.locator(".text").nth(k) for k in range(2))
+    assert left.inner_text() == right.inner_text()
+    a, b = left.bounding_box(), right.bounding_box()
+    assert a["x"] + a["width"] <= b["x"]
+    for text, unit in ((left, 3), (right, 0)):
+        step = int(trace.c[1, :, unit].argmax())
+        blue = rgb(text.locator("span[data-step]").nth(step))
+        assert blue[2] > blue[0] + 60
+    page.check("input[value=chart]")
+    lines = [points(d) for d in paths(page, "#chart path.selected")]
+    for (line,), unit in zip(lines, (3, 0), strict=True):
+        r = np.corrcoef(line[:, 1], trace.c[1, :, unit])[0, 1]
+        assert r == pytest.approx(-1, abs=1e-3)
+    page.select_option("#second", "")
+    assert page.inner_text("#second-c") == ""
+
+
+def paths(page, selector):
+    return page.eval_on_selector_all(
+        selector, "(found) => found.map((path) => path.getAttribute('d'))"
+    )
+
+
+def test_own_range_of_a_gate_that_hardly_changes(visit, rng):
+    trace = make_trace(rng, 8)
+    trace.f[0, :, 2] = np.linspace(0.88, 0.95, 8)
+    page = visit(trace, "abcdefgh")
+    page.check("input[value=f]")
+    page.select_option("#unit", "2")
+    contrast = []
+    for own in (False, True):
+        page.set_checked("#own", own)
+        page.check("input[value=chart]")
+        (line,) = points(page.get_attribute("#chart path.selected", "d"))
+        page.check("input[value=text]")
+        ends = rgb(token(page, 0)), rgb(token(page, 7))
+        contrast.append([np.ptp(line[:, 1]), np.abs(ends[0] - ends[1]).sum()])
+    assert (contrast[1] > 10 * np.array(contrast[0])).all()
+    assert "0.880" in page.inner_text("#texts .key")
+    assert "0.950" in page.inner_text("#texts .key")
+
+
+def test_inputs_and_scores_above_the_gates(visit, rng):
+    trace = make_trace(rng, 8)
+    inputs = np.stack([rng.normal(size=(2, 8)), 1e3 * rng.random((2, 8))], -1)
+    inputs[0, 3, 0] = np.nan
+    scores = rng.normal(size=inputs.shape)
+    scores[0, 5, 1] = -4  # the largest
+    times = np.datetime64("2013-11-30T20:00") + np.arange(8) * np.timedelta64(3, "h")
+    names = ["wind", "<b>"]
+    report = {"inputs": inputs, "scores": scores, "times": times}
+    page = visit(trace, feature_names=names, **report)
+    lines = [points(d) for d in paths(page, "#chart svg path:last-child")[:2]]
+    assert [list(map(len, parts)) for parts in lines] == [[3, 4], [8]]
+    for k, parts in enumerate(lines):
+        known = np.isfinite(inputs[0, :, k])
+        x, y = np.concatenate(parts).T
+        r = np.corrcoef(y, inputs[0, known, k])[0, 1]
+        assert r == pytest.approx(-1, abs=1e-4)
+    gates = page.locator("#chart path.selected").bounding_box()
+    assert plot_box(page)["y"] + np.max(y) < gates["y"]
+
+    box = plot_box(page)
+    page.mouse.move(box["x"] + x[5], box["y"] + 20)
+    assert "2013-12-01 11:00" in page.inner_text("#where")
+    wind, other = (page.text_content(f"#input-{k}") for k in range(2))
+    assert wind.startswith("wind ")
+    assert number(wind) == pytest.approx(inputs[0, 5, 0], abs=0.006)
+    assert other.startswith("<b> ")
+    assert other.endswith("(−4.000)")
+    assert "−4.000" in page.inner_text("#score-key")
+
+    script = "(canvas) => [canvas.width, ...canvas.getContext('2d').getImageData(0, 0, "
+    width, *image = page.evaluate(f"({script}canvas.width, 92).data])(heat)")
+    image = np.reshape(image, (92, width, 4))[..., :3]
+    left = box["x"] - page.locator("#heat").bounding_box()["x"]
+    for step in range(8):
+        for k in range(2):
+            share = scores[0, step, k] / 4
+            end = np.array([0, 114, 178] if share > 0 else [213, 94, 0])
+            found = image[46 * k + 30, int(left + x[step])]
+            np.testing.assert_allclose(found, 255 + (end - 255) * abs(share), atol=2)
+
+
+def test_zoom_and_scroll_of_thousands_of_steps(visit, rng):
+    trace = make_trace(rng, 5000, units=1, samples=1)
+    trace.c[0, 1234] = 40  # one step among several per pixel
+    page = visit(trace)
+    (line,) = points(page.get_attribute("#chart path.selected", "d"))
+    assert len(line) < 5000
+    box = plot_box(page)
+    peak = 1234.5 / 5000 * box["width"]
+    assert line[line[:, 1].argmin(), 0] == pytest.approx(peak, abs=2)
+
+    page.mouse.move(box["x"] + peak, box["y"] + 150)
+    page.keyboard.down("Control")
+    for _ in range(12):
+        page.mouse.wheel(0, -200)
+    page.keyboard.up("Control")
+    page.wait_for_timeout(100)
+    (line,) = points(page.get_attribute("#chart path.selected", "d"))
+    assert len(line) < 100
+    assert np.diff(line[:, 0]) == pytest.approx(24, abs=0.2)
+    at = line[line[:, 1].argmin(), 0]
+    assert at == pytest.approx(peak, abs=30)  # stays below the pointer
+    page.mouse.move(box["x"] + at, box["y"] + 150)
+    assert_shows(page, trace, 1234, 0)
+
+    page.focus("#chart")
+    page.keyboard.press("End")
+    page.wait_for_timeout(100)
+    (line,) = points(page.get_attribute("#chart path.selected", "d"))
+    assert 0 < line[-1, 0] < box["width"]
+    assert_shows(page, trace, 4999, 0)
+    page.get_by_text("All").click()
+    page.wait_for_timeout(100)
+    (line,) = points(page.get_attribute("#chart path.selected", "d"))
+    assert [line[0, 0], line[-1, 0]] == pytest.approx([0, box["width"]], abs=2)
+
+
+def rank_spans(trace, sample, start, length):
+    """Rank the spans by the share of the selection's active units, in NumPy."""
+    low, high = np.nanquantile(trace.c, [0.25, 0.75], axis=(0, 1))
+    code = (trace.c > high) * 1 - (trace.c < low) * 1
+    chosen = code[sample, start : start + length]
+    active = (chosen == chosen[0]).all(axis=0) & (chosen[0] != 0)
+    same = (code == chosen[0])[..., active].mean(axis=-1)
+    spans = [
+        (-shares[t : t + length].mean(), k, t)
+        for k, shares in enumerate(same)
+        for t in range(len(shares) - length + 1)
+    ]
+    ranked, taken = [], [(sample, start)]
+    for share, k, t in sorted(spans):
+        if all(k != other or abs(t - at) >= length for other, at in taken):
+            taken.append((k, t))
+            ranked.append(-100 * share)
+    return ranked[:20]
+
+
+@pytest.mark.parametrize("tokens", [True, False], ids=["text", "numbers"])
+def test_similar_spans(tokens, visit, rng):
+    trace = make_trace(rng, len(TEXT), units=12, samples=3)
+    trace.c[:] = np.repeat(rng.normal(size=(3, 17, 12)), 3, axis=1)[:, : len(TEXT)]
+    trace.c[2, 30:33] = trace.c[0, 12:15]
+    inputs = rng.normal(size=(3, len(TEXT), 1))
+    page = visit(trace, TEXT if tokens else None, inputs=inputs)
+    page.fill("#from", "12")
+    page.fill("#to", "14")
+    page.get_by_text("Find similar spans").click()
+    texts = page.locator("#matches button").all_inner_texts()
+    pattern = r"sequence (\d+), time steps (\d+) to (\d+): (\d+) %"
+    found = [tuple(map(int, re.match(pattern, text).groups())) for text in texts]
+    expected = rank_spans(trace, 0, 12, 3)
+    assert [share for *_, share in found] == pytest.approx(expected, abs=1)
+    assert found[0] == (2, 30, 32, 100)
+    assert all(end - start == 2 for _, start, end, _ in found)
+    if tokens:
+        shown = page.inner_text("#matches mark >> nth=0")
+        assert shown == TEXT[30:33].replace("\n", "⏎")
+    else:
+        assert page.locator("#matches svg path").count() == len(found)
+    page.click("#matches button >> nth=0")
+    page.wait_for_function("document.getElementById('sample').value === '2'")
+    assert_shows(page, trace, 30, int(page.input_value("#unit")), sample=2)
+    page.mouse.move(5, 5)
+    page.keyboard.press("Escape")
+    assert page.locator("#matches button").count() == 0
+
+
+def test_selecting_a_span_by_pointer_and_keys(visit, trace):
+    page = visit(trace, TEXT)
+
+    def span():
+        return [page.input_value(f"#{name}") for name in ("from", "to")]
+
+    token(page, 8).hover()
+    page.mouse.down()
+    token(page, 3).hover()
+    page.mouse.up()
+    assert span() == ["3", "8"]
+    marked = page.eval_on_selector_all(
+        ".text .in-span", "(spans) => spans.map((span) => Number(span.dataset.step))"
+    )
+    assert marked == [3, 4, 5, 6, 7, 8]
+    token(page, 10).click()
+    token(page, 12).click(modifiers=["Shift"])
+    assert span() == ["10", "12"]
+    page.keyboard.press("Shift+ArrowRight")
+    assert span() == ["10", "13"]
+    page.check("input[value=chart]")
+    box = plot_box(page)
+    for press, step in ((page.mouse.down, 20), (page.mouse.up, 25)):
+        x = box["x"] + (step + 0.5) * box["width"] / len(TEXT)
+        page.mouse.move(x, box["y"] + 30)
+        press()
+    assert span() == ["20", "25"]
+    selected = page.locator("#chart rect").bounding_box()
+    assert selected["width"] == pytest.approx(6 * box["width"] / len(TEXT), abs=1)
+
+
+def test_notebook_shows_the_report(browser, trace):
+    page = browser.new_page()
+    page.set_content(trace._repr_html_())
+    frame = page.frame_locator("iframe")
+    frame.locator("html[data-ready]").wait_for(timeout=20_000)
+    assert "2 sequences" in frame.locator("#note").inner_text()
+    page.close()

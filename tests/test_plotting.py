@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
+from matplotlib.dates import date2num
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -193,6 +194,9 @@ def test_saved_plots_are_not_clipped(name, arguments, trace, tmp_path):
         ("gates", {"units": []}, r"Received: units=\[\]"),
         ("gates", {"units": 0, "tokens": "ab"}, "`tokens` must have 21 tokens"),
         ("gates", {"units": 0, "steps": 30}, "`steps` must be an integer, a slice"),
+        ("gates", {"units": 0, "arrays": "x"}, "`array` must be one of 'i', 'f'"),
+        ("gates", {"units": 0, "arrays": []}, "`arrays` must be one or more"),
+        ("heatmap", {"times": ["a"] * TIME}, "`times` must be dates or numbers"),
         ("text", {"unit": [0]}, r"Received: unit=\[0\]"),
         ("heatmap", {"array": "mask"}, "`array` must be one of 'i', 'f'"),
         ("heatmap", {"sample": 2}, "Received: sample=2"),
@@ -219,7 +223,98 @@ def test_plot_attribution_has_scores(rng):
     np.testing.assert_array_equal(cells.get_array(), scores)
     assert text_of(plotting.plot_attribution(scores[:2])) == ["0", "1"]
     with pytest.raises(ValueError, match=r"`scores` must be .* \(time,\)"):
-        plotting.plot_attribution(scores[None])
+        plotting.plot_attribution(scores[0])
+
+
+HOURS = np.datetime64("2013-11-30T20", "h") + np.arange(6)
+
+
+def test_plot_attribution_of_features(rng):
+    scores, inputs = rng.normal(size=(2, 3, 6, 5))
+    scores[0, :, 3] = 9  # the largest
+    names, times = list("abcde"), HOURS
+    report = {"feature_names": names, "times": times}
+    figure = plotting.plot_attribution(scores[0], inputs=inputs[0], **report)
+    above, ax, _ = figure.axes
+    (image,) = ax.get_images()
+    np.testing.assert_array_equal(image.get_array(), scores[0].T)
+    assert image.get_clim() == (-9, 9)
+    assert [label.get_text() for label in ax.get_yticklabels()] == names
+    assert ax.get_xlabel() == ""  # dates
+    left, right, *_ = image.get_extent()
+    assert left == pytest.approx(date2num(times[0]) - 1 / 48)
+    assert right == pytest.approx(date2num(times[-1]) + 1 / 48)
+    order = np.argsort(-np.abs(scores[0]).sum(axis=0))[:3]
+    for line, k in zip(above.get_lines(), order, strict=True):
+        assert line.get_label().startswith(f"{names[k]}: ")
+        r = np.corrcoef(line.get_ydata(), inputs[0, :, k])[0, 1]
+        assert r == pytest.approx(1)
+    figure = plotting.plot_attribution(scores)
+    (image,) = figure.axes[0].get_images()
+    np.testing.assert_allclose(image.get_array(), np.abs(scores).mean(axis=0).T)
+    assert figure.axes[1].get_ylim() == (0, image.get_array().max())
+    assert figure.axes[0].get_xlabel() == "time step"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"inputs": np.zeros((6, 4))}, r"`inputs` must be of shape \(6, 5\)"),
+        ({"feature_names": ["a"]}, "`feature_names` must be a list of 5 names"),
+        ({"times": HOURS[:2]}, r"`times` must be dates or numbers of shape \(6,\)"),
+        ({"inputs": np.zeros((6, 5)), "ax": Figure().subplots()}, "`ax` must be None"),
+    ],
+)
+def test_invalid_series_raise_error(arguments, match, rng):
+    with pytest.raises(ValueError, match=match):
+        plotting.plot_attribution(rng.normal(size=(6, 5)), **arguments)
+
+
+def test_states_and_dates(trace):
+    times = np.datetime64("2013-11-30") + np.arange(2 * TIME).reshape(2, TIME)
+    arrays = ["f", "h", "c"]
+    options = {"arrays": arrays, "times": times}
+    figure = plotting.plot_gates(trace, units=[4, 1], sample=1, **options)
+    for k, ax in enumerate(figure.axes):
+        unit = (4, 1)[k // 2]
+        assert ax.get_ylabel() == f"unit {unit}"
+        lines = [line for line in ax.get_lines() if len(line.get_xdata()) == TIME]
+        for line, name in zip(lines, (["f"], ["h", "c"])[k % 2], strict=True):
+            np.testing.assert_array_equal(line.get_xdata(), date2num(times[1]))
+            expected = getattr(trace, name)[1, :, unit]
+            np.testing.assert_array_equal(line.get_ydata(), expected)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["forget gate f", "hidden state h", "cell state c"]
+    figure = plotting.plot_heatmap(trace, array="c", sample=1, times=times)
+    left, right, *_ = figure.axes[0].get_images()[0].get_extent()
+    assert left == date2num(times[1, 0]) - 0.5
+    assert right == date2num(times[1, -1]) + 0.5
+
+
+def test_unselected_time_steps_are_empty(trace):
+    times = np.datetime64("2013-11-30") + np.arange(TIME)
+    for dates in (None, times):
+        figure = plotting.plot_heatmap(trace, sample=1, steps=[8, 2, 4], times=dates)
+        (image,) = figure.axes[0].get_images()
+        values, f = image.get_array(), trace.f[1].T
+        np.testing.assert_array_equal(values[:, [0, 1, 3]], f[:, [2, 4, 8]])
+        assert np.ma.getmaskarray(values)[:, 2].all()
+        left, right, *_ = image.get_extent()
+        start = 0 if dates is None else date2num(times[0])
+        assert (left, right) == (start + 1, start + 9)
+
+
+def test_plots_are_drawn_into_what_is_given(trace, rng):
+    whole = Figure()
+    left, right = whole.subfigures(1, 2)
+    assert plotting.plot_gates(trace, units=[0, 3], figure=left) is left
+    assert plotting.plot_saturation(trace, figure=right) is right
+    assert [len(part.axes) for part in (left, right)] == [2, 3]
+    for scores in (rng.normal(size=TIME), rng.normal(size=(TIME, 2))):
+        ax, other = (figure := Figure()).subplots(1, 2)
+        assert plotting.plot_attribution(scores, ax=ax) is figure
+        assert ax.has_data()
+        assert not other.has_data()
 
 
 def test_plot_gradients_has_norms(trace):

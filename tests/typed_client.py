@@ -87,6 +87,7 @@ def tracing(model: Any, x: np.ndarray) -> None:
     assert_type(trace.saturation(), dict[str, Saturation])
     assert_type(trace.correlate({"space": x == 1}), dict[str, np.ndarray])
     trace.to_html("gates.html", ["some", "words"], sample=1)
+    trace.to_html("gates.html", inputs=x, feature_names=["a"], times=x, scores=x)
     assert_type(GateTrace.load("trace.npz"), GateTrace)
     trace_gates("model.keras", x, layer=-1, batches=None)
     trace_gates(model, x, batch_size="all")  # type: ignore[arg-type]

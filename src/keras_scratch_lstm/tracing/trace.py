@@ -1,6 +1,6 @@
 """`GateTrace` and `Gradients`: arrays of an LSTM at every time step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -9,11 +9,7 @@ import numpy as np
 from keras_scratch_lstm import _types, _validation
 from keras_scratch_lstm.observing.loop import ARRAYS
 from keras_scratch_lstm.tracing import files, html
-from keras_scratch_lstm.tracing.tokens import (
-    token_features,
-    tokens_of_sample,
-    tokens_per_sample,
-)
+from keras_scratch_lstm.tracing.tokens import tokens_per_sample
 
 if TYPE_CHECKING:
     import pandas
@@ -167,11 +163,14 @@ class Arrays:
             f"{', backward=…' if self.backward is not None else ''})"
         )
 
+    def _arrays(self):
+        return {name: getattr(self, name) for name in ARRAYS}
+
     def _unmasked(self):
         return np.ones(self.i.shape[:2], bool) if self.mask is None else self.mask
 
     def _to_arrays(self, prefix):
-        arrays = {prefix + name: getattr(self, name) for name in ARRAYS}
+        arrays = {prefix + name: values for name, values in self._arrays().items()}
         arrays[prefix + "layer"] = np.array(self.layer)
         if self.mask is not None:
             arrays[prefix + "mask"] = self.mask
@@ -303,42 +302,55 @@ class GateTrace(Arrays):
         self,
         path: _types.Path,
         tokens: _types.Tokens | None = None,
+        *,
         sample: int = 0,
+        inputs: Any = None,
+        feature_names: Sequence[str] | None = None,
+        times: Any = None,
+        scores: Any = None,
     ) -> None:
-        """Write an HTML report of one sample's gates and states.
+        """Write an HTML report of the gates and states.
 
         The report is one file that needs no network. It colors the tokens by one
-        unit's values, plots the gates and states of that unit, and sorts the units by
-        variance or by their correlation with features of the tokens. Values are
-        quantized, to 254 levels or fewer per unit, so that 2,000 tokens of 256 units
-        take less than 3 MB.
+        unit's values, or plots the input series above the gates and states of that
+        unit. It sorts the units by variance or by their correlation with features of
+        the tokens or inputs, and finds spans of time steps at which the same units
+        are active. Values are quantized, to 254 levels or fewer per unit and sample,
+        so that 2,000 tokens of 256 units take less than 3 MB.
 
         Args:
             path: String or path-like, the file to write.
             tokens: One sample's tokens (a string or a list of `time` strings), or a
                 list of all samples' tokens. Default: `None`, which shows the
                 numbers of the time steps.
-            sample: Integer, the sample to report on. Default: `0`.
+            sample: Integer, the sample that the report opens with. Default: `0`.
+            inputs: Array of shape `(batch, time, features)` or `(batch, time)`, the
+                series to plot; NaN where missing. Default: `None`.
+            feature_names: List of strings, the names of the features.
+            times: Array of dates, numbers or strings of shape `(time,)` or
+                `(batch, time)`, the labels of the time steps. Default: `None`.
+            scores: Array of the shape of `inputs`, the attribution scores, such as
+                those of `integrated_gradients`. Default: `None`.
 
         Raises:
             OSError: If the file cannot be written.
-            ValueError: If `tokens` or `sample` is invalid.
+            ValueError: If an argument is invalid.
         """
         batch, time, _ = self.i.shape
         sample = _validation.integer("sample", sample, 0, batch - 1)
         if tokens is not None:
-            tokens = tokens_of_sample(tokens, batch, time, sample)
-        one = slice(sample, sample + 1)
-        arrays = {name: getattr(self, name)[one] for name in ARRAYS}
-        trace = GateTrace(**arrays, mask=None if self.mask is None else self.mask[one])
-        features = token_features(tokens or [])
+            tokens = tokens_per_sample(tokens, batch, time)
+        series = html.read_series((batch, time), inputs, feature_names, times, scores)
         page = html.render(
-            self.layer,
-            {name: values[0] for name, values in arrays.items()},
-            tokens,
-            {name: trace.correlate(features, name) for name in ARRAYS},
+            self.layer, self._arrays(), sample, tokens, series, self.correlate
         ).encode()
         files.write_file(path, lambda file: file.write(page))
+
+    def _repr_html_(self) -> str:
+        saturation = self.saturation()
+        return html.render_for_notebook(
+            self.layer, self._arrays(), self.mask, saturation
+        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
