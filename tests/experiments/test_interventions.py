@@ -18,7 +18,7 @@ from models import (
     numpy_lstm,
     with_mask,
 )
-from reference import ARRAYS, tensor
+from reference import ARRAYS, label, tensor
 
 from keras_scratch_lstm import (
     Edit,
@@ -474,7 +474,7 @@ def test_invalid_edit(arguments, message):
         ("f", "`edits` must be an `Edit` or a list of these"),
         (None, "`edits` must be an `Edit` or a list of these. Received: edits=None"),
     ],
-    ids=str,
+    ids=label,
 )
 @pytest.mark.one_backend
 def test_edit_that_does_not_fit_the_layer(edit, message, x):
