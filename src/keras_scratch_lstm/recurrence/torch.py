@@ -24,6 +24,10 @@ def gradient(function, tensors):
         return torch.autograd.grad(value, tensors, materialize_grads=True)
 
 
+def no_gradients():
+    return torch.no_grad()
+
+
 def lstm(x, h, c, W_x, W_h, b, mask, training):
     if mask is not None and not _is_padding(mask, h, c):
         return _loop(x, h, c, W_x, W_h, b, mask)
