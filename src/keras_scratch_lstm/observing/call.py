@@ -64,6 +64,8 @@ def run(model, batch, lstms, maps=None, record=(), call_index=0):
         return results
 
     with _frozen(model), contextlib.ExitStack() as stack:
+        if record:
+            stack.enter_context(recurrence.no_gradients())
         for lstm in observed:
             # On a GPU, `Bidirectional` runs cuDNN instead of its layers if they allow.
             method = functools.partial(inner_loop, lstm)

@@ -149,8 +149,7 @@ class Loop:
             if mask is not None:
                 # Masked time steps keep the states, and repeat the output.
                 output, *new = keep_masked(mask, [output, *new], [before, *states])
-            ys = {name: ops.cast(arrays[name], h.dtype) for name in record}
-            return (output, new), {"output": output, **ys}
+            return (output, new), {"output": output} | {k: arrays[k] for k in record}
 
         return recurrence.scan(body, carry, {**xs, "x": x}, like)
 

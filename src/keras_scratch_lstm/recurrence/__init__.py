@@ -104,6 +104,11 @@ def gradient(function, tensors):
     return _MODULE.gradient(function, [ops.convert_to_tensor(x) for x in tensors])
 
 
+def no_gradients():
+    """Context manager without the bookkeeping of gradients, which torch has."""
+    return getattr(_backend(), "no_gradients", contextlib.nullcontext)()
+
+
 def compiled(function):
     """Compile a function of nested tensors.
 

@@ -24,6 +24,10 @@ def gradient(function, tensors):
         return torch.autograd.grad(value, tensors, materialize_grads=True)
 
 
+def no_gradients():
+    return torch.no_grad()
+
+
 def lstm(x, h, c, W_x, W_h, b, mask, training):
     padding_only = mask is None or _is_padding(mask, h, c)
     if not padding_only or _is_compiled_for_training():
