@@ -112,7 +112,7 @@ def test_quantized_values_match_trace(time, units, is_lstm, levels, rng, path):
         np.testing.assert_allclose(data["variance"][name], variance, atol=1e-5)
 
 
-@pytest.mark.parametrize("limit", [4000, 2500, 2000])
+@pytest.mark.parametrize("limit", [3900, 2500, 2000])
 def test_levels_keep_to_a_size_limit(limit, rng):
     trace = make_trace(rng, 30, 20)
     arrays = {name: getattr(trace, name)[0] for name in ARRAYS}
