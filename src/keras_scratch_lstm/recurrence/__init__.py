@@ -106,7 +106,7 @@ def gradient(function, tensors):
 
 def no_gradients():
     """Context manager without the bookkeeping of gradients, which torch has."""
-    return getattr(_backend(), "no_gradients", contextlib.nullcontext)()
+    return getattr(_MODULE, "no_gradients", contextlib.nullcontext)()
 
 
 def compiled(function):
