@@ -200,7 +200,7 @@ OTHER_NAMES = {
     ScratchLSTMCell: [""],
     ScratchLSTM: [""],
     Perplexity: [""],
-    trace_gates: ["Input 0", "Inputs to a layer", "positional", "File format"],
+    trace_gates: ["Input 0", "Inputs to a layer", "positional", "Cannot load"],
     from_torch: ["`weight_", "`bias_"],
 }
 

@@ -36,8 +36,7 @@ def resolve(argument, value, get, default=None):
     """
     if not is_per_gate(value):
         value = get(value)
-        if default is None and value is not None:
-            _check_separable(argument, value)
+        _check_separable(argument, value)
         return value
     if unknown := set(value) - set(GATES):
         raise ValueError(
@@ -61,8 +60,15 @@ def _check_separable(argument, value):
 
     Custom regularizers and constraints are accepted, since nothing is known of them.
     """
+    acts_on_weights = isinstance(
+        value, regularizers.Regularizer | constraints.Constraint
+    )
     from_keras = type(value).__module__.startswith("keras.")
-    if from_keras and not is_separable(value, argument.split("_")[0]):
+    if (
+        acts_on_weights
+        and from_keras
+        and not is_separable(value, argument.split("_")[0])
+    ):
         raise ValueError(
             f"`{argument}` must act on each gate alone. Received: "
             f"{type(value).__name__}, which acts across gates if they share a "

@@ -127,11 +127,12 @@ def random_uniform(shape, seed_generator):
 
 
 def copies(states):
-    """Copies of state variables, which torch updates in place before the backward pass.
+    """Copies of state variables, which may be assigned before the backward pass."""
+    return getattr(_MODULE, "copies", _copies)(states)
 
-    On other backends, the values are immutable, and returned as they are.
-    """
-    return getattr(_MODULE, "copies", list)(states)
+
+def _copies(states):
+    return [ops.copy(state) for state in states]
 
 
 def is_compiled():
