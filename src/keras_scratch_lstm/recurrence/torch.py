@@ -5,6 +5,7 @@ torch concatenates the gates along rows, in the order i, f, c, o.
 
 import contextlib
 
+import keras
 import torch
 
 from keras_scratch_lstm.per_gate import FUSED_ORDER, GATES, fuse
@@ -59,7 +60,7 @@ def copies(states):
 
 
 def _copies(states):
-    return [state.value.clone() for state in states]
+    return [keras.ops.copy(state) for state in states]
 
 
 # A copy in a graph that also assigns the states would be taken after the assignment.
