@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 import keras_scratch_lstm
-from keras_scratch_lstm import PerplexityLogger, to_scratch, trace_gates
+from keras_scratch_lstm import Perplexity, PerplexityLogger, to_scratch, trace_gates
 from keras_scratch_lstm.plotting import plot_gates
 
 assert Path(keras_scratch_lstm.__file__).is_relative_to(sys.prefix)
@@ -17,12 +17,12 @@ x = keras.layers.Embedding(28, 8)(inputs)
 x = keras.layers.LSTM(16, return_sequences=True, name="lstm")(x)
 model = to_scratch(keras.Model(inputs, keras.layers.Dense(28)(x)))
 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-model.compile("adam", loss)
+model.compile("adam", loss, metrics=[Perplexity()])
 tokens = np.arange(6 * 10).reshape(6, 10) % 28
 model.fit(tokens, (tokens + 1) % 28, callbacks=[PerplexityLogger()], verbose=0)
 trace = trace_gates(model, tokens)
-trace.to_html("gates.html", "time machi")
-plot_gates(trace, [0, 1], path="gates.png")
+trace.to_html("gates.html", tokens="time machi")
+plot_gates(trace, units=[0, 1], path="gates.png")
 assert Path("gates.html").stat().st_size > 10_000
 assert Path("gates.png").stat().st_size > 10_000
 print("The installed wheel works.")

@@ -128,7 +128,7 @@ def test_functional_time_major_and_shared_layers(tmp_path, rng):
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_inputs_and_outputs_keep_their_order(tmp_path, rng, quantize):
-    """The converter orders them anew. In int8, joins with another scale were wrong."""
+    """The converter reorders them. In int8, joins with another scale were wrong."""
     a, b = keras.Input((6, 3), name="z"), keras.Input((2,), name="a")
     h = layers.LSTM(4)(a)
     outputs = [layers.Dense(3)(layers.concatenate([h, b])), h, 3 * b]

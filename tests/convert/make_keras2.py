@@ -238,7 +238,7 @@ def masked_decoders():
     layer = layers.Bidirectional(layers.LSTM(3, return_state=True))
     _, *states = layer(encoded)
     layer = layers.Bidirectional(layers.LSTM(3, return_sequences=True))
-    # The mask goes on from the first decoder to the second.
+    # The first decoder passes its mask on to the second.
     outputs.append(layers.GRU(3)(layer(x, initial_state=states)))
     states = [layers.Concatenate()(states[k::2]) for k in (0, 1)]
     layer = layers.LSTM(6, go_backwards=True)

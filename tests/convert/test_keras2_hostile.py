@@ -504,7 +504,7 @@ def share(file):
 
 def test_archives_with_other_members_are_loaded(tmp_path, rng):
     path = tmp_path / "model.keras"
-    members = {"../escaped": b"x", "assets/../../escaped": b"x", "/tmp/escaped": b"x"}
+    members = {"../escaped": b"x", "assets/../../escaped": b"x", "/escaped": b"x"}
     write_archive(path, rng, share, members, compression=zipfile.ZIP_DEFLATED)
     assert load_keras2(path).count_params() == 3 * 16 + 4 * 16 + 16 + 4 * 2 + 2
     assert list(tmp_path.iterdir()) == [path]
