@@ -135,7 +135,7 @@ def outcome(call, *names):
     """Return the result, or None after an error that names one of the arguments."""
     try:
         return call()
-    except (TypeError, ValueError) as error:
+    except (FileNotFoundError, TypeError, ValueError) as error:
         raised = error
     assert not isinstance(raised, UnicodeError), raised
     assert not names or any(name in str(raised) for name in names), raised
