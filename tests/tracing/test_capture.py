@@ -159,6 +159,14 @@ def test_error_in_the_forward_pass_changes_no_state(x):
     assert_close(trace, numpy_trace(traced, ops.convert_to_numpy(lower(x))))
 
 
+def test_layers_after_the_lstm_may_reject_another_length(x):
+    inputs = keras.Input((TIME + 2, FEATURES))
+    lstm = keras.layers.LSTM(UNITS, return_sequences=True)
+    outputs = keras.layers.Dense(2)(keras.layers.Flatten()(lstm(inputs)))
+    trace = trace_gates(keras.Model(inputs, outputs), x)
+    assert_close(trace, numpy_trace(lstm, x))
+
+
 def test_trace_has_no_side_effects(x):
     dropout = keras.layers.Dropout(0.5, seed=1)
     lstm = keras.layers.LSTM(UNITS, dropout=0.5, name="lstm")

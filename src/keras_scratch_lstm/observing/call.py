@@ -16,7 +16,9 @@ from keras_scratch_lstm.observing.loop import Loop
 from keras_scratch_lstm.observing.replaced import replaced
 
 
-def run(model, batch, lstms, maps=None, record=(), call_index=0):
+def run(
+    model, batch, lstms, maps=None, record=(), call_index=0, needs_outputs=True
+):
     """Run a model in inference mode, with the loops of some layers observed.
 
     Variables keep their values.
@@ -31,6 +33,7 @@ def run(model, batch, lstms, maps=None, record=(), call_index=0):
         record: Sequence of array names; also `"x"`, the layer's inputs, and with them
             the initial states, `"h_0"` and `"c_0"`.
         call_index: Integer, which of the calls of each layer to observe.
+        needs_outputs: Boolean, whether an error after these calls is raised.
 
     Returns:
         `(outputs, arrays)`: nested tensors, with their masks, and a dict of layer ->
@@ -63,20 +66,22 @@ def run(model, batch, lstms, maps=None, record=(), call_index=0):
                 values[~found["mask"]] = np.nan
         return results
 
-    with _frozen(model), contextlib.ExitStack() as stack:
-        if record:
-            stack.enter_context(recurrence.no_gradients())
-        for lstm in observed:
-            # On a GPU, `Bidirectional` runs cuDNN instead of its layers if they allow.
-            method = functools.partial(inner_loop, lstm)
-            scope = replaced(lstm, "inner_loop", method, use_cudnn=False)
-            stack.enter_context(scope)
-        try:
+    try:
+        with _frozen(model), contextlib.ExitStack() as stack:
+            if record:
+                stack.enter_context(recurrence.no_gradients())
+            for lstm in observed:
+                # On a GPU, `Bidirectional` runs cuDNN instead of its layers if allowed.
+                method = functools.partial(inner_loop, lstm)
+                scope = replaced(lstm, "inner_loop", method, use_cudnn=False)
+                stack.enter_context(scope)
             outputs = _forward(model, batch.inputs)(batch.inputs, training=False)
-        except Exception:
-            if errors:  # without what Keras adds to errors in a layer's call
-                raise errors[0] from None
+    except Exception:
+        if errors:  # without what Keras adds to errors in a layer's call
+            raise errors[0] from None
+        if needs_outputs or any(calls[lstm] <= call_index for lstm in lstms):
             raise
+        outputs = ()
     for lstm in lstms:
         _check_called(model, lstm, calls[lstm], call_index)
     return map_with_masks(batch.crop, outputs), crop_arrays(batch, arrays)

@@ -70,5 +70,7 @@ def trace_gates(
     """
     model, lstms = models.select(model, layer)
     data = read(model, inputs, batch_size=batch_size, batches=batches)
-    found = [run(model, one, lstms, None, ARRAYS, call_index)[1] for one in data]
+    # What follows the layer may reject other lengths, as `Flatten` and `Dense` do.
+    options = {"record": ARRAYS, "call_index": call_index, "needs_outputs": False}
+    found = [run(model, batch, lstms, **options)[1] for batch in data]
     return join(found, lstms, GateTrace)
