@@ -46,11 +46,13 @@ def load_text(path=None):
     cached = Path(home, "datasets", "timemachine.txt")  # as `keras.utils.get_file`
     if cached.exists() and (text := _read(cached)).is_the_book:
         return text
+    print(f"Downloading {URL}")
     try:
         text = _decode(content := _download(), URL)
     except (OSError, http.client.HTTPException, ExampleError):
         text = None
     if text is None or not text.is_the_book:  # but the page of a proxy, for example
+        print(f"The Time Machine cannot be downloaded: using {BUNDLED.name}, a story.")
         return _read(BUNDLED)
     with contextlib.suppress(OSError, ExampleError):  # A read-only cache is no error.
         cached.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import statistics
 
 import keras
 import matplotlib
@@ -35,6 +36,8 @@ def summarize(name, checkpoint, samples, text, batches):
         "epochs": checkpoint.epochs,
         "failure": checkpoint.failure,
         "perplexity": perplexity,
+        # Of the last 50 epochs: at a learning rate of 1.0, single epochs stand out.
+        "median_perplexity": statistics.median(history["perplexity"][-50:]),
         "tokens_per_sec": speed,
         "seconds": seconds,
         "closing_line": line,

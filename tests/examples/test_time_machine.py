@@ -86,6 +86,32 @@ def test_model_learns_and_generates(text, out, capsys):
         assert time_machine.generate(model, vocabulary, prefix) == sample
 
 
+@pytest.mark.slow
+def test_quick_run_ends_in_words(book, out):
+    arguments = ["--quick", "--text", str(book), "--out", str(out)]
+    assert time_machine.main([*arguments, "--layer", "ScratchLSTM"]) == 0
+    (run,), history = read(out)
+    assert len(history) == 60
+    assert run["perplexity"] < 1.5
+    last = [float(row["perplexity"]) for row in history[-50:]]
+    assert run["median_perplexity"] == pytest.approx(np.median(last))
+    model = keras.saving.load_model(out / "ScratchLSTM.keras")
+    assert isinstance(model.optimizer, keras.optimizers.Adam)
+    words = {*"".join(time_machine.tokenize(book.read_text())).split()}
+    for sample in run["samples"].values():
+        *complete, _ = sample.split()
+        known = [word in words for word in complete[2:]]
+        assert np.mean(known) > 0.6
+
+
+def test_quick_sets_defaults(capsys):
+    args = time_machine.parse_arguments(["--quick", "--epochs", "3"])
+    assert (args.epochs, args.learning_rate) == (3, 0.005)
+    with pytest.raises(SystemExit):
+        time_machine.parse_arguments(["--quick", "--compare-d2l"])
+    assert "--compare-d2l: not allowed with argument --quick" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("sampling", ["sequential", "random"])
 def test_states_are_reset_at_each_epoch(text, out, monkeypatch, sampling):
     seen = []
