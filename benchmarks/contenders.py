@@ -170,10 +170,10 @@ def torch_in_fit(units, shape):
 def d2l_loop(units, shape):
     """The from-scratch training loop of d2l, as in the example."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-    import d2l_lstm
     import keras
     import tensorflow as tf
     from d2l import tensorflow as d2l
+    from helpers import d2l_lstm
 
     net = d2l.RNNModelScratch(
         VOCABULARY,

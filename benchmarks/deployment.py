@@ -26,7 +26,7 @@ import deploy
 import keras
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
-from book_text import Minibatches, Vocabulary, load_text, tokenize
+from helpers.book_text import Minibatches, Vocabulary, load_text, tokenize
 
 from keras_scratch_lstm import ScratchLSTM, export_litert
 

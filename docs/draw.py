@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import draw_cell  # noqa: E402
 import look_inside  # noqa: E402
-from book_text import BUNDLED  # noqa: E402
+from helpers.book_text import BUNDLED  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
 
 PLOTS = ("gates.png", "heatmap.png", "saturation.png", "text.png")

@@ -13,7 +13,7 @@ The task is timing: how many time steps are between two spikes?
 import math
 import sys
 
-import common
+from helpers import common
 
 
 def parse_arguments(argv=None):

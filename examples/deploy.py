@@ -13,14 +13,15 @@ import sys
 import time
 from pathlib import Path
 
-import common
+from helpers import common
 
 
 def parse_arguments(argv=None):
     parser = common.create_parser("deploy.py", __doc__)
     epochs = {"type": common.positive_integer, "default": 15}
     parser.add_argument("--epochs", **epochs, help="passes over 4,096 signals")
-    parser.add_argument("--out", type=Path, default=Path("runs/deploy"))
+    out = {"type": Path, "default": Path("runs/deploy")}
+    parser.add_argument("--out", **out, help="output folder")
     return parser.parse_args(argv)
 
 

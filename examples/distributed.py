@@ -18,8 +18,8 @@ the hosts must share the folder --out.
 import sys
 from pathlib import Path
 
-import common
-from common import ExampleError
+from helpers import common
+from helpers.common import ExampleError
 
 
 def parse_arguments(argv=None):
@@ -41,9 +41,9 @@ import contextlib
 import json
 
 import keras
-from book_text import PREFIXES, Minibatches
-from resume import Checkpoint, prepare
-from stream_text import tokenize_file
+from helpers.book_text import PREFIXES, Minibatches
+from helpers.resume import Checkpoint, prepare
+from helpers.stream_text import tokenize_file
 from time_machine import ResetStates, create_model, generate, load_data, settings
 
 from keras_scratch_lstm import PerplexityLogger

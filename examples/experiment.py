@@ -9,7 +9,7 @@ patches the cell state of another run, and attributes the output to the time ste
 import sys
 from pathlib import Path
 
-import common
+from helpers import common
 
 
 def parse_arguments(argv=None):
@@ -68,7 +68,7 @@ def train(layer, args):
     inputs = keras.Input((args.steps, 2))
     model = keras.Sequential([inputs, layer, output])
     model.compile(keras.optimizers.Adam(0.01), "mse")
-    model.fit(x[256:], y[256:], batch_size=64, epochs=args.epochs, verbose=0)
+    model.fit(x[256:], y[256:], batch_size=64, epochs=args.epochs, verbose=2)
     x, y = x[:256], y[:256]
     error = np.mean((model.predict(x, verbose=0) - y) ** 2)
     print(f"{layer.name}: mean squared error {error:.4f}")

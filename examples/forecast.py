@@ -11,7 +11,7 @@ the forecast 12 hours ahead rests on. Writes plots, the model, and an HTML repor
 import sys
 from pathlib import Path
 
-import common
+from helpers import common
 
 
 def parse_arguments(argv=None):

@@ -14,7 +14,7 @@ with an Embedding of the characters of its training text, numbered by frequency.
 import sys
 from pathlib import Path
 
-import common
+from helpers import common
 
 
 def parse_arguments(argv=None):
@@ -34,9 +34,9 @@ def parse_arguments(argv=None):
 if __name__ == "__main__":
     parse_arguments()  # Answer --help before the imports below, which take seconds.
 
-import book_text
 import keras
 import numpy as np
+from helpers import book_text
 from time_machine import build_model
 
 from keras_scratch_lstm import (

@@ -14,7 +14,7 @@ A resumed run gives the same weights, bit for bit, as an uninterrupted one.
 
 import sys
 
-import common
+from helpers import common
 
 
 def parse_arguments(argv=None):
@@ -44,10 +44,10 @@ import hashlib
 
 import keras
 import numpy as np
-from book_text import PREFIXES, Minibatches, Vocabulary, load_text, tokenize
-from devices import find_device
-from report import summarize, write_report
-from resume import Checkpoint, Interrupt, checkpoints, prepare
+from helpers.book_text import PREFIXES, Minibatches, Vocabulary, load_text, tokenize
+from helpers.devices import find_device
+from helpers.report import summarize, write_report
+from helpers.resume import Checkpoint, Interrupt, checkpoints, prepare
 from tqdm import tqdm
 
 from keras_scratch_lstm import (
@@ -277,13 +277,13 @@ def use_one_thread_per_op():
 
 def import_d2l():
     try:
-        import d2l_lstm
+        from helpers.d2l_lstm import train as train_d2l
     except ImportError as error:
         raise common.ExampleError(
             "--compare-d2l needs the tensorflow backend, and d2l: run "
             f'`pip install -e ".[examples,d2l]"`. Received: {error}'
         ) from None
-    return d2l_lstm.train
+    return train_d2l
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import random
 import keras
 import numpy as np
 import pytest
-from book_text import (
+from helpers.book_text import (
     Vocabulary,
     load_text,
     random_starts,
@@ -19,9 +19,9 @@ if keras.backend.backend() != "tensorflow":
     pytest.skip("d2l's loop needs the tensorflow backend", allow_module_level=True)
 
 d2l = pytest.importorskip("d2l.tensorflow", reason="the extra `d2l` is not installed")
-import d2l_lstm
 import tensorflow as tf
 import time_machine
+from helpers import d2l_lstm
 
 UNITS = 16
 

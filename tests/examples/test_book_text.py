@@ -3,11 +3,11 @@ import http.server
 import threading
 import time
 
-import book_text
 import numpy as np
 import pytest
-from book_text import Minibatches, Vocabulary, load_text, tokenize
-from common import ExampleError
+from helpers import book_text
+from helpers.book_text import Minibatches, Vocabulary, load_text, tokenize
+from helpers.common import ExampleError
 
 pytestmark = pytest.mark.one_backend
 OK = b"HTTP/1.0 200 OK\r\n\r\n"

@@ -11,8 +11,8 @@ import distributed
 import keras
 import numpy as np
 import pytest
-import resume
 import time_machine
+from helpers import resume
 
 EXAMPLE = Path(distributed.__file__)
 BACKEND = keras.backend.backend()

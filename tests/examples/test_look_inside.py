@@ -4,7 +4,7 @@ import keras
 import look_inside
 import numpy as np
 import pytest
-from book_text import Vocabulary, tokenize
+from helpers.book_text import Vocabulary, tokenize
 from PIL import Image
 from time_machine import build_model
 

@@ -16,13 +16,12 @@ import time
 import zipfile
 from pathlib import Path
 
-import common
 import h5py
 import keras
 import numpy as np
 import pytest
-import resume
 import time_machine
+from helpers import common, resume
 
 EXAMPLE = Path(time_machine.__file__)
 SMALL = ["--units", "8", "--batch-size", "4", "--num-steps", "5", "--max-tokens", "300"]

@@ -3,13 +3,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import stream_text
-from book_text import Vocabulary, tokenize
-from common import ExampleError
+from helpers import stream_text
+from helpers.book_text import Vocabulary, tokenize
+from helpers.common import ExampleError
+from helpers.stream_text import tokenize_chunk, tokenize_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import run_python
-from stream_text import tokenize_chunk, tokenize_file
 
 ALPHABET = "abcXYZ  \n\r\t.,-'0é™日\u2028\ufeff\U0001f600"
 MB = 1 << 20
@@ -60,8 +60,8 @@ def test_unreadable_files(tmp_path, content, match):
 MEASURE = """
 import sys
 from pathlib import Path
-from book_text import Minibatches
-from stream_text import tokenize_file
+from helpers.book_text import Minibatches
+from helpers.stream_text import tokenize_file
 
 def anonymous_memory():  # the pages of the file of tokens are the system's cache
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -187,7 +187,7 @@ def test_compare_d2l(text, out, capsys):
 
 
 def test_compare_d2l_without_d2l(text, out, monkeypatch):
-    monkeypatch.setitem(sys.modules, "d2l_lstm", None)
+    monkeypatch.setitem(sys.modules, "helpers.d2l_lstm", None)
     arguments = ["--text", str(text), "--out", str(out), *SMALL, "--compare-d2l"]
     message = time_machine.main(arguments)
     assert "--compare-d2l needs the tensorflow backend, and d2l: run" in message
@@ -228,9 +228,7 @@ def test_unusable_text(arguments, message, out, text):
 
 
 @pytest.mark.one_backend
-@pytest.mark.parametrize(
-    "name", ["time_machine", "look_inside", "distributed", "custom_gates"]
-)
+@pytest.mark.parametrize("name", [path.stem for path in EXAMPLE.parent.glob("*.py")])
 def test_help_does_not_import_keras(name):
     code = f"""
 import atexit, runpy, sys
@@ -240,4 +238,5 @@ runpy.run_path("{EXAMPLE.with_name(name)}.py", run_name="__main__")
 """
     printed = run_python("-c", code, PYTHONPATH=str(EXAMPLE.parent))
     assert f"python examples/{name}.py" in printed
+    assert "None" not in printed
     assert printed.endswith("False\n")

@@ -16,9 +16,7 @@ from keras_scratch_lstm.observing.loop import Loop
 from keras_scratch_lstm.observing.replaced import replaced
 
 
-def run(
-    model, batch, lstms, maps=None, record=(), call_index=0, needs_outputs=True
-):
+def run(model, batch, lstms, maps=None, record=(), call_index=0, needs_outputs=True):
     """Run a model in inference mode, with the loops of some layers observed.
 
     Variables keep their values.

@@ -9,8 +9,8 @@ import tempfile
 from collections import Counter
 
 import numpy as np
-from book_text import Vocabulary
-from common import ExampleError
+from helpers.book_text import Vocabulary
+from helpers.common import ExampleError
 
 CHUNK = 1 << 16  # bytes read at a time
 

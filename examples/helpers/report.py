@@ -6,8 +6,8 @@ import statistics
 
 import keras
 import matplotlib
-from common import replacing
-from devices import normalize
+from helpers.common import replacing
+from helpers.devices import normalize
 from matplotlib import pyplot as plt
 
 matplotlib.use("Agg")  # no window

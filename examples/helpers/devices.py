@@ -3,7 +3,7 @@
 import re
 
 import keras
-from common import ExampleError
+from helpers.common import ExampleError
 
 
 def find_device(name=None):

@@ -18,14 +18,18 @@ class ExampleError(Exception):
     """An error that ends an example; its message is one line for the user."""
 
 
-class Formatter(
-    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
-):
-    """Shows defaults, and keeps the line breaks of the description."""
+class Parser(argparse.ArgumentParser):
+    """Shows defaults that are not `None`, and keeps the lines of the description."""
+
+    def add_argument(self, *names, **options):
+        if options.get("default") not in (None, argparse.SUPPRESS):
+            options["help"] += " (default: %(default)s)"
+        return super().add_argument(*names, **options)
 
 
 def create_parser(prog, text):
-    return argparse.ArgumentParser(prog, description=text, formatter_class=Formatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    return Parser(prog, description=text, formatter_class=formatter)
 
 
 def add_training_options(parser, out, sampling):

@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 import keras
 import numpy as np
-from common import ExampleError, replacing
+from helpers.common import ExampleError, replacing
 
 URL = "http://d2l-data.s3-accelerate.amazonaws.com/timemachine.txt"
 SHA256 = "8424dbd9532ac81f7e5f0b6add90e6952baea29158309d7d1bf3884f4e12c516"
-BUNDLED = Path(__file__).with_name("time_traveller.txt")
+BUNDLED = Path(__file__).parents[1] / "time_traveller.txt"
 DOWNLOAD_SECONDS = 30
 PREFIXES = ("time traveller", "traveller")  # that a trained model continues
 

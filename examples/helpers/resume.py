@@ -10,7 +10,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
-from common import ExampleError, replacing
+from helpers.common import ExampleError, replacing
 
 
 class Checkpoint(keras.callbacks.Callback):

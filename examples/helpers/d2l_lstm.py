@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import keras
 import tensorflow as tf
-from book_text import PREFIXES
 from d2l import tensorflow as d2l
+from helpers.book_text import PREFIXES
 from tqdm import tqdm
 
 if keras.backend.backend() != "tensorflow":
