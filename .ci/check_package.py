@@ -32,14 +32,14 @@ assert len(metadata["Keywords"].split(",")) > 5
 urls = {url.split(",")[0] for url in metadata.get_all("Project-URL")}
 assert urls == {"Homepage", "Documentation", "Repository", "Issues", "Changelog"}, urls
 classifiers = metadata.get_all("Classifier")
-for version in ("3.11", "3.12", "3.13"):
+for version in ("3.11", "3.12", "3.13", "3.14"):
     assert f"Programming Language :: Python :: {version}" in classifiers
 assert "Typing :: Typed" in classifiers
 needs = metadata.get_all("Requires-Dist")
 assert {need for need in needs if "extra ==" not in need} == {
     "h5py",
     "keras>=3.12",
-    "tensorflow>=2.18",
+    "tensorflow>=2.18; python_version < '3.14'",
 }, needs
 
 with tarfile.open(sdist) as file:
