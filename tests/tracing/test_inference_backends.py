@@ -50,4 +50,5 @@ def test_backends_for_inference_only(backend):
     printed = run_python(
         *command, "-k", selected, __file__, tests, KERAS_BACKEND=backend
     )
-    assert "12 passed" in printed
+    # One of the two methods of tracing; see `test_loop.py`.
+    assert "10 passed, 2 skipped" in printed
