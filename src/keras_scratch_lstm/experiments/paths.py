@@ -35,15 +35,17 @@ def quadrature(samples, baselines, n_steps, done):
 
 
 def draw(seed, samples, baselines, n_steps, done):
-    """Draw the points of expected gradients, stratified, after those that are done."""
-    rng = np.random.default_rng([seed, done])
-    shape = samples, n_steps
-    strata = rng.permuted(np.tile(np.arange(n_steps), (samples, 1)), axis=1)
-    which = rng.integers(baselines, size=shape)
-    if baselines <= n_steps:  # each one equally often, up to the remainder
-        which = (np.arange(n_steps) + which[:, :1]) % baselines
-    alphas = (strata + rng.random(shape)) / n_steps
-    return which.T, alphas.T, np.full(shape, 1 / n_steps).T
+    """Draw the points of expected gradients, after those that are done.
+
+    All baselines are taken equally often. The positions are evenly spread over all of
+    them, and over the visits of each, and start at random for each sample.
+    """
+    rng = np.random.default_rng(seed)
+    order, start = rng.permutation(baselines), rng.random(samples)
+    turn = rng.integers(baselines, size=samples) + done + np.arange(n_steps)[:, None]
+    visit, place = np.divmod(turn, baselines)
+    alphas = (start + place * 2**0.5 + visit * (5**0.5 - 1) / 2) % 1
+    return order[place], alphas, np.full(alphas.shape, 1 / n_steps)
 
 
 class Path:
