@@ -34,8 +34,8 @@ from keras_scratch_lstm import (
     Edit,
     ScratchLSTM,
     ablate_units,
+    attribute,
     contextual_decomposition,
-    integrated_gradients,
     plotting,
     run_with_edits,
     trace_gradients,
@@ -50,7 +50,7 @@ def main(argv=None):
         simple, *_ = train(keras.layers.SimpleRNN(args.units, name="rnn"), args)
         unit = find_unit(model, x, y, args.out)
         patch(model, x, unit)
-        attribute(model, x, args.out)
+        explain(model, x, args.out)
         compare_gradients({"LSTM": model, "SimpleRNN": simple}, x, y, args.out)
     print(f"Plots: {args.out}")
     return 0
@@ -94,9 +94,9 @@ def patch(model, x, unit):
     print(f"patching c of unit {unit}: the output moves {moved:.0%} of the way")
 
 
-def attribute(model, x, out):
+def explain(model, x, out):
     """Attributes the outputs to the time steps, by two methods."""
-    gradients = integrated_gradients(model, x, target=0).scores.sum(axis=-1)
+    gradients = attribute(model, x, target=0).scores.sum(axis=-1)
     contributions = [
         contextual_decomposition(model, x, steps=t, head="output").beta[:, -1, 0]
         for t in range(x.shape[1])

@@ -38,7 +38,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import keras_scratch_lstm
-from keras_scratch_lstm import integrated_gradients, plotting, trace_gates
+from keras_scratch_lstm import attribute, plotting, trace_gates
 
 PAST, AHEAD, DAY, EXPLAINED = 48, 24, 24, 12  # hours
 NAMES = [
@@ -118,15 +118,14 @@ def print_errors(forecasts, y, scale):
 
 
 def explain(model, x):
-    """Returns scores of the shape of `x` for the forecast 12 hours ahead."""
-    scaled = keras.ops.convert_to_numpy(model.layers[0](x))
-    baseline = np.zeros_like(scaled)  # average weather, at the same hours of the day
-    baseline[..., -2:] = scaled[..., -2:]
-    target = EXPLAINED - 1
-    return integrated_gradients(model, x, target=target, baseline=baseline).scores
+    """Returns an `Attribution` of the forecast 12 hours ahead."""
+    # The baseline is average weather, at the same hours of the day.
+    mean = keras.ops.convert_to_numpy(model.layers[0].mean).ravel()
+    options = {"feature_names": NAMES, "keep": ["hour (sin)", "hour (cos)"]}
+    return attribute(model, x, target=EXPLAINED - 1, baseline=mean, **options)
 
 
-def print_features(model, x, y, scores, seed):
+def print_features(model, x, y, by_feature, seed):
     """Prints the mean absolute scores next to the permutation importances."""
 
     def error(x):
@@ -134,7 +133,6 @@ def print_features(model, x, y, scores, seed):
 
     rng, before = np.random.default_rng(seed), error(x)
     print(f"\n{EXPLAINED} hours ahead, °C{'mean |score|':>16}{'error, permuted':>18}")
-    by_feature = np.abs(scores.sum(axis=1)).mean(axis=0)
     for k in np.argsort(-by_feature):
         permuted = x.copy()
         permuted[..., k] = rng.permutation(x[..., k])
@@ -162,7 +160,7 @@ def write_report(model, test, forecasts, out):
     chosen = [largest_drop, *range(100, len(test[1]), 400)]
     plot_forecasts(test, forecasts, chosen[:3], out / "forecasts.png")
     times, x = test[0][chosen, :PAST], test[1][chosen]
-    scores = explain(model, x)
+    scores = explain(model, x).scores
     one = {"inputs": x[0], "times": times[0], "feature_names": NAMES}
     plotting.plot_attribution(scores[0], **one, path=out / "explanation.png")
     report = {"inputs": x, "times": times, "feature_names": NAMES, "scores": scores}
@@ -192,7 +190,7 @@ def run(args):
     }
     past = training[1][..., 0]
     print_errors(forecasts, y, np.abs(past[:, -1] - past[:, -1 - DAY]).mean())
-    print_features(model, x, y, explain(model, x[::20]), args.seed)
+    print_features(model, x, y, explain(model, x[::20]).by_feature(), args.seed)
     write_report(model, test, forecasts, args.out)
 
 

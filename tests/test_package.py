@@ -34,7 +34,7 @@ def test_public_names():
         *("ZoneoutLSTMCell", "DropConnectLSTMCell", "from_addons"),
         *("Perplexity", "PerplexityLogger", "GateMonitor"),
         *("Edit", "run_with_edits", "Ablation", "ablate_units", "trace_gradients"),
-        *("contextual_decomposition", "Decomposition", "integrated_gradients"),
+        *("contextual_decomposition", "Decomposition", "attribute"),
         *("Attribution", "Gradients", "Saturation", "token_features"),
         *("from_torch", "to_torch", "to_builtin", "to_scratch", "load_keras2"),
         *("export_litert", "LiteRTFile"),

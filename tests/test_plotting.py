@@ -194,7 +194,9 @@ def test_saved_plots_are_not_clipped(name, arguments, trace, tmp_path):
         ("gates", {"units": []}, r"Received: units=\[\]"),
         ("gates", {"units": 0, "tokens": "ab"}, "`tokens` must have 21 tokens"),
         ("gates", {"units": 0, "steps": 30}, "`steps` must be an integer, a slice"),
-        ("gates", {"units": 0, "arrays": "x"}, "`array` must be one of 'i', 'f'"),
+        ("gates", {"units": 0, "arrays": ["x"]}, "`array` must be one of 'i', 'f'"),
+        ("gates", {"units": 0, "arrays": 5}, "`arrays` must be a list .* arrays=5"),
+        ("gates", {"units": 0, "arrays": "c"}, "`arrays` must be a list of gates"),
         ("gates", {"units": 0, "arrays": []}, "`arrays` must be one or more"),
         ("heatmap", {"times": ["a"] * TIME}, "`times` must be dates or numbers"),
         ("text", {"unit": [0]}, r"Received: unit=\[0\]"),
@@ -332,7 +334,7 @@ def test_plot_gradients_has_norms(trace):
 def test_plot_ablation_has_the_largest_changes():
     metric = np.array([1.0, 0.2, 1.3])
     layer, array = np.array(["lstm"] * 3), np.array(["h", "f", "f"])
-    ablation = Ablation(1.0, layer, array, np.arange(3), metric)
+    ablation = Ablation(1.0, layer, array, np.arange(3), metric, 0.1 * metric)
     (ax,) = plotting.plot_ablation(ablation, most=2).axes
     assert [label.get_text() for label in ax.get_yticklabels()] == [
         "f, unit 1",

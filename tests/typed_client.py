@@ -23,9 +23,9 @@ from keras_scratch_lstm import (
     ScratchLSTM,
     ScratchLSTMCell,
     ablate_units,
+    attribute,
     contextual_decomposition,
     from_torch,
-    integrated_gradients,
     run_with_edits,
     to_builtin,
     to_scratch,
@@ -102,7 +102,11 @@ def experiments(model: Any, x: np.ndarray, trace: GateTrace) -> None:
     assert_type(ablate_units(model, x, x, arrays=["h", "c"]).change, np.ndarray)
     assert_type(trace_gradients(model, x, x, layer="rnn"), Gradients)
     assert_type(contextual_decomposition(model, x, steps=slice(3)).beta, np.ndarray)
-    assert_type(integrated_gradients(model, x, target=(-1, 3)), Attribution)
+    found = attribute(model, x, target=(-1, slice(3)), keep=["hour"], wrt="lstm")
+    assert_type(found, Attribution)
+    assert_type(found.difference, np.ndarray)
+    attribute(model, x, target=lambda outputs: outputs[:, 0], baseline=[x, x])
+    attribute(model, x, target=0, method="saliency")  # type: ignore[arg-type]
     ablate_units(model, x, x, method="noise")  # type: ignore[arg-type]
     Edit("h", 0.0, units=1.5)  # type: ignore[arg-type]
 

@@ -96,7 +96,7 @@ def test_interrupt_keeps_the_rows_that_are_done(x, y):
     calls = []
 
     def metric(y_true, y_pred):
-        calls.append(1)
+        calls.extend([1] * (len(y_true) == BATCH))  # all samples
         if len(calls) == 4:
             raise KeyboardInterrupt
         return mse(y_true, y_pred)
@@ -153,13 +153,30 @@ def test_bidirectional_layers_and_datasets(x, y):
         ablate_units(model, x, loss="mse", verbose=0)
 
 
+@pytest.mark.parametrize("samples", [BATCH, 40, 1])
+def test_error_is_that_of_groups_of_samples(samples, draw):
+    model = classifier(make("LSTM"))
+    x, y = draw(samples, TIME, FEATURES), draw(samples, 3)
+    ablation = ablate_units(model, x, y, loss="mse", units=[1, 2], verbose=0)
+    if samples == 1:
+        assert np.isnan(ablation.error).all()
+        return
+    before = model.predict(x, verbose=0)
+    for unit, error in zip(ablation.unit, ablation.error, strict=True):
+        outputs, _ = run_with_edits(model, x, edits=Edit("h", 0.0, units=unit))
+        change = ((outputs - y) ** 2 - (before - y) ** 2).mean(axis=1)
+        groups = np.reshape(change, (min(samples, 20), -1)).mean(axis=1)
+        expected = groups.std(ddof=1) / len(groups) ** 0.5
+        assert error == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
 @pytest.mark.one_backend
 def test_table_and_progress(x, y, capsys):
     pytest.importorskip("pandas")
     ablation = ablate_units(classifier(make("LSTM")), x, y, loss="mse")
     assert f"{UNITS}/{UNITS}" in capsys.readouterr().out
     frame = ablation.to_dataframe()
-    assert list(frame.columns) == ["layer", "array", "unit", "loss", "change"]
+    assert list(frame.columns) == ["layer", "array", "unit", "loss", "change", "error"]
     np.testing.assert_array_equal(frame["change"], ablation.loss - ablation.baseline)
 
 
@@ -167,7 +184,7 @@ def test_table_and_progress(x, y, capsys):
 def test_missing_pandas(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match="`to_dataframe` needs pandas: run `pip in"):
-        Ablation(0.0, *np.zeros((4, 1))).to_dataframe()
+        Ablation(0.0, *np.zeros((5, 1))).to_dataframe()
 
 
 @pytest.mark.one_backend

@@ -1,4 +1,4 @@
-import itertools
+import sys
 
 import keras
 import numpy as np
@@ -11,210 +11,155 @@ from models import (
     UNITS,
     apply_dense,
     classifier,
+    embed,
     make,
     numpy_lstm,
+    sequential,
+    with_mask,
 )
-from reference import sigmoid, tensor, weights_of
+from reference import tensor
 
-from keras_scratch_lstm import contextual_decomposition, integrated_gradients
+from keras_scratch_lstm import ScratchLSTM, attribute
 
 BOTH = pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM"])
+SEVERAL = {"names": ["a", "b", "c"], "statics": ["s", "t"]}
 
 
-def decompose(model, x, **kwargs):
-    parts = contextual_decomposition(model, x, **kwargs)
-    return parts.beta, parts.gamma
+def output(model, x):
+    return ops.convert_to_numpy(model(x))
 
 
-def shapley(function, bias, terms):
-    """Average the increments over all orders of the terms, after the bias."""
-    contributions = [np.zeros_like(term) for term in terms]
-    orders = list(itertools.permutations(range(len(terms))))
-    for order in orders:
-        total = bias
-        for k in order:
-            contributions[k] += (function(total + terms[k]) - function(total)) / len(
-                orders
-            )
-            total = total + terms[k]
-    return [*contributions, function(bias)]
-
-
-def decompose_in_numpy(layer, x, span):
-    """The equations of Murdoch, Liu and Yu, with their products written out."""
-    w = weights_of(layer.cell)
-    beta_c, gamma_c, beta, gamma = np.zeros((4, len(x), UNITS))
-    for t in range(x.shape[1]):
-        inside = t in span
-        parts, o = {}, 0
-        for gate, function in zip("ifoc", [sigmoid] * 3 + [np.tanh], strict=True):
-            terms = [beta @ w[f"W_h{gate}"], gamma @ w[f"W_h{gate}"]]
-            terms[0 if inside else 1] += x[:, t] @ w[f"W_x{gate}"]
-            bias = np.broadcast_to(w[f"b_{gate}"], terms[0].shape)
-            parts[gate] = shapley(function, bias, terms)
-        (i_b, i_g, i_0), (f_b, f_g, f_0) = parts["i"], parts["f"]
-        c_b, c_g, c_0 = parts["c"]
-        o = sum(parts["o"])
-        beta_u = i_b * c_b + i_b * c_0 + i_0 * c_b + inside * i_0 * c_0
-        gamma_u = i_g * (c_b + c_g + c_0) + (i_b + i_0) * c_g
-        gamma_u += (not inside) * i_0 * c_0
-        gamma_c = (f_b + f_g + f_0) * gamma_c + f_g * beta_c + gamma_u
-        beta_c = (f_b + f_0) * beta_c + beta_u
-        beta, gamma, _ = shapley(np.tanh, 0.0, [beta_c, gamma_c])
-        beta, gamma = o * beta, o * gamma
-    return beta, gamma
-
-
-@BOTH
-@pytest.mark.parametrize("span", [2, slice(1, 3), [0, -1]], ids=str)
-def test_decomposition_matches_the_equations(kind, span, x):
-    layer = make(kind)
-    steps = np.atleast_1d(np.arange(TIME)[span])
-    beta, gamma = decompose(layer, x, steps=span)
-    expected = decompose_in_numpy(layer, x.astype("float64"), steps)
-    np.testing.assert_allclose(beta[:, -1], expected[0], rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(gamma[:, -1], expected[1], rtol=1e-6, atol=1e-9)
-
-
-@BOTH
-def test_decomposition_sums_to_the_hidden_states_and_logits(kind, x):
-    layer = make(kind, return_sequences=True)
+def normalized(layer, rng):
+    """A model with `Normalization` in front of the layer."""
+    scale = keras.layers.Normalization(mean=rng.normal(size=3), variance=[4, 1, 0.25])
     model = classifier(layer)
-    _, h = numpy_lstm(layer, x)
-    for span in (0, slice(2, 4), None):
-        beta, gamma = decompose(model, x, steps=span)
-        np.testing.assert_allclose(beta + gamma, h, atol=1e-5)
-        for head in ("logits", model.layers[1]):
-            beta, gamma = decompose(model, x, steps=span, head=head)
-            np.testing.assert_allclose(beta + gamma, apply_dense(model, h), atol=1e-5)
-            np.testing.assert_allclose(
-                beta + gamma, ops.convert_to_numpy(model(x)), atol=1e-5
-            )
+    return keras.Sequential([keras.Input((TIME, FEATURES)), scale, *model.layers])
 
 
-def test_span_of_all_time_steps_contributes_everything(x):
-    layer = make("LSTM")
-    _, h = numpy_lstm(layer, x)
-    beta, gamma = decompose(layer, x, steps=slice(None))
-    np.testing.assert_allclose(beta, h, atol=1e-5)
-    np.testing.assert_allclose(gamma, 0, atol=1e-12)
+@pytest.fixture
+def two_headed():
+    """A series, static features, a category and a mask; a mean and quantiles."""
+    keras.utils.set_random_seed(4)
+    inputs = {
+        "series": keras.Input((TIME, FEATURES), name="series"),
+        "static": keras.Input((2,), name="static"),
+        "shop": keras.Input((), dtype="int32", name="shop"),
+        "mask": keras.Input((TIME,), dtype="bool", name="mask"),
+    }
+    h = ScratchLSTM(UNITS, name="lstm")(inputs["series"], mask=inputs["mask"])
+    shop = keras.layers.Embedding(3, 2)(inputs["shop"])
+    both = keras.layers.Concatenate()([h, inputs["static"], shop])
+    both = keras.layers.Dense(8, activation="tanh")(both)
+    names = {"mean": 1, "quantiles": 3}
+    outputs = {k: keras.layers.Dense(n, name=k)(both) for k, n in names.items()}
+    return keras.Model(inputs, outputs)
 
 
-def test_decomposition_of_other_layers(x):
-    """Backwards, stateful, masked, without bias."""
-    layer = make("ScratchLSTM", go_backwards=True, stateful=True, use_bias=False)
-    layer(x)
-    states = [ops.convert_to_numpy(state) for state in layer.states]
-    beta, gamma = decompose(layer, x, steps=1)
-    trace, _ = numpy_lstm(layer, x, h=states[0], c=states[1])
-    np.testing.assert_allclose(beta + gamma, trace["h"], atol=1e-5)
-    np.testing.assert_array_equal(beta[:, 2:], 0)  # read before the span
+@pytest.fixture
+def several(rng, draw):
     mask = np.ones((BATCH, TIME), bool)
-    mask[1, 2:] = False
-    inputs = keras.Input((TIME, FEATURES)), keras.Input((TIME,), dtype="bool")
-    layer = make("LSTM")
-    model = keras.Model(inputs, layer(inputs[0], mask=inputs[1]))
-    beta, gamma = decompose(model, [x, mask], steps=1)
-    _, h = numpy_lstm(layer, x, mask=mask)
-    np.testing.assert_allclose(beta + gamma, h, atol=1e-5)
-
-
-@pytest.mark.one_backend
-def test_layers_that_cannot_be_decomposed(x):
-    def check(message, model, **options):
-        with pytest.raises(ValueError, match=message):
-            contextual_decomposition(model, x, **{"steps": 0} | options)
-
-    check("does not override `gates`", make("custom cell"))
-    check("must have sigmoid gates, tanh", make("LSTM", activation="relu"))
-    model = classifier(make("LSTM"))
-    check("`steps` must be .* some of 7. Received: steps=7", model, steps=TIME)
-    check("`head` must be a `Dense` .* Received: head='lstm'", model, head="lstm")
-    check("`head` must be a `Dense` layer of the model with 4", model, head="none")
-
-
-# --- integrated gradients ----------------------------------------------------
+    mask[1, 4:] = False
+    values = {"series": draw(BATCH, TIME, FEATURES), "static": draw(BATCH, 2)}
+    return values | {"shop": rng.integers(0, 3, BATCH), "mask": mask}
 
 
 @BOTH
+@pytest.mark.parametrize("wrt", ["inputs", -1])
 @pytest.mark.parametrize("sequences", [False, True])
-def test_integrated_gradients_are_complete(kind, sequences, x, rng):
-    layer = make(kind, return_sequences=sequences)
-    model = classifier(layer)
+def test_scores_add_up_to_the_difference(kind, wrt, sequences, x, rng):
+    model = classifier(make(kind, return_sequences=sequences))
     target = (1, 2) if sequences else 2
     baseline = rng.normal(size=FEATURES).astype("float32")
     for start in (0.0, baseline):
-        scores = integrated_gradients(model, x, target=target, baseline=start).scores
-        assert scores.shape == x.shape
+        found = attribute(model, x, target=target, baseline=start, wrt=wrt)
+        assert found.scores.shape == x.shape
         at_x, at_start = (
-            ops.convert_to_numpy(model(inputs))[(slice(None), *np.atleast_1d(target))]
+            output(model, inputs)[(slice(None), *np.atleast_1d(target))]
             for inputs in (x, np.broadcast_to(np.float32(start), x.shape).copy())
         )
-        np.testing.assert_allclose(scores.sum((1, 2)), at_x - at_start, atol=1e-4)
+        np.testing.assert_allclose(found.difference, at_x - at_start, atol=1e-5)
+        np.testing.assert_allclose(found.output, at_x, atol=1e-5)
+        np.testing.assert_allclose(found.scores.sum((1, 2)), at_x - at_start, atol=1e-4)
     if sequences:
-        np.testing.assert_array_equal(scores[:, 2:], 0)  # later than the output
+        np.testing.assert_array_equal(found.scores[:, 2:], 0)  # later than the output
 
 
-def test_baseline_and_scores_may_be_tensors(x, rng):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    from keras_scratch_lstm import plotting
-
-    model = classifier(make("LSTM"))
-    baseline = rng.normal(size=FEATURES).astype("float32")
-    expected = integrated_gradients(model, x, target=1, baseline=baseline).scores
-    scores = integrated_gradients(model, x, target=1, baseline=tensor(baseline)).scores
-    np.testing.assert_array_equal(scores, expected)
-    scores = scores[0, :, 0]
-    (cells,) = plotting.plot_attribution(tensor(scores)).axes[0].collections
-    np.testing.assert_array_equal(cells.get_array(), scores)
-
-
-def test_integrated_gradients_match_a_riemann_sum(x):
+def test_integrated_gradients_match_a_riemann_sum(x, rng):
     """The path integral, by finite differences in NumPy, of one input."""
     layer = make("LSTM")
-    model = classifier(layer)
-    scores = integrated_gradients(model, x, target=1).scores
+    model = normalized(layer, rng)
+    mean, variance = (
+        ops.convert_to_numpy(v).astype("float64").ravel()
+        for v in (model.layers[0].mean, model.layers[0].variance)
+    )
+    base = x.astype("float64") * [0, 0, 1] + [0.5, -0.5, 0]
+    found = attribute(model, x, target=1, baseline=[0.5, -0.5, 9.0], keep=2)
     steps, epsilon, total = 400, 1e-4, 0
     for alpha in (np.arange(steps) + 0.5) / steps:
         ends = []
         for sign in (1, -1):
-            at = alpha * x.astype("float64")
+            at = base + alpha * (x - base)
             at[:, 3, 1] += sign * epsilon
-            ends.append(apply_dense(model, numpy_lstm(layer, at)[1][:, -1])[:, 1])
+            h = numpy_lstm(layer, (at - mean) / np.sqrt(variance))[1][:, -1]
+            ends.append(apply_dense(model, h)[:, 1])
         total += (ends[0] - ends[1]) / (2 * epsilon) / steps
+    expected = total * (x - base)[:, 3, 1]
+    np.testing.assert_allclose(found.scores[:, 3, 1], expected, rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(found.scores[..., 2], 0)
+
+
+def test_several_baselines_are_averaged(x, draw, seed):
+    model = classifier(make("ScratchLSTM"))
+    background = draw(4, TIME, FEATURES)
+    each = [attribute(model, x, target=0, baseline=one).scores for one in background]
+    found = attribute(model, x, target=0, baseline=background)
+    np.testing.assert_allclose(found.scores, np.mean(each, axis=0), atol=1e-6)
+    at_baselines = output(model, background)[:, 0].mean()
     np.testing.assert_allclose(
-        scores[:, 3, 1], total * x[:, 3, 1], rtol=1e-3, atol=1e-5
+        found.difference, output(model, x)[:, 0] - at_baselines, atol=1e-5
     )
+    options = {"target": 0, "method": "expected_gradients", "baseline": background}
+    options |= {"n_steps": 512, "max_steps": 512, "tolerance": 10.0}
+    drawn = attribute(model, x, **options, seed=seed)
+    np.testing.assert_allclose(drawn.scores, found.scores, rtol=0.1, atol=0.01)
+    np.testing.assert_allclose(drawn.difference, found.difference, atol=1e-6)
+    again = attribute(model, x, **options, seed=seed, batch_size=3)
+    np.testing.assert_allclose(again.scores, drawn.scores, atol=1e-5)
+    other = attribute(model, x, **options, seed=seed + 1)
+    assert np.abs(other.scores - drawn.scores).max() > 1e-6
 
 
-@pytest.mark.one_backend
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"target": 3}, r"`target` must be an index of one sample's .* \(3,\)"),
-        ({"target": (0, 1)}, "`target` must be an index"),
-        ({"target": True}, "`target` must be an index .* Received: target=True"),
-        ({"target": 0, "n_steps": 0}, "`n_steps` must be a positive integer"),
-        ({"target": 0, "baseline": [1.0] * 2}, r"`baseline` must be .* \(5, 7, 3\)"),
-    ],
-)
-def test_invalid_arguments(options, message, x):
-    with pytest.raises(ValueError, match=message):
-        integrated_gradients(classifier(make("LSTM")), x, **options)
+@pytest.mark.parametrize("shape", [(), (BATCH, TIME, FEATURES), (2, 1, TIME, FEATURES)])
+def test_occlusion_matches_predictions(shape, x, rng):
+    model = classifier(make("LSTM"))
+    baseline = rng.normal(size=shape)
+    options = {"target": 1, "method": "occlusion", "keep": 0, "batch_size": 100}
+    found = attribute(model, x, baseline=baseline, **options)
+    starts = np.broadcast_to(baseline, (2, *x.shape))
+    before = model.predict(x, verbose=0)[:, 1]
+    for t, k in [(0, 1), (3, 2), (6, 1)]:
+        change = 0
+        for start in starts:
+            changed = x.copy()
+            changed[:, t, k] = start[:, t, k]
+            change += (before - model.predict(changed, verbose=0)[:, 1]) / 2
+        np.testing.assert_allclose(found.scores[:, t, k], change, atol=1e-6)
+    np.testing.assert_array_equal(found.scores[..., 0], 0)
+    np.testing.assert_array_equal(found.n_steps, 0)
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-def test_saturated_models_get_more_points(fixed, rng):
+@pytest.mark.parametrize("wrt", ["inputs", "lstm"])
+def test_saturated_models_get_more_points(fixed, wrt, draw):
     """Gates that switch within a small part of the path."""
-    layer = make("LSTM", stateful=fixed)
+    layer = make("LSTM", stateful=fixed, name="lstm")
     layer.set_weights([6 * weight for weight in layer.get_weights()])
     model = classifier(layer, batch_size=BATCH if fixed else None)
-    x = rng.normal(size=(BATCH, TIME, FEATURES)).astype("float32")
+    x = draw(BATCH, TIME, FEATURES)
     options = {"target": 1, "baseline": 0.3, "batch_size": 32, "max_steps": 512}
-    found = integrated_gradients(model, x, n_steps=4, **options)
-    at_x, at_start = (
-        ops.convert_to_numpy(model(v))[:, 1] for v in (x, np.full_like(x, 0.3))
-    )
+    options |= {"wrt": wrt}
+    found = attribute(model, x, n_steps=4, **options)
+    at_x, at_start = (output(model, v)[:, 1] for v in (x, np.full_like(x, 0.3)))
     if not fixed:
         np.testing.assert_allclose(found.difference, at_x - at_start, atol=1e-5)
     error = np.abs(found.scores.sum((1, 2)) - found.difference)
@@ -222,15 +167,243 @@ def test_saturated_models_get_more_points(fixed, rng):
     assert (found.error <= 0.01 * np.abs(found.difference) + 1e-3).all()
     assert found.n_steps.max() > 4
     with pytest.warns(UserWarning, match="of 5 samples do not add up .* max_steps=4"):
-        integrated_gradients(model, x, n_steps=2, **options | {"max_steps": 4})
+        attribute(model, x, n_steps=2, **options | {"max_steps": 4})
+    if fixed:
+        few = attribute(model, x[:3], n_steps=4, **options)
+        assert few.scores.shape == (3, TIME, FEATURES)
 
 
-def test_attribution_of_both_directions_and_batches(x):
-    both = keras.layers.Bidirectional(make("ScratchLSTM"))
-    model = classifier(both)
-    found = integrated_gradients(model, x, target=0, batch_size=7)
-    at_x, at_zero = (ops.convert_to_numpy(model(v))[:, 0] for v in (x, 0 * x))
-    np.testing.assert_allclose(found.scores.sum((1, 2)), at_x - at_zero, atol=1e-4)
-    batches = iter([(x[:3],), (x[3:],)])
-    other = integrated_gradients(model, batches, target=0, batches=None)
+def test_new_weights_give_new_scores(x):
+    model = classifier(make("ScratchLSTM"))
+    attribute(model, x, target=0)
+    model.set_weights([2 * weight for weight in model.get_weights()])
+    found = attribute(model, x, target=0)
+    difference = (output(model, x) - output(model, 0 * x))[:, 0]
+    np.testing.assert_allclose(found.difference, difference, atol=1e-5)
+    np.testing.assert_allclose(found.scores.sum((1, 2)), difference, atol=2e-3)
+
+
+@BOTH
+@pytest.mark.parametrize("method", ["integrated_gradients", "occlusion"])
+@pytest.mark.parametrize("wrt", ["inputs", "lstm"])
+def test_masked_time_steps_score_zero(kind, method, wrt, x):
+    """A mask stays as it is along the path, also where the baseline is the mask."""
+    layers = classifier(make(kind, name="lstm")).layers
+    masking = keras.layers.Masking()
+    model = keras.Sequential([keras.Input((None, FEATURES)), masking, *layers])
+    x[:, 4:] = 0
+    for baseline in (0.0, 0.7):
+        options = {"target": 1, "baseline": baseline, "method": method, "wrt": wrt}
+        found = attribute(model, x, **options)
+        plain = keras.Sequential([keras.Input((None, FEATURES)), *layers])
+        short = attribute(plain, x[:, :4].copy(), **options)
+        np.testing.assert_allclose(found.scores[:, :4], short.scores, atol=1e-5)
+        np.testing.assert_allclose(found.scores[:, 4:], 0, atol=1e-6)
+        np.testing.assert_allclose(found.difference, short.difference, atol=1e-5)
+
+
+def test_explicit_mask(x):
+    mask = np.arange(TIME) < np.array([[4], [7], [1], [5], [7]])
+    model = with_mask(make("ScratchLSTM"))
+    found = attribute(model, [x, mask], target=1, baseline=0.3)
+    assert not found.scores[~mask].any()
+    difference = output(model, [x, mask]) - output(model, [0 * x + 0.3, mask])
+    np.testing.assert_allclose(found.scores.sum((1, 2)), difference[:, 1], atol=1e-4)
+
+
+def test_several_inputs(two_headed, several, x):
+    options = {"target": "mean", "keep": {"static": "t"}}
+    names = {"series": SEVERAL["names"], "static": SEVERAL["statics"]}
+    options |= {"baseline": {"static": [1.0, 5.0]}, "feature_names": names}
+    found = attribute(two_headed, several, **options)
+    series, static = found.scores["series"], found.scores["static"]
+    assert set(found.scores) == {"series", "static"}  # the others have no gradient
+    np.testing.assert_array_equal(static[:, 1], 0)
+    assert not series[1, 4:].any()
+    base = dict(several, series=0 * several["series"], static=several["static"].copy())
+    base["static"][:, 0] = 1
+    difference = (heads(two_headed, several)[0] - heads(two_headed, base)[0])[:, 0]
+    np.testing.assert_allclose(found.difference, difference, atol=1e-5)
+    np.testing.assert_allclose(
+        series.sum((1, 2)) + static.sum(1), difference, atol=1e-3
+    )
+    assert {k: v.shape for k, v in found.by_feature().items()} == {
+        "series": (FEATURES,),
+        "static": (2,),
+    }
+    assert {k: v.shape for k, v in found.by_step().items()} == {"series": (TIME,)}
+
+
+def heads(model, inputs):
+    return [ops.convert_to_numpy(model(inputs)[k]) for k in ("mean", "quantiles")]
+
+
+@pytest.mark.parametrize(
+    ("target", "heads"),
+    [
+        ("mean", 0),
+        (("mean", 0), 0),
+        ("quantiles", [1, 2, 3]),
+        (("quantiles", slice(0, 2)), [1, 2]),
+        (("quantiles", -1), 3),
+        (lambda outputs: outputs["quantiles"][:, 2] - outputs["mean"][:, 0], None),
+    ],
+)
+def test_targets(target, heads, two_headed, several):
+    found = attribute(two_headed, several, target=target)
+    one = np.concatenate(
+        list(map(ops.convert_to_numpy, two_headed(several).values())), 1
+    )
+    expected = one[:, 3] - one[:, 0] if heads is None else one[:, heads]
+    np.testing.assert_allclose(found.output, expected, atol=1e-6)
+    assert found.difference.shape == found.error.shape == expected.shape
+    several_targets = expected.shape[1:]
+    assert found.scores["static"].shape == (BATCH, 2, *several_targets)
+    total = found.scores["series"].sum((1, 2)) + found.scores["static"].sum(1)
+    np.testing.assert_allclose(total, found.difference, atol=1e-3)
+    if several_targets:
+        alone = attribute(two_headed, several, target=("quantiles", 1))
+        np.testing.assert_allclose(
+            found.scores["series"][..., 1], alone.scores["series"], atol=1e-4
+        )
+
+
+def test_outputs_by_name_of_a_model_with_a_list_of_outputs(two_headed, several):
+    found = attribute(two_headed, several, target="mean").scores
+    model = keras.Model(two_headed.inputs, list(two_headed.output.values()))
+    as_list = [several[tensor.name] for tensor in model.inputs]
+    other = attribute(model, as_list, target=("mean", 0)).scores
+    for name in found:
+        np.testing.assert_allclose(other[name], found[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("mask_zero", [False, True])
+def test_tokens_have_the_scores_of_their_embeddings(mask_zero, rng):
+    model = sequential(make("ScratchLSTM"), mask_zero=mask_zero)
+    tokens = rng.integers(1, 9, (BATCH, TIME))
+    tokens[:, 5:] = 0
+    found = attribute(model, tokens, target=1)
+    np.testing.assert_allclose(found.inputs, embed(tokens, model), atol=1e-6)
+    assert found.scores.shape == (BATCH, TIME, FEATURES)
+    assert mask_zero != found.scores[:, 5:].any()
+    if not mask_zero:
+        layers = keras.Sequential([keras.Input((TIME, FEATURES)), *model.layers[1:]])
+        expected = attribute(layers, embed(tokens, model), target=1)
+        np.testing.assert_allclose(found.scores, expected.scores, atol=1e-6)
+    with pytest.raises(ValueError, match=r"`wrt` must be an LSTM .*: 'scratch"):
+        attribute(model, tokens, target=1, wrt="inputs")
+
+
+def test_both_directions_and_datasets(x):
+    model = classifier(keras.layers.Bidirectional(make("ScratchLSTM")))
+    found = attribute(model, x, target=0, batch_size=7)
+    layer = attribute(model, x, target=0, wrt=0)
+    np.testing.assert_allclose(layer.scores, found.scores, atol=1e-5)
+    other = attribute(model, iter([(x[:3],), (x[3:],)]), target=0, batches=None)
     np.testing.assert_allclose(other.scores, found.scores, rtol=1e-4, atol=1e-6)
+
+
+def test_batches_of_different_lengths(x):
+    layers = [keras.Input((None, FEATURES)), *classifier(make("LSTM")).layers]
+    model = keras.Sequential(layers)
+    found = attribute(model, x[:2, :4], target=0)
+    both = attribute(model, iter([(x[2:],), (x[:2, :4],)]), target=0, batches=None)
+    np.testing.assert_allclose(both.scores[3:, :4], found.scores, atol=1e-6)
+    assert both.scores.shape == x.shape
+    assert not both.scores[3:, 4:].any()
+
+
+def test_baseline_may_be_a_tensor(x, rng):
+    model = classifier(make("LSTM"))
+    baseline = rng.normal(size=FEATURES).astype("float32")
+    expected = attribute(model, x, target=1, baseline=baseline).scores
+    scores = attribute(model, x, target=1, baseline=tensor(baseline)).scores
+    np.testing.assert_array_equal(scores, expected)
+
+
+@pytest.mark.one_backend
+def test_tables(x, two_headed, several):
+    pytest.importorskip("pandas")
+    model = classifier(make("LSTM"))
+    names = SEVERAL["names"]
+    found = attribute(model, x, target=0, feature_names=names)
+    table = found.to_dataframe()
+    assert list(table.columns) == ["sample", "step", "feature", "score"]
+    row = table.query("sample == 2 and step == 3 and feature == 'b'")
+    assert row.score.item() == found.scores[2, 3, 1]
+    by_feature = table.groupby(["sample", "feature"]).score.sum().abs()
+    by_feature = by_feature.groupby("feature").mean()
+    np.testing.assert_allclose(found.by_feature(), by_feature, rtol=1e-5)
+    by_step = table.groupby(["sample", "step"]).score.sum().abs()
+    np.testing.assert_allclose(
+        found.by_step(), by_step.groupby("step").mean(), rtol=1e-5
+    )
+    found = attribute(two_headed, several, target="quantiles")
+    table = found.to_dataframe()
+    assert {"input", "sample", "step", "feature", "target", "score"} == set(table)
+    static = table.query("input == 'static'")
+    assert static.step.isna().all()
+    row = static.query("sample == 1 and feature == 'static 1' and target == 2")
+    assert row.score.item() == found.scores["static"][1, 1, 2]
+    assert found.by_step()["series"].shape == (TIME, 3)
+
+
+@pytest.mark.one_backend
+def test_explanation_of_shap(x):
+    pytest.importorskip("shap", reason="shap is not installed")
+    found = attribute(
+        classifier(make("LSTM")), x, target=0, feature_names=SEVERAL["names"]
+    )
+    explanation = found.to_shap()
+    assert explanation.feature_names[4] == "b[1]"
+    np.testing.assert_array_equal(explanation.values[:, 4], found.scores[:, 1, 1])
+    np.testing.assert_array_equal(explanation.data[:, 4], x[:, 1, 1])
+    total = explanation.base_values + explanation.values.sum(axis=1)
+    np.testing.assert_allclose(total, found.output, atol=1e-3)
+
+
+@pytest.mark.one_backend
+def test_missing_shap(x, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shap", None)
+    found = attribute(classifier(make("LSTM")), x, target=0)
+    with pytest.raises(ImportError, match="`to_shap` needs shap: run `pip install"):
+        found.to_shap()
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": 3}, r"`target` must be an index .* one sample's .* \(3,\)"),
+        ({"target": (0, 1)}, "`target` must be an index"),
+        ({"target": True}, "`target` must be an index .* Received: target=True"),
+        ({"target": "mean"}, "`target` must be an index .* Received: target='mean'"),
+        ({"target": slice(3, 9)}, "`target` must be .* selects some of 3"),
+        ({"target": lambda y: 1.0}, "`target` must be a function that returns a tens"),
+        ({"n_steps": 0}, "`n_steps` must be a positive integer"),
+        ({"method": "saliency"}, "`method` must be one of 'integrated_gradients', "),
+        ({"baseline": [1.0] * 2}, r"`baseline` must be .* \(5, 7, 3\)"),
+        ({"baseline": np.nan}, "`baseline` must be a finite number"),
+        ({"keep": "a"}, "`keep` must be .* selects some of 3"),
+        ({"keep": {"x": 0}}, "`keep` must be a dict of input name"),
+        ({"feature_names": ["a"]}, "`feature_names` must be a list of 3 names"),
+        ({"wrt": "dense"}, "`wrt` must be the name or index of an LSTM .* `wrt=` to"),
+    ],
+)
+def test_invalid_arguments(options, message, x):
+    with pytest.raises(ValueError, match=message):
+        attribute(classifier(make("LSTM")), x, **{"target": 0} | options)
+
+
+@pytest.mark.one_backend
+def test_inputs_must_be_finite(x, two_headed, several):
+    x[0, 2] = np.nan
+    for wrt in ("inputs", 0):
+        with pytest.raises(
+            ValueError, match=r"`inputs` must be finite\. Received: NaN"
+        ):
+            attribute(classifier(make("LSTM")), x, target=0, wrt=wrt)
+    with pytest.raises(ValueError, match=r"`baseline` must be a dict .* 'series', 'st"):
+        attribute(two_headed, several, target="mean", baseline=[1.0, 2.0])
+    with pytest.raises(ValueError, match="`target` must be a name of 'mean', 'quant"):
+        attribute(two_headed, several, target=0)

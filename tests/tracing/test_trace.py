@@ -74,15 +74,18 @@ def test_correlate_matches_numpy(masked, array, rng):
         "per time step": np.arange(50),
         "constant": np.full(50, 0.1),
         "list": [float(t % 7) for t in range(50)],
+        "missing": np.where(rng.random(shape[:2]) < 0.2, np.nan, np.arange(50.0)),
     }
     trace = GateTrace(**arrays, mask=mask if masked else None)
     correlations = trace.correlate(features, *([] if array == "c" else [array]))
     assert list(correlations) == list(features)
     for name, feature in features.items():
-        feature = np.broadcast_to(feature, shape[:2])[mask].astype("float64")
+        feature = np.broadcast_to(feature, shape[:2]).astype("float64")
+        known = mask & ~np.isnan(feature)
+        feature = feature[known]
         expected = np.full(4, np.nan)
         for unit in range(0 if name == "constant" else 3):
-            values = arrays[array][..., unit][mask].astype("float64")
+            values = arrays[array][..., unit][known].astype("float64")
             expected[unit] = np.corrcoef(feature, values)[0, 1]
         np.testing.assert_allclose(correlations[name], expected, rtol=1e-9, atol=1e-12)
 
@@ -92,6 +95,7 @@ def test_correlate_matches_numpy(masked, array, rng):
     [
         ({"a": np.zeros(4)}, "c", r"`features\['a'\]` must be .* \(3,\) or \(2, 3"),
         ({"a": ["x", "y", "z"]}, "c", "must be booleans or numbers .*dtype <U1"),
+        (np.zeros((2, 3)), "c", "`features` must be a dict .*=array of shape"),
         ({}, "g", "`array` must be one of 'i', 'f', 'o', 'c_tilde', 'c', 'h'"),
     ],
 )

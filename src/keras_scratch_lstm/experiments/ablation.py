@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,10 +22,12 @@ from keras_scratch_lstm.observing import models
 from keras_scratch_lstm.observing.call import map_with_masks, run
 from keras_scratch_lstm.observing.inputs import read
 from keras_scratch_lstm.observing.loop import ARRAYS, Map
-from keras_scratch_lstm.tracing.trace import import_pandas
+from keras_scratch_lstm.tracing.trace import import_optional
 
 if TYPE_CHECKING:
     import pandas
+
+_GROUPS = 20  # of samples, whose losses give the standard error
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +41,9 @@ class Ablation:
         array: Array of strings, the ablated gate or state of each row.
         unit: Array of integers, the ablated unit of each row.
         loss: Array of floats, the loss under each ablation.
+        error: Array of floats, the standard error of each `change`: how far it may be
+            off with other samples. It is the spread over 20 groups of consecutive
+            samples, or over all samples if there are fewer; NaN for one sample.
     """
 
     baseline: float
@@ -45,6 +51,7 @@ class Ablation:
     array: np.ndarray
     unit: np.ndarray
     loss: np.ndarray
+    error: np.ndarray
 
     @property
     def change(self) -> np.ndarray:
@@ -53,8 +60,9 @@ class Ablation:
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """Convert the table to a pandas `DataFrame`."""
-        names = "layer", "array", "unit", "loss", "change"
-        return import_pandas().DataFrame({name: getattr(self, name) for name in names})
+        names = "layer", "array", "unit", "loss", "change", "error"
+        pd = import_optional("pandas", "to_dataframe")
+        return pd.DataFrame({name: getattr(self, name) for name in names})
 
 
 def ablate_units(
@@ -133,12 +141,15 @@ def ablate_units(
     targets = concatenate([to_targets(batch.targets) for batch in data])
     record = names if method == "mean" else ()
     found = [run(model, batch, lstms, None, record, call_index) for batch in data]
-    (baseline,) = _losses(loss, targets, [[outputs] for outputs, _ in found])
+    samples = sum(batch.samples for batch in data)
+    ((baseline, *spread),) = _losses(
+        loss, targets, [[outputs] for outputs, _ in found], samples
+    )
     values = _means([arrays for _, arrays in found], lstms, record)
     group = 1
     if not data[0].is_fixed:
         group = max(1, batch_size // max(batch.samples for batch in data))
-    results: list[float] = []
+    results: list[list[float]] = []
     progress = keras.utils.Progbar(len(rows), verbose=verbose, unit_name="unit")
     try:
         for start in range(0, len(rows), group):
@@ -150,7 +161,7 @@ def ablate_units(
                 _run(model, batch, lstms, maps, len(several + fill), call_index)
                 for batch in data
             ]
-            results += _losses(loss, targets, outputs)[: len(several)]
+            results += _losses(loss, targets, outputs, samples)[: len(several)]
             progress.update(len(results))
     except KeyboardInterrupt:
         pass
@@ -160,7 +171,8 @@ def ablate_units(
         layer=np.array([lstm.name for lstm, _, _ in rows]),
         array=np.array([name for _, name, _ in rows]),
         unit=np.array([unit for _, _, unit in rows], int),
-        loss=np.array(results),
+        loss=np.array([result[0] for result in results]),
+        error=_standard_errors([result[1:] for result in results], spread),
     )
 
 
@@ -180,12 +192,34 @@ def _run(model, batch, lstms, maps, times, call_index):
     return [map_with_masks(functools.partial(part, k), outputs) for k in range(times)]
 
 
-def _losses(loss, targets, outputs):
-    """Return the loss of each repetition, over all batches."""
-    results = [
-        loss(targets, concatenate(parts)) for parts in zip(*outputs, strict=True)
-    ]
-    return [float(ops.convert_to_numpy(result)) for result in results]
+def _losses(loss, targets, outputs, samples):
+    """Return the loss of each repetition over all batches, and those of groups."""
+    results, bounds = [], np.linspace(0, samples, min(samples, _GROUPS) + 1).astype(int)
+    for parts in zip(*outputs, strict=True):
+        together = concatenate(parts)
+        values = [loss(targets, together)]
+        flat = keras.tree.flatten([targets, together])
+        # Of a `time_major` model, the first axis is not that of the samples.
+        if all(tuple(x.shape)[:1] == (samples,) for x in flat):
+            for start, stop in itertools.pairwise(bounds):
+                take = functools.partial(_rows, start, stop)
+                some = keras.tree.map_structure(take, targets)
+                values.append(loss(some, map_with_masks(take, together)))
+        results.append([float(ops.convert_to_numpy(value)) for value in values])
+    return results
+
+
+def _rows(start, stop, x):
+    return x[start:stop]
+
+
+def _standard_errors(losses, baseline):
+    """Return those of the changes, from the losses of the same groups."""
+    groups = len(baseline)
+    if groups < 2:
+        return np.full(len(losses), np.nan)
+    changes = np.reshape(losses, (-1, groups)) - baseline
+    return changes.std(axis=1, ddof=1) / groups**0.5
 
 
 def _means(found, lstms, names):

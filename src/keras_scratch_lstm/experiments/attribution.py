@@ -1,80 +1,89 @@
-"""Integrated gradients: attribute an output to the inputs of an LSTM."""
+"""Attribute an output of a model to its inputs, or to those of an LSTM."""
 
+import contextlib
+import functools
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import keras
 import numpy as np
-from keras import ops
 
-from keras_scratch_lstm import _validation, recurrence
+from keras_scratch_lstm import _validation
+from keras_scratch_lstm.experiments.paths import Path, draw, is_float, quadrature
+from keras_scratch_lstm.experiments.scores import Attribution
 from keras_scratch_lstm.observing import models
-from keras_scratch_lstm.observing.call import run
 from keras_scratch_lstm.observing.inputs import read
-from keras_scratch_lstm.observing.loop import Map
 
-_ROUNDING = 1e-5  # the error that float32 allows, per sum of the absolute scores
-
-
-@dataclass(frozen=True, eq=False)
-class Attribution:
-    """The result of `integrated_gradients`.
-
-    Attributes:
-        scores: Array of shape `(batch, time, features)`.
-        difference: Array of shape `(batch,)`, the output minus that of the baseline.
-        error: Array of shape `(batch,)`, the absolute difference between the sum of
-            the scores and `difference`.
-        n_steps: Array of integers of shape `(batch,)`, the points of each path.
-    """
-
-    scores: np.ndarray
-    difference: np.ndarray
-    error: np.ndarray
-    n_steps: np.ndarray
+_METHODS = "integrated_gradients", "expected_gradients", "occlusion"
 
 
-def integrated_gradients(
+def attribute(
     model: Any,
     inputs: Any,
     *,
-    target: int | tuple[int, ...],
-    layer: Any = None,
+    target: int | slice | str | tuple[Any, ...] | Callable[[Any], Any],
+    method: Literal[
+        "integrated_gradients", "expected_gradients", "occlusion"
+    ] = "integrated_gradients",
     baseline: Any = 0.0,
+    keep: Any = None,
+    wrt: Any = None,
     n_steps: int = 16,
     tolerance: float = 0.01,
     max_steps: int = 256,
     call_index: int = 0,
     batch_size: int = 256,
     batches: int | None = 1,
+    feature_names: Any = None,
+    seed: int | None = None,
 ) -> Attribution:
-    """Attribute an output to the inputs of an LSTM by integrated gradients.
+    """Attribute an output to the inputs of a model, or to those of one of its LSTMs.
 
-    The scores of a sample add up to the difference between its output and the output
-    for the baseline. Sum over the last axis for one score per time step.
+    Each input value has a score: how much it moved the output from that of the
+    baseline. The scores of integrated and expected gradients add up to this
+    difference; those of occlusion are the changes when one value at a time is
+    replaced by the baseline. Gradients need the TensorFlow, JAX or PyTorch backend.
 
-    The model runs as in `run_with_edits`. Needs the TensorFlow, JAX or PyTorch
-    backend.
+    The model runs as in `run_with_edits`, and is compiled, so a second call with the
+    same shapes takes less time. Masked time steps stay masked; their scores are 0.
 
     Arguments that are not listed are those of `trace_gates`.
 
     Args:
-        target: Integer or tuple of integers, the index of the output to attribute, in
-            the output of one sample: `k` for outputs of shape `(batch, classes)`,
-            `(t, k)` for `(batch, time, classes)`.
-        layer: See `trace_gates`. A `Bidirectional` layer has one input.
-        baseline: Number, or array that broadcasts to the inputs of the LSTM, of shape
-            `(batch, time, features)`. Default: 0.
-        n_steps: Positive integer, the number of points of the path from the baseline
-            to the inputs, by Gauss-Legendre quadrature. Default: 16.
+        target: The output to attribute:
+
+            - an integer `k` for outputs of shape `(batch, classes)`, or a tuple
+              `(t, k)` for `(batch, time, classes)`;
+            - a slice, alone or in a tuple, for several at once;
+            - the name of an output of a model with several, or `(name, index)`;
+            - a function of the outputs that returns a tensor of shape `(batch,)`.
+        method: `"integrated_gradients"`; `"expected_gradients"`, which draws pairs of
+            a baseline and a point; or `"occlusion"`. Default:
+            `"integrated_gradients"`.
+        baseline: Number, or array of shape `(features,)`, `(time, features)` or
+            `(batch, time, features)`. With another first axis, there are several
+            baselines, over which the scores are averaged. For expected gradients,
+            `(n, time, features)` is always a set of `n`. For several inputs, a number
+            or a dict of input name -> baseline. Default: 0.
+        keep: Index, name or list of these: features that have their own values in the
+            baseline, such as the hour of the day. For several inputs, a dict.
+            Default: `None`.
+        wrt: `"inputs"`, all inputs of the model, or the name or index of an LSTM, or
+            the layer itself, for the inputs of this layer. Default: `None`, the
+            floating-point inputs of the model, or if all are integers, such as
+            tokens, the inputs of its LSTM.
+        n_steps: Positive integer, the number of points of a path from a baseline to
+            the inputs, by Gauss-Legendre quadrature. For expected gradients, the
+            number of draws. Default: 16.
         tolerance: Positive number, the error relative to the difference above which a
             sample is computed again with twice the points. Default: 0.01.
         max_steps: Positive integer, the most points. If the error of a sample is
             still larger then, there is a warning. Default: 256.
         batch_size: Positive integer, the number of samples to run at a time; each
-            point of a path is one. Models with a fixed batch size or a `time_major`
-            layer run one point at a time. Default: 256.
+            point of a path is one. Default: 256.
+        feature_names: List of strings, or a dict of these for several inputs.
+        seed: Integer, for the draws of expected gradients. Default: `None`.
 
     Returns:
         An `Attribution`.
@@ -82,160 +91,162 @@ def integrated_gradients(
     Example:
 
     >>> import numpy as np, keras
-    >>> from keras_scratch_lstm import integrated_gradients
+    >>> from keras_scratch_lstm import attribute
     >>> model = keras.Sequential(
     ...     [keras.Input((10, 8)), keras.layers.LSTM(4), keras.layers.Dense(3)]
     ... )
-    >>> attribution = integrated_gradients(model, np.ones((1, 10, 8)), target=2)
-    >>> attribution.scores.sum(axis=-1).shape
-    (1, 10)
+    >>> attribution = attribute(model, np.ones((1, 10, 8)), target=2, keep=[0, 1])
+    >>> attribution.by_feature().shape
+    (8,)
 
     References:
 
-    - [Sundararajan, Taly and Yan, 2017](https://arxiv.org/abs/1703.01365)
+    - Integrated gradients:
+      [Sundararajan, Taly and Yan, 2017](https://arxiv.org/abs/1703.01365)
+    - Expected gradients: [Erion et al., 2021](https://arxiv.org/abs/1906.10670)
     """
     n_steps = _validation.positive_integer("n_steps", n_steps)
     max_steps = _validation.positive_integer("max_steps", max_steps)
     tolerance = _validation.positive_number("tolerance", tolerance)
-    model, lstms = models.select(model, layer)
+    if method not in _METHODS:
+        raise _validation.invalid("method", method, f"one of {str(_METHODS)[1:-1]}")
+    model = models.load(model)
     data = list(read(model, inputs, batch_size=batch_size, batches=batches))
+    lstms = _lstms(model, wrt, data[0].inputs)
     samples, start, parts = sum(batch.samples for batch in data), 0, []
+    is_random = method == "expected_gradients"
+    if is_random and seed is None:
+        seed = np.random.SeedSequence().entropy
+    rule = functools.partial(draw, seed) if is_random else quadrature
+    rule = functools.cache(functools.partial(rule, samples))
     for batch in data:
-        path = _Path(model, lstms, batch, target, call_index)
-        path.start_from(baseline, start, samples)
-        bounds = n_steps, max(n_steps, max_steps)
-        parts.append(path.integrate(*bounds, tolerance, batch_size))
+        path = Path(model, batch, lstms, target, call_index, batch_size)
+        options = _Options(path.x, bool(lstms), feature_names, keep)
+        starts = options.baselines(baseline, samples, is_random)
+        path.start_from(starts, options.kept, start)
+        if method == "occlusion":
+            *found, is_complete = path.occlude()
+        else:
+            limits = n_steps, max(n_steps, max_steps), tolerance
+            *found, is_complete = path.integrate(*limits, rule, is_random)
+        parts.append((*path.finish(*found), path.crop(is_complete)))
         start += batch.samples
-    *fields, is_complete = (np.concatenate(one) for one in zip(*parts, strict=True))
-    if not is_complete.all():
+    scores, inputs, arrays, complete = zip(*parts, strict=True)
+    count = np.count_nonzero(~np.concatenate(complete))
+    if count:
         warnings.warn(
-            f"The scores of {np.count_nonzero(~is_complete)} of {samples} samples do "
-            f"not add up to the difference of the outputs within tolerance={tolerance} "
-            f"at max_steps={max_steps}; see `error`. Increase one of the two.",
+            f"The scores of {count} of {samples} samples do not add up to the "
+            f"difference of the outputs within tolerance={tolerance} at "
+            f"max_steps={max_steps}; see `error`. Increase one of the two.",
             stacklevel=2,
         )
-    return Attribution(*fields)
-
-
-class _Path:
-    """The straight path from the baseline to the inputs of the LSTM, of one batch."""
-
-    def __init__(self, model, lstms, batch, target, call_index):
-        # The padding of a fixed batch size stays, so that shapes do not change.
-        self.batch = batch._replace(samples=batch.samples + batch.padding, padding=0)
-        self.model, self.lstms, self.crop = model, lstms, batch.crop
-        self.target, self.call_index = target, call_index
-        self.samples = np.arange(self.batch.samples)
-        outputs, found = run(model, self.batch, lstms, None, ("x",), call_index)
-        x = found[lstms[0]]["x"]
-        # A model that folds an axis into the batch has several rows per sample.
-        self.x = x.reshape(len(self.samples), -1, *x.shape[1:])
-        self.output = _pick(outputs, target)
-
-    def start_from(self, baseline, start, samples):
-        """Set the baseline, of which this batch takes the part from `start`."""
-        rows, *shape = self.x.shape[1:]
-        whole = samples * rows, *shape
-        try:
-            value = _validation.to_numpy(baseline)
-            if value.dtype.kind not in "biuf":
-                raise ValueError
-            value = np.broadcast_to(value.astype(self.x.dtype), whole)
-        except (TypeError, ValueError):
-            rule = f"a number or an array that broadcasts to {whole}"
-            raise _validation.invalid("baseline", baseline, rule) from None
-        value = value.reshape(samples, rows, *shape)
-        value = value[np.minimum(start + self.samples, samples - 1)]
-        self.change = self.x - value
-        output = self._outputs(self.samples, self._points(self.samples, 0.0))
-        difference = ops.convert_to_numpy(self.output - output)
-        self.difference = difference.astype("float64")
-
-    def integrate(self, n_steps, max_steps, tolerance, batch_size):
-        """Return the fields of an `Attribution`, and which samples are complete."""
-        # All runs have the same size, and so need one compilation.
-        size = min(batch_size, len(self.samples) * n_steps)
-        scores, used = np.zeros(self.x.shape), np.zeros(len(self.samples), int)
-        axes, samples = tuple(range(1, scores.ndim)), self.samples
-        while samples.size and n_steps <= max_steps:
-            mean = self._mean_gradient(samples, n_steps, size)
-            scores[samples], used[samples] = self.change[samples] * mean, n_steps
-            error = np.abs(scores.sum(axes) - self.difference)
-            allowed = tolerance * np.abs(self.difference)
-            allowed += _ROUNDING * np.abs(scores).sum(axes)
-            samples, n_steps = np.flatnonzero(error > allowed), 2 * n_steps
-        scores = scores.reshape(-1, *scores.shape[2:]).astype(self.x.dtype)
-        fields = scores, self.difference, error, used, error <= allowed
-        return [self.crop(field) for field in fields]
-
-    def _mean_gradient(self, samples, n_steps, size):
-        """Return the mean gradient over the path, for each of the samples."""
-        # Nodes and weights on the interval from -1 to 1.
-        nodes, weights = np.polynomial.legendre.leggauss(n_steps)
-        alphas, weights = (1 + nodes) / 2, weights / 2
-        if self.batch.is_fixed:
-            gradients = [self._gradient(self.samples, alpha) for alpha in alphas]
-            return np.tensordot(weights, gradients, 1)[samples]
-        rows = np.arange(len(samples)).repeat(n_steps)
-        steps = np.tile(np.arange(n_steps), len(samples))
-        mean = np.zeros((len(samples), *self.x.shape[1:]))
-        for start in range(0, len(rows), size):
-            part = np.arange(start, start + size)
-            weight = weights[steps[part % len(rows)]] * (part < len(rows))
-            part %= len(rows)  # fills the last part
-            gradient = self._gradient(samples[rows[part]], alphas[steps[part]])
-            np.add.at(mean, rows[part], _column(weight, gradient) * gradient)
-        return mean
-
-    def _gradient(self, samples, alphas):
-        """Return the gradient of the outputs at points of the paths of samples."""
-
-        def output_of(tensors):
-            return ops.sum(self._outputs(samples, tensors[0]))
-
-        points = self._points(samples, alphas)
-        (gradient,) = recurrence.gradient(output_of, [points])
-        return ops.convert_to_numpy(gradient).reshape(-1, *self.x.shape[1:])
-
-    def _points(self, samples, alphas):
-        change = self.change[samples]
-        points = self.x[samples] - _column(1 - np.asarray(alphas), change) * change
-        return points.reshape(-1, *self.x.shape[2:]).astype(self.x.dtype)
-
-    def _outputs(self, samples, points):
-        """Return the target for other inputs of the LSTM."""
-        batch = self.batch
-        if samples is not self.samples:
-
-            def take(x):
-                return ops.take(ops.convert_to_tensor(x), samples, axis=0)
-
-            inputs = keras.tree.map_structure(take, batch.inputs)
-            batch = batch._replace(inputs=inputs, samples=len(samples))
-
-        def maps(lstm, shapes, mask):
-            return {"x": Map(0.0, points)}
-
-        args = self.model, batch, self.lstms, maps, (), self.call_index
-        return _pick(run(*args)[0], self.target)
-
-
-def _column(values, like):
-    """Return values per sample that broadcast along the other axes."""
-    return np.reshape(values, (-1, *[1] * (like.ndim - 1)))
-
-
-def _pick(outputs, target):
-    """Return one output per sample."""
-    index = target if isinstance(target, tuple) else (target,)
-    shape = tuple(getattr(outputs, "shape", ()))[1:]
-    is_valid = len(index) == len(shape) and all(
-        isinstance(k, (int, np.integer))
-        and not isinstance(k, bool)
-        and -size <= k < size
-        for k, size in zip(index, shape, strict=True)
+    difference, error, used, output = map(np.concatenate, zip(*arrays, strict=True))
+    return Attribution(
+        _join(scores), difference, error, used, output, _join(inputs), feature_names
     )
-    if not is_valid:
-        rule = f"an index of one sample's output, of shape {shape}"
-        raise _validation.invalid("target", target, rule)
-    return outputs[(slice(None), *index)]
+
+
+def _lstms(model, wrt, inputs):
+    """Return the LSTMs whose inputs are attributed, or `[]` for those of the model."""
+    leaves = keras.tree.flatten(inputs)
+    has_floats = any(map(is_float, leaves)) and not getattr(model, "time_major", False)
+    if wrt is None:
+        wrt = "inputs" if has_floats else None
+    elif isinstance(wrt, str) and wrt == "inputs":
+        dtypes = [_validation.dtype_of(x) for x in leaves if not is_float(x)]
+        if not has_floats or set(dtypes) - {"bool"}:
+            layers = [repr(lstm.name) for lstm in models.find_all(model)]
+            raise ValueError(
+                "`wrt` must be an LSTM if the inputs are not all batch-major, floating-"
+                f"point numbers. Pass `wrt=` one of: {', '.join(layers)}. Received: "
+                f"wrt='inputs' with inputs of dtype {', '.join(dtypes) or 'float'}"
+            )
+    if isinstance(wrt, str) and wrt == "inputs":
+        models.check_built(model)
+        return []
+    return models.select(model, wrt, argument="wrt")[1]
+
+
+class _Options:
+    """The arguments that each input has of its own.
+
+    Args:
+        x: Dict of input name -> array of shape `(batch, …, features)`.
+        is_folded: Boolean, whether the second axis is part of the batch.
+    """
+
+    def __init__(self, x, is_folded, feature_names, keep):
+        self.x, self.is_folded, self.kept = x, is_folded, {}
+        names = self._by_input("feature_names", feature_names)
+        for name, kept in self._by_input("keep", keep).items():
+            size, known = (
+                x[name].shape[-1],
+                list(names[name] or range(x[name].shape[-1])),
+            )
+            if len(known) != size:
+                rule = f"a list of {size} names"
+                raise _validation.invalid("feature_names", feature_names, rule)
+            if isinstance(kept, str):
+                kept = [kept]
+            if isinstance(kept, Iterable):
+                kept = [known.index(k) if k in known else k for k in kept]
+            is_none = kept is None or kept == []
+            kept = [] if is_none else _validation.select("keep", kept, size)
+            self.kept[name] = np.array(kept, int)
+
+    def baselines(self, value, samples, is_set):
+        """Return a dict of arrays of shape `(n, samples, …)`."""
+        found = {}
+        for name, one in self._by_input("baseline", value, 0.0).items():
+            fold, *shape = self.x[name].shape[self.is_folded :]
+            whole = samples * (fold if self.is_folded else 1), *shape
+            try:
+                found[name] = self._spread(_validation.to_numpy(one), whole, is_set)
+            except (TypeError, ValueError):
+                rule = (
+                    f"a finite number, an array that broadcasts to {whole}, or several"
+                )
+                raise _validation.invalid("baseline", one, rule) from None
+            if self.is_folded:
+                n = len(found[name])
+                found[name] = found[name].reshape(n, samples, fold, *shape)
+        n = max(map(len, found.values()))
+        if {len(one) for one in found.values()} - {1, n}:
+            raise _validation.invalid("baseline", value, "as many for each input")
+        return {k: np.broadcast_to(v, (n, *v.shape[1:])) for k, v in found.items()}
+
+    def _spread(self, array, whole, is_set):
+        """Return one or more baselines, broadcast to `(n, *whole)`."""
+        if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+            raise ValueError
+        if array.ndim < len(whole) or not is_set:
+            with contextlib.suppress(ValueError):
+                return np.broadcast_to(array, whole)[None]
+        if array.ndim < 2:
+            raise ValueError
+        n, *shape = array.shape
+        shape = [1] * (len(whole) - len(shape)) + shape
+        return np.broadcast_to(array.reshape(n, *shape), (n, *whole))
+
+    def _by_input(self, argument, value, default=None):
+        """Return a dict of input name -> value."""
+        if isinstance(value, Mapping):
+            if set(value) <= set(self.x):
+                return {name: value.get(name, default) for name in self.x}
+        elif len(self.x) == 1 or value is None or np.ndim(value) == 0:
+            return dict.fromkeys(self.x, value)
+        rule = f"a dict of input name -> value, for {str(list(self.x))[1:-1]}"
+        raise _validation.invalid(argument, value, rule)
+
+
+def _join(parts):
+    """Concatenate dicts of arrays, padded to the same time; of one, the array."""
+    found = {}
+    for name in parts[0]:
+        arrays = [part[name] for part in parts]
+        time = max(x.shape[1] for x in arrays)
+        for k, x in enumerate(arrays):
+            width = [(0, 0), (0, time - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
+            arrays[k] = np.pad(x, width)
+        found[name] = np.concatenate(arrays)
+    return found if len(found) > 1 else found[name]

@@ -1,6 +1,7 @@
 """Outputs of experiments and their losses, with masks as in `fit`."""
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_scratch_lstm import _keras, _validation
@@ -56,6 +57,54 @@ def loss_function(loss, model):
 def _measure(metric, y_true, y_pred):
     metric.reset_state()
     return metric(y_true, y_pred)
+
+
+def pick(outputs, target, names=()):
+    """Return the values of a target, of shape `(batch,)`, or `(batch, n)` for several.
+
+    Args:
+        outputs: Nested outputs of a model.
+        target: See `attribute`.
+        names: Sequence of strings, the names of the outputs.
+    """
+    if callable(target):
+        values = target(outputs)
+        if len(getattr(values, "shape", ())) not in (1, 2):
+            rule = "a function that returns a tensor of shape (batch,) or (batch, n)"
+            raise _validation.invalid("target", target, rule)
+        return values
+    flat = keras.tree.flatten(outputs)
+    names = sorted(outputs) if isinstance(outputs, dict) else list(names)
+    index = target if isinstance(target, tuple) else (target,)
+    name = index[0] if index and isinstance(index[0], str) else None
+    if name in names and len(names) == len(flat):
+        flat, index = [flat[names.index(name)]], index[1:]
+        if len(index) == 1 and isinstance(index[0], tuple):
+            (index,) = index
+    shape = tuple(flat[0].shape[1:])
+    if name is not None and not index:  # all values of this output
+        index = tuple(0 if size == 1 else slice(None) for size in shape)
+    if len(flat) > 1:
+        rule = f"a name of {str(names)[1:-1]}, (name, index), or a function of these"
+        raise _validation.invalid("target", target, rule)
+    if not _is_index(index, shape):
+        rule = f"an index or a slice of one sample's output, of shape {shape}"
+        raise _validation.invalid("target", target, rule)
+    return flat[0][(slice(None), *index)]
+
+
+def _is_index(index, shape):
+    """Whether it selects one value, or those of one axis."""
+    if len(index) != len(shape) or sum(isinstance(k, slice) for k in index) > 1:
+        return False
+    for k, size in zip(index, shape, strict=True):
+        if isinstance(k, slice):
+            _validation.select("target", k, size)
+        else:
+            is_integer = isinstance(k, (int, np.integer)) and not isinstance(k, bool)
+            if not is_integer or not -size <= k < size:
+                return False
+    return True
 
 
 def to_targets(targets):

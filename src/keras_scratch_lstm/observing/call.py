@@ -85,6 +85,57 @@ def run(model, batch, lstms, maps=None, record=(), call_index=0, needs_outputs=T
     return map_with_masks(batch.crop, outputs), crop_arrays(batch, arrays)
 
 
+def evaluate(model, values, inputs, lstms=(), x=None, call_index=0):
+    """Run a model in inference mode, as a function of tensors that can be compiled.
+
+    Args:
+        model: A built model or layer.
+        values: List of tensors, those of `model.variables`.
+        inputs: Nested tensors, the inputs of the model.
+        lstms: List of recurrent layers to run on other inputs. Default: none.
+        x: Tensor of shape `(batch, time, features)`, these inputs.
+        call_index: Integer, which of the calls of each layer to change.
+
+    Returns:
+        Nested tensors, the outputs.
+    """
+    calls = collections.Counter()
+
+    def inner_loop(lstm, original, sequences, *args, **kwargs):
+        index = calls[lstm]
+        calls[lstm] += 1
+        if index == call_index:
+            sequences = ops.cast(x, sequences.dtype)
+        return original(sequences, *args, **kwargs)
+
+    with _frozen(model, values), contextlib.ExitStack() as stack:
+        for lstm in lstms:
+            # On a GPU, `Bidirectional` runs cuDNN instead of its layers if they allow.
+            method = functools.partial(inner_loop, lstm)
+            scope = replaced(lstm, "inner_loop", method, use_cudnn=False)
+            stack.enter_context(scope)
+        return _forward(model, inputs)(inputs, training=False)
+
+
+def masked_inputs(model, inputs):
+    """Return the inputs of each call of a `Masking` layer, and its `mask_value`."""
+    found = []
+
+    def call(layer, original, tensor):
+        found.append((ops.convert_to_numpy(tensor), layer.mask_value))
+        return original(tensor)
+
+    layers = _keras.all_layers(model)
+    layers = [layer for layer in layers if isinstance(layer, keras.layers.Masking)]
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            method = functools.partial(call, layer)
+            stack.enter_context(replaced(layer, "call", method))
+        if layers:
+            evaluate(model, values_of(model), inputs)
+    return found
+
+
 def crop_arrays(batch, arrays):
     """Remove the padding of a batch from arrays of layers: dicts by layer and name."""
     return {
@@ -192,12 +243,17 @@ def _keep_errors(errors):
         raise
 
 
+def values_of(model):
+    """Return the values of the variables; on torch, without their gradients."""
+    return [ops.stop_gradient(v.value) for v in model.variables]
+
+
 @contextlib.contextmanager
-def _frozen(model):
+def _frozen(model, values=None):
     """Discard updates of states; on torch, also the gradients of variables."""
-    values = [(v, ops.stop_gradient(v.value)) for v in model.variables]
+    values = values_of(model) if values is None else values
     try:
-        with keras.StatelessScope(values):
+        with keras.StatelessScope(list(zip(model.variables, values, strict=True))):
             yield
     except BaseException:
         # The cells keep the dropout masks of a call that ends in an error.

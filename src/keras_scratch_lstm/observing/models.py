@@ -45,26 +45,32 @@ def directions_of(layer):
     return [layer]
 
 
-def select(model, layer=None, simple_rnn=False):
+def select(model, layer=None, simple_rnn=False, argument="layer"):
     """Load a model, and find what the argument `layer` of `trace_gates` selects.
 
     Args:
         model: A model, a layer, or a path.
         layer: See `trace_gates`.
         simple_rnn: Boolean, whether `layer` may select a `SimpleRNN`.
+        argument: String, the name of the argument for errors.
 
     Returns:
         `(model, lstms)`: one LSTM, or both of a `Bidirectional` layer.
     """
     model = load(model)
     lstms = _find_simple_rnn(model, layer) if simple_rnn else []
-    lstms = lstms or find(model, layer)
-    if not all(layer.built for layer in (model, *(lstm.cell for lstm in lstms))):
+    lstms = lstms or find(model, layer, argument)
+    check_built(model, *(lstm.cell for lstm in lstms))
+    return model, lstms
+
+
+def check_built(model, *layers):
+    """Raise an error if the model or one of the layers is not built."""
+    if not all(layer.built for layer in (model, *layers)):
         raise ValueError(
             f"`model` must be built. Received: {model.name!r}. Call it once on data, "
             "or add `keras.Input`."
         )
-    return model, lstms
 
 
 def select_one(model, layer=None):
@@ -79,7 +85,7 @@ def select_one(model, layer=None):
     return model, lstms[0]
 
 
-def find(model, layer=None):
+def find(model, layer=None, argument="layer"):
     """Return the LSTMs of a model that `layer` selects."""
     found = find_all(model)
     if not found:
@@ -93,23 +99,24 @@ def find(model, layer=None):
     selected = _select(layer, found, choices)
     if len(selected) > 1:
         raise ValueError(
-            f"`layer` must be the layer itself, since {len(selected)} LSTMs of "
-            f"{model.name!r} have the same name. Received: layer={layer!r}"
+            f"`{argument}` must be the layer itself, since {len(selected)} LSTMs of "
+            f"{model.name!r} have the same name. Received: {argument}={layer!r}"
         )
     if not selected:
         names = [repr(one.name) for one in found[:8]] + ["…"] * (len(found) > 8)
+        received = getattr(layer, "name", repr(layer)[:40])
         raise ValueError(
-            f"`layer` must be the name or index of an LSTM of {model.name!r}, or the "
-            f"layer itself. Pass `layer=` to choose one of: {', '.join(names)}. "
-            f"Received: layer={getattr(layer, 'name', repr(layer)[:40])}"
+            f"`{argument}` must be the name or index of an LSTM of {model.name!r}, or "
+            f"the layer itself. Pass `{argument}=` to choose one of: "
+            f"{', '.join(names)}. Received: {argument}={received}"
         )
     lstms = choices[selected[0]]
     for lstm in lstms:
         cell = type(lstm.cell)
         if cell is not keras.layers.LSTMCell and not issubclass(cell, ScratchLSTMCell):
             raise ValueError(
-                "`layer` must have a `ScratchLSTMCell` (or a subclass) or a plain "
-                "`keras.layers.LSTMCell`, whose gates are known. Received: "
+                f"`{argument}` must have a `ScratchLSTMCell` (or a subclass) or a "
+                "plain `keras.layers.LSTMCell`, whose gates are known. Received: "
                 f"{lstm.name!r} with a {cell.__name__!r}"
             )
     return lstms

@@ -43,7 +43,7 @@ def plot_attribution(
 
     Args:
         scores: Array of shape `(time,)`, such as one sample's scores of
-            `integrated_gradients`, summed over the features, for colored tokens.
+            `attribute`, summed over the features, for colored tokens.
             Or of shape `(time, features)` for a heat map. Or of shape
             `(batch, time, features)` for that of the mean absolute scores.
         tokens: See `plot_gates`.
@@ -157,7 +157,7 @@ def plot_ablation(
     ax: Axes | None = None,
     path: Path | None = None,
 ) -> Figure:
-    """Plot the ablations that change the loss most, as bars.
+    """Plot the ablations that change the loss most, as bars with standard errors.
 
     Args:
         ablation: Result of `ablate_units`.
@@ -172,7 +172,8 @@ def plot_ablation(
         pairs = zip(ablation.layer[rows], labels, strict=True)
         labels = [f"{layer}: {label}" for layer, label in pairs]
     ax = new_axes(0.8 + 0.2 * len(rows), ax)
-    ax.barh(labels, ablation.change[rows], color=STYLES["f"]["color"])
+    style = {"color": STYLES["f"]["color"], "ecolor": "0.4", "capsize": 2}
+    ax.barh(labels, ablation.change[rows], xerr=ablation.error[rows], **style)
     ax.invert_yaxis()
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_xlabel(f"change of the loss (baseline: {ablation.baseline:.3g})")

@@ -1,6 +1,6 @@
 """Plots of the gates and states of a trace."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,8 @@ def plot_gates(
     positions = time_positions(times, trace.i.shape[:2], sample)
     x = positions[steps]
     units = _validation.select("units", units, trace.i.shape[-1])
+    if isinstance(arrays, str) or not isinstance(arrays, Iterable):
+        raise _validation.invalid("arrays", arrays, "a list of gates and states")
     names = [check_array(name) for name in arrays]
     groups = [[name for name in names if (name in GATES) == k] for k in (True, False)]
     panels = [(unit, group) for unit in units for group in groups if group]

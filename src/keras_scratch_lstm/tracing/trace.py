@@ -1,5 +1,6 @@
 """`GateTrace` and `Gradients`: arrays of an LSTM at every time step."""
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -9,6 +10,7 @@ import numpy as np
 from keras_scratch_lstm import _types, _validation
 from keras_scratch_lstm.observing.loop import ARRAYS
 from keras_scratch_lstm.tracing import files, html
+from keras_scratch_lstm.tracing.correlation import correlations
 from keras_scratch_lstm.tracing.tokens import tokens_per_sample
 
 if TYPE_CHECKING:
@@ -24,15 +26,14 @@ def check_array(array):
     return array
 
 
-def import_pandas():
-    """Import pandas, which is an optional dependency."""
+def import_optional(name, method):
+    """Import a package that only one method needs."""
     try:
-        import pandas
+        return importlib.import_module(name)
     except ImportError:
         raise ImportError(
-            "`to_dataframe` needs pandas: run `pip install pandas`."
+            f"`{method}` needs {name}: run `pip install {name}`."
         ) from None
-    return pandas
 
 
 class Saturation(NamedTuple):
@@ -99,7 +100,7 @@ class Arrays:
             ImportError: If pandas is not installed.
             ValueError: If `tokens` is invalid.
         """
-        pd = import_pandas()
+        pd = import_optional("pandas", "to_dataframe")
         batch, time, units = self.i.shape
         shape = batch, time, units, len(ARRAYS)
         sample, step, unit, gate = np.indices(shape, dtype="int32", sparse=True)
@@ -267,36 +268,16 @@ class GateTrace(Arrays):
 
         Args:
             features: Dict of feature name -> array of shape `(time,)` or
-                `(batch, time)`, of booleans or numbers.
+                `(batch, time)`, of booleans or numbers; NaN where missing.
             array: String, the gate or state to correlate with. Default: `"c"`.
 
         Returns:
             Dict of feature name -> float64 array of shape `(units,)`: the Pearson
-            correlation over all unmasked time steps, NaN where the feature or the
-            unit is constant.
+            correlation over all unmasked time steps at which the feature is not NaN;
+            NaN where the feature or the unit is constant.
         """
         values = getattr(self, check_array(array))
-        unmasked = self._unmasked()
-        shape = unmasked.shape
-
-        def center(x):
-            x = x[unmasked].astype("float64")
-            x = x - x[:1]  # of a constant, exactly zero
-            return x - x.sum(axis=0) / max(len(x), 1)
-
-        correlations = {}
-        with np.errstate(invalid="ignore"):  # infinite values
-            x = center(values)
-            for name, feature in features.items():
-                feature = _validation.to_numpy(feature)
-                has_shape = feature.shape in (shape, shape[1:])
-                if feature.dtype.kind not in "biuf" or not has_shape:
-                    rule = f"booleans or numbers of shape {shape[1:]} or {shape}"
-                    raise _validation.invalid(f"features[{name!r}]", feature, rule)
-                y = center(np.broadcast_to(feature, shape))
-                norms = np.sqrt((x**2).sum(axis=0) * (y**2).sum())
-                correlations[name] = y @ x / np.where(norms > 0, norms, np.nan)
-        return correlations
+        return correlations(values, self._unmasked(), features)
 
     def to_html(
         self,
@@ -330,7 +311,7 @@ class GateTrace(Arrays):
             times: Array of dates, numbers or strings of shape `(time,)` or
                 `(batch, time)`, the labels of the time steps. Default: `None`.
             scores: Array of the shape of `inputs`, the attribution scores, such as
-                those of `integrated_gradients`. Default: `None`.
+                those of `attribute`. Default: `None`.
 
         Raises:
             OSError: If the file cannot be written.
