@@ -3,8 +3,8 @@
     python docs/draw.py
 
 The plots and the HTML report are those of `examples/look_inside.py` and
-`examples/experiment.py` with their default arguments; the report covers fewer characters. The screenshot of the report needs
-Playwright and Chromium.
+`examples/experiment.py` with their default arguments; the report covers fewer
+characters. The screenshot of the report needs Playwright and Chromium.
 """
 
 import os

@@ -1,8 +1,8 @@
 """MkDocs hooks: links to the repository, the HTML report, and equations in MathML.
 
 Pages of `docs/` link to files outside it with relative paths, as on GitHub. On the
-site, images are copied and other files become links to GitHub. The screenshot of the HTML
-report is replaced by the report itself. Equations use STIX Two Math (SIL Open Font
+site, images are copied and other files become links to GitHub. The screenshot of the
+HTML report is replaced by the report itself. Equations use STIX Two Math (SIL Open Font
 License), which the site serves, because phones have no font for MathML.
 """
 
