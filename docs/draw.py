@@ -2,9 +2,9 @@
 
     python docs/draw.py
 
-The plots and the HTML report are those of `examples/look_inside.py` with its default
-arguments; the report covers fewer characters. The screenshot of the report needs
-Playwright and Chromium.
+The plots and the HTML report are those of `examples/look_inside.py` and
+`examples/experiment.py` with their default arguments; the report covers fewer
+characters. The screenshot of the report needs Playwright and Chromium.
 """
 
 import os
@@ -19,6 +19,7 @@ IMAGES = Path(__file__).parent / "images"
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import draw_cell  # noqa: E402
+import experiment  # noqa: E402
 import look_inside  # noqa: E402
 from helpers.book_text import BUNDLED  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
@@ -39,6 +40,10 @@ def main():
         if error := look_inside.main([model, *arguments, "--out", folder]):
             return error
         shutil.copyfile(Path(folder, "gates.html"), IMAGES / "gates.html")
+        if error := experiment.main(["--out", folder]):
+            return error
+        for name in ("ablation.png", "gradients.png"):
+            shutil.copyfile(Path(folder, name), IMAGES / name)
     take_screenshot(IMAGES / "gates.html", IMAGES / "page.png")
     return 0
 

@@ -15,7 +15,7 @@ from keras2_files import write_keras_2_1
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
-PAGES = [*READMES, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*READMES, *sorted((ROOT / "docs").rglob("*.md"))]
 OTHERS = [ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")]
 LANGUAGES = {"python", "shell", "text", "bibtex", "cpp"}
 # What a block needs, by what it contains.
@@ -120,11 +120,11 @@ def test_readme_links_are_absolute_and_exist(page):
     site = "https://keras-scratch-lstm.github.io/keras-scratch-lstm/"
     ours = [re.search(r"/keras-scratch-lstm(?:/blob)?/main/([^#]+)", x) for x in links]
     paths = [match[1] for match in ours if match]
-    paths += [
-        f"docs/{link.removeprefix(site).strip('/') or 'index'}.md"
-        for link in (link.partition("#")[0] for link in links)
-        if link.startswith(site)
-    ]
+    for link in (link.partition("#")[0] for link in links):
+        if link.startswith(site):
+            page = f"docs/{link.removeprefix(site)}".rstrip("/")
+            is_folder = (ROOT / page).is_dir()
+            paths.append(f"{page}/index.md" if is_folder else f"{page}.md")
     assert len(paths) > 10
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
@@ -142,9 +142,9 @@ def test_named_and_linked_files_exist(page):
 
 @pytest.mark.one_backend
 def test_readme_is_short():
-    assert len(READMES[0].read_text().splitlines()) <= 120
+    assert len(READMES[0].read_text().splitlines()) <= 152
     words = sum(len(page.read_text().split()) for page in PAGES if page not in READMES)
-    assert words <= 11_000
+    assert words <= 13_200
 
 
 @pytest.mark.one_backend

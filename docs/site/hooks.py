@@ -1,8 +1,8 @@
 """MkDocs hooks: links to the repository, the HTML report, and equations in MathML.
 
-Pages link to files outside `docs/` with relative paths, as on GitHub. On the site,
-images are copied and other files become links to GitHub. The screenshot of the HTML
-report is replaced by the report itself. Equations use STIX Two Math (SIL Open Font
+Pages of `docs/` link to files outside it with relative paths, as on GitHub. On the
+site, images are copied and other files become links to GitHub. The screenshot of the
+HTML report is replaced by the report itself. Equations use STIX Two Math (SIL Open Font
 License), which the site serves, because phones have no font for MathML.
 """
 
@@ -31,6 +31,8 @@ def on_files(files, config):
     font = package_files("ziamath").joinpath("fonts", FONT)
     files.append(File.generated(config, f"site/{FONT}", abs_src_path=str(font)))
     for page in files.documentation_pages():
+        if "/" in page.src_uri:
+            continue
         for path in OUTSIDE.findall(page.content_string):
             if not (ROOT / path).exists():
                 raise FileNotFoundError(f"{page.src_uri} links to {path}.")
@@ -44,6 +46,8 @@ def on_page_markdown(markdown, page, **kwargs):
         path = match[1]
         return f"]({path if _is_image(path) else SOURCE + path}"
 
+    if "/" in page.file.src_uri:
+        return markdown
     return SCREENSHOT.sub(REPORT, OUTSIDE.sub(link, markdown))
 
 

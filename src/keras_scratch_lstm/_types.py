@@ -8,6 +8,9 @@ from os import PathLike
 from typing import Any, TypeAlias
 
 Tensor: TypeAlias = Any  # tensor of the backend, symbolic tensor, array or variable
+Model: TypeAlias = Any  # model of Keras
+Layer: TypeAlias = Any  # layer of Keras, or its name
+Data: TypeAlias = Any  # array or tensor, a nested structure of these, or a dataset
 Shape: TypeAlias = Sequence[int | None]
 Config: TypeAlias = dict[str, Any]
 Logs: TypeAlias = dict[str, Any] | None

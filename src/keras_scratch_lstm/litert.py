@@ -12,6 +12,7 @@ import numpy as np
 
 from keras_scratch_lstm import _keras, recurrence
 from keras_scratch_lstm import _validation as validation
+from keras_scratch_lstm._types import Data, Model
 from keras_scratch_lstm.convert import to_scratch
 
 _HIDDEN_STATE, _CELL_STATE, _HIDDEN = 18, 19, 4  # inputs and intermediate of the op
@@ -48,12 +49,12 @@ class LiteRTFile:
 
 
 def export_litert(
-    model: Any,
+    model: Model,
     path: str | os.PathLike[str],
     *,
     input_shape: Sequence[Any] | None = None,
     quantize: Literal["float16", "dynamic", "int8"] | None = None,
-    representative_data: Any = None,
+    representative_data: Data = None,
     io_dtype: Literal["float32", "int8"] = "float32",
     verbose: bool = True,
 ) -> LiteRTFile:

@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_scratch_lstm import _validation
-from keras_scratch_lstm._types import Selection
+from keras_scratch_lstm._types import Data, Layer, Model, Path, Selection
 from keras_scratch_lstm.experiments.outputs import (
     concatenate,
     loss_function,
@@ -66,12 +66,12 @@ class Ablation:
 
 
 def ablate_units(
-    model: Any,
-    inputs: Any,
-    targets: Any = None,
+    model: Model | Path,
+    inputs: Data,
+    targets: Data = None,
     *,
     loss: str | Callable[[Any, Any], Any] | None = None,
-    layer: Any = None,
+    layer: Layer | None = None,
     arrays: str | Iterable[str] = "h",
     units: Selection = None,
     method: Literal["zero", "mean"] = "zero",

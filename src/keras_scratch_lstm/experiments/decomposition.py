@@ -1,14 +1,13 @@
 """Contextual decomposition: what a span of time steps contributes."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 import numpy as np
 from keras import activations, ops
 
 from keras_scratch_lstm import _keras, _validation
-from keras_scratch_lstm._types import Selection
+from keras_scratch_lstm._types import Data, Layer, Model, Path, Selection
 from keras_scratch_lstm._validation import select
 from keras_scratch_lstm.cell import ScratchLSTMCell
 from keras_scratch_lstm.observing import models
@@ -35,12 +34,12 @@ class Decomposition:
 
 
 def contextual_decomposition(
-    model: Any,
-    inputs: Any,
+    model: Model | Path,
+    inputs: Data,
     *,
     steps: Selection,
-    layer: Any = None,
-    head: Any = None,
+    layer: Layer | None = None,
+    head: Layer | None = None,
     call_index: int = 0,
     batch_size: int = 32,
     batches: int | None = 1,

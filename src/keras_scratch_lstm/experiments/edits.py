@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_scratch_lstm import _validation
-from keras_scratch_lstm._types import Selection
+from keras_scratch_lstm._types import Data, Layer, Model, Path, Selection
 from keras_scratch_lstm._validation import select
 from keras_scratch_lstm.experiments.outputs import concatenate
 from keras_scratch_lstm.observing import models
@@ -76,11 +76,11 @@ class Edit:
 
 
 def run_with_edits(
-    model: Any,
-    inputs: Any,
+    model: Model | Path,
+    inputs: Data,
     *,
     edits: Edit | Iterable[Edit],
-    layer: Any = None,
+    layer: Layer | None = None,
     call_index: int = 0,
     batch_size: int = 32,
     batches: int | None = 1,

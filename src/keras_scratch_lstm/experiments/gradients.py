@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_scratch_lstm import _validation, recurrence
+from keras_scratch_lstm._types import Data, Layer, Model, Path
 from keras_scratch_lstm.experiments.outputs import (
     loss_function,
     to_targets,
@@ -25,12 +26,12 @@ from keras_scratch_lstm.tracing.trace import Gradients, join
 
 
 def trace_gradients(
-    model: Any,
-    inputs: Any,
-    targets: Any = None,
+    model: Model | Path,
+    inputs: Data,
+    targets: Data = None,
     *,
     loss: str | Callable[[Any, Any], Any] | None = None,
-    layer: Any = None,
+    layer: Layer | None = None,
     call_index: int = 0,
     batch_size: int = 1024,
     batches: int | None = 1,

@@ -1,7 +1,6 @@
 """`trace_gates`: the gates and states of a trained LSTM."""
 
-from typing import Any
-
+from keras_scratch_lstm._types import Data, Layer, Model, Path
 from keras_scratch_lstm.observing import models
 from keras_scratch_lstm.observing.call import run
 from keras_scratch_lstm.observing.inputs import read
@@ -10,10 +9,10 @@ from keras_scratch_lstm.tracing.trace import GateTrace, join
 
 
 def trace_gates(
-    model: Any,
-    inputs: Any,
+    model: Model | Path,
+    inputs: Data,
     *,
-    layer: Any = None,
+    layer: Layer | None = None,
     call_index: int = 0,
     batch_size: int = 32,
     batches: int | None = 1,

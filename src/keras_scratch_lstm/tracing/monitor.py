@@ -1,14 +1,13 @@
 """`GateMonitor`: statistics of the gates while a model trains."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_scratch_lstm import _validation
-from keras_scratch_lstm._types import Logs
+from keras_scratch_lstm._types import Data, Layer, Logs
 from keras_scratch_lstm.observing import models
 from keras_scratch_lstm.observing.inputs import check_inputs, read_batches
 from keras_scratch_lstm.per_gate import named_weights
@@ -62,7 +61,7 @@ class GateMonitor(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, probe: Any, layer: Any = None, metrics: Sequence[str] = METRICS
+        self, probe: Data, layer: Layer | None = None, metrics: Sequence[str] = METRICS
     ) -> None:
         super().__init__()
         names = list(metrics) if isinstance(metrics, Iterable) else [metrics]

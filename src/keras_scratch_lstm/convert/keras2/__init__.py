@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from keras_scratch_lstm import _keras, _validation
+from keras_scratch_lstm._types import Model
 from keras_scratch_lstm.convert import hard_sigmoid
 from keras_scratch_lstm.convert.keras2.files import (
     FileError,
@@ -89,7 +90,7 @@ def build(path, custom_objects=None, weights=None, **options):
     return model, builder
 
 
-def load_keras2_weights(model: Any, path: str | os.PathLike[str]) -> None:
+def load_keras2_weights(model: Model, path: str | os.PathLike[str]) -> None:
     """Load the weights of a Keras 2 file into a model that was built in Keras 3.
 
     The layers must be those of the file in the same order, or have the same names. If
