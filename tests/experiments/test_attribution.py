@@ -313,6 +313,31 @@ def test_batches_of_different_lengths(x):
     assert not both.scores[3:, 4:].any()
 
 
+class Stations(keras.layers.Layer):
+    """Runs an LSTM on each of two stations, folded into the batch."""
+
+    def __init__(self, lstm):
+        super().__init__()
+        self.lstm, self.built = lstm, True
+
+    def call(self, x):
+        h = self.lstm(ops.reshape(x, (-1, TIME, FEATURES)))
+        return ops.reshape(h, (-1, 2 * UNITS))
+
+
+@pytest.mark.parametrize("method", ["integrated_gradients", "occlusion"])
+def test_models_that_fold_an_axis_into_the_batch(method, draw):
+    inputs = keras.Input((2, TIME, FEATURES))
+    outputs = keras.layers.Dense(2)(Stations(make("LSTM"))(inputs))
+    model, x = keras.Model(inputs, outputs), draw(BATCH, 2, TIME, FEATURES)
+    expected = attribute(model, x, target=1, method=method, baseline=0.3)
+    for baseline in (0.3, np.full((2 * BATCH, TIME, FEATURES), 0.3)):
+        options = {"target": 1, "method": method, "baseline": baseline}
+        scores = attribute(model, x, wrt=0, **options).scores
+        np.testing.assert_allclose(scores.reshape(x.shape), expected.scores, atol=1e-6)
+    assert expected.by_step().shape == (2, TIME)
+
+
 def test_baseline_may_be_a_tensor(x, rng):
     model = classifier(make("LSTM"))
     baseline = rng.normal(size=FEATURES).astype("float32")

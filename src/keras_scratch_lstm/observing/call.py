@@ -100,16 +100,22 @@ def evaluate(model, values, inputs, lstms=(), x=None, call_index=0):
         Nested tensors, the outputs.
     """
     calls = collections.Counter()
+    slow = [] if recurrence.is_compiled() else _builtin(model)
+    loops = {lstm: _loop_of(lstm) for lstm in slow}  # no variables in the scope below
 
-    def inner_loop(lstm, original, sequences, *args, **kwargs):
+    def inner_loop(lstm, original, sequences, initial_state, mask=None, **options):
         index = calls[lstm]
         calls[lstm] += 1
-        if index == call_index:
+        if lstm in lstms and index == call_index:
             sequences = ops.cast(x, sequences.dtype)
-        return original(sequences, *args, **kwargs)
+        if lstm not in loops:
+            return original(sequences, initial_state, mask, **options)
+        mask = mask[0] if isinstance(mask, (list, tuple)) else mask
+        states = keras.tree.flatten(initial_state)
+        return loops[lstm](sequences, states, mask, None, ())[:3]
 
     with _frozen(model, values), contextlib.ExitStack() as stack:
-        for lstm in lstms:
+        for lstm in dict.fromkeys([*lstms, *loops]):
             # On a GPU, `Bidirectional` runs cuDNN instead of its layers if they allow.
             method = functools.partial(inner_loop, lstm)
             scope = replaced(lstm, "inner_loop", method, use_cudnn=False)
@@ -174,6 +180,16 @@ def _others(model, lstms):
         for found in models.find_all(model)
         for lstm in models.directions_of(found)
         if lstm not in lstms and type(lstm) in layers and type(lstm.cell) in cells
+    ]
+
+
+def _builtin(model):
+    """Return the built-in LSTMs of the model, whose own eager loops are slow."""
+    return [
+        lstm
+        for found in models.find_all(model)
+        for lstm in models.directions_of(found)
+        if type(lstm) is keras.layers.LSTM
     ]
 
 
