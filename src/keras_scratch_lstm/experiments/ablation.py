@@ -142,26 +142,18 @@ def ablate_units(
     record = names if method == "mean" else ()
     found = [run(model, batch, lstms, None, record, call_index) for batch in data]
     samples = sum(batch.samples for batch in data)
-    ((baseline, *spread),) = _losses(
-        loss, targets, [[outputs] for outputs, _ in found], samples
-    )
+    unchanged = [[outputs] for outputs, _ in found]
+    ((baseline, *spread),) = _losses(loss, targets, unchanged, samples)
     values = _means([arrays for _, arrays in found], lstms, record)
-    group = 1
-    if not data[0].is_fixed:
-        group = max(1, batch_size // max(batch.samples for batch in data))
     results: list[list[float]] = []
     progress = keras.utils.Progbar(len(rows), verbose=verbose, unit_name="unit")
     try:
-        for start in range(0, len(rows), group):
-            several = rows[start : start + group]
-            # A group of the same size needs no new compilation.
-            fill = several[-1:] * (min(group, len(rows)) - len(several))
-            maps = functools.partial(_maps, several + fill, values)
-            outputs = [
-                _run(model, batch, lstms, maps, len(several + fill), call_index)
-                for batch in data
-            ]
-            results += _losses(loss, targets, outputs, samples)[: len(several)]
+        for several in _groups(rows, data, batch_size):
+            maps = functools.partial(_maps, several, values)
+            args = lstms, maps, len(several), call_index
+            outputs = [_run(model, batch, *args) for batch in data]
+            results += _losses(loss, targets, outputs, samples)
+            results = results[: len(rows)]
             progress.update(len(results))
     except KeyboardInterrupt:
         pass
@@ -174,6 +166,16 @@ def ablate_units(
         loss=np.array([result[0] for result in results]),
         error=_standard_errors([result[1:] for result in results], spread),
     )
+
+
+def _groups(rows, data, batch_size):
+    """Yield the rows in groups of one size, which need one compilation."""
+    size = 1
+    if not data[0].is_fixed:
+        size = max(1, batch_size // max(batch.samples for batch in data))
+    for start in range(0, len(rows), size):
+        several = rows[start : start + size]
+        yield several + several[-1:] * (min(size, len(rows)) - len(several))
 
 
 def _run(model, batch, lstms, maps, times, call_index):

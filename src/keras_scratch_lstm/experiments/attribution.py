@@ -30,7 +30,7 @@ def attribute(
     keep: Any = None,
     wrt: Any = None,
     n_steps: int = 16,
-    tolerance: float = 0.01,
+    tolerance: float | None = None,
     max_steps: int = 256,
     call_index: int = 0,
     batch_size: int = 256,
@@ -77,7 +77,8 @@ def attribute(
             the inputs, by Gauss-Legendre quadrature. For expected gradients, the
             number of draws. Default: 16.
         tolerance: Positive number, the error relative to the difference above which a
-            sample is computed again with twice the points. Default: 0.01.
+            sample is computed again with twice the points. Default: `None`, 0.01, or
+            for expected gradients, whose draws are random, 0.1.
         max_steps: Positive integer, the most points. If the error of a sample is
             still larger then, there is a warning. Default: 256.
         batch_size: Positive integer, the number of samples to run at a time; each
@@ -107,14 +108,16 @@ def attribute(
     """
     n_steps = _validation.positive_integer("n_steps", n_steps)
     max_steps = _validation.positive_integer("max_steps", max_steps)
-    tolerance = _validation.positive_number("tolerance", tolerance)
     if method not in _METHODS:
         raise _validation.invalid("method", method, f"one of {str(_METHODS)[1:-1]}")
+    is_random = method == "expected_gradients"
+    if tolerance is None:
+        tolerance = 0.1 if is_random else 0.01
+    tolerance = _validation.positive_number("tolerance", tolerance)
     model = models.load(model)
     data = list(read(model, inputs, batch_size=batch_size, batches=batches))
     lstms = _lstms(model, wrt, data[0].inputs)
     samples, start, parts = sum(batch.samples for batch in data), 0, []
-    is_random = method == "expected_gradients"
     if is_random and seed is None:
         seed = np.random.SeedSequence().entropy
     rule = functools.partial(draw, seed) if is_random else quadrature
@@ -132,18 +135,22 @@ def attribute(
         parts.append((*path.finish(*found), path.crop(is_complete)))
         start += batch.samples
     scores, inputs, arrays, complete = zip(*parts, strict=True)
-    count = np.count_nonzero(~np.concatenate(complete))
-    if count:
-        warnings.warn(
-            f"The scores of {count} of {samples} samples do not add up to the "
-            f"difference of the outputs within tolerance={tolerance} at "
-            f"max_steps={max_steps}; see `error`. Increase one of the two.",
-            stacklevel=2,
-        )
+    _warn(np.concatenate(complete), tolerance, max_steps)
     difference, error, used, output = map(np.concatenate, zip(*arrays, strict=True))
     return Attribution(
         _join(scores), difference, error, used, output, _join(inputs), feature_names
     )
+
+
+def _warn(is_complete, tolerance, max_steps):
+    count = np.count_nonzero(~is_complete)
+    if count:
+        warnings.warn(
+            f"The scores of {count} of {len(is_complete)} samples do not add up to the "
+            f"difference of the outputs within tolerance={tolerance} at "
+            f"max_steps={max_steps}; see `error`. Increase one of the two.",
+            stacklevel=3,
+        )
 
 
 def _lstms(model, wrt, inputs):
