@@ -83,7 +83,9 @@ def test_fences_name_a_known_language(page):
 @pytest.mark.filterwarnings("ignore:torch.* results are registered as constants")
 @pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size")
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p) and p != READMES[1]], ids=lambda p: p.stem
+)
 def test_blocks_run(page, tmp_path, monkeypatch):
     if any("from d2l" in code and can_run(code) for code in blocks(page)):
         from d2l import tensorflow as d2l
@@ -109,6 +111,15 @@ def test_blocks_run(page, tmp_path, monkeypatch):
             ), f"expected:\n{expected}\nprinted:\n{printed.getvalue()}"
     if not count:
         pytest.skip("needs another backend or package")
+
+
+@pytest.mark.one_backend
+def test_both_readmes_have_the_same_code():
+    one, other = (
+        [(re.sub(" *#.*", "", code), text) for code, text in blocks_with_outputs(page)]
+        for page in READMES
+    )
+    assert one == other
 
 
 @pytest.mark.one_backend

@@ -12,6 +12,7 @@ from reference import NAMES, assert_close, label, lstm, weights_of
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, recurrence
 
 numpy = ops.convert_to_numpy
+SLOW = pytest.mark.slow
 
 
 PADDED = np.arange(7) < np.array([[7], [4], [1]])
@@ -294,10 +295,10 @@ def test_supports_jit_on_a_gpu(mocked_gpu, arguments):
     [
         ({"stateful": True, "go_backwards": True}, True),
         ({"dropout": 0.3, "seed": 3}, True),
-        ({"recurrent_dropout": 0.3, "seed": 3}, True),  # in inference
-        ({"use_cudnn": True}, True),
-        ({"bidirectional": True}, True),
-        ({"masked": True}, True),
+        pytest.param({"recurrent_dropout": 0.3, "seed": 3}, True, marks=SLOW),
+        pytest.param({"use_cudnn": True}, True, marks=SLOW),
+        pytest.param({"bidirectional": True}, True, marks=SLOW),
+        pytest.param({"masked": True}, True, marks=SLOW),
         ({"bidirectional": True, "masked": True}, True),
         ({"use_cudnn": False}, False),
     ],

@@ -45,6 +45,7 @@ def test_converted_models_predict_as_in_keras2(
     assert list(tmp_path.iterdir()) == [new]
 
 
+@pytest.mark.slow
 def test_keras3_alone_opens_the_converted_file(files, tmp_path):
     new, result = tmp_path / "new.keras", tmp_path / "result.npy"
     assert main(["convert", str(files / "hard.h5"), str(new)]) == 0
