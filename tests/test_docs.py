@@ -82,8 +82,11 @@ def test_fences_name_a_known_language(page):
 @pytest.mark.filterwarnings("ignore:.*might cause the trace to be incorrect")
 @pytest.mark.filterwarnings("ignore:torch.* results are registered as constants")
 @pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning")
-# Core ML converts models that torch has traced.
+# From Core ML's converter, and from torch's tracing for it.
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:Conversion of an array with ndim:DeprecationWarning"
+)
 @pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size")
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if blocks(p) and p != READMES[1]], ids=lambda p: p.stem
