@@ -5,6 +5,7 @@ import doctest
 import io
 import json
 import re
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -82,11 +83,6 @@ def test_fences_name_a_known_language(page):
 @pytest.mark.filterwarnings("ignore:.*might cause the trace to be incorrect")
 @pytest.mark.filterwarnings("ignore:torch.* results are registered as constants")
 @pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning")
-# From Core ML's converter, and from torch's tracing for it.
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-@pytest.mark.filterwarnings(
-    "ignore:Conversion of an array with ndim:DeprecationWarning"
-)
 @pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size")
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if blocks(p) and p != READMES[1]], ids=lambda p: p.stem
@@ -108,7 +104,9 @@ def test_blocks_run(page, tmp_path, monkeypatch):
             continue
         count += 1
         printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+            if "coremltools" in code:  # whose converter warns of its own code
+                warnings.simplefilter("ignore")
             exec(compile(code, page.name, "exec"), names)
         if expected is not None:
             assert doctest.OutputChecker().check_output(
