@@ -68,11 +68,7 @@ def run(model, batch, lstms, maps=None, record=(), call_index=0, needs_outputs=T
         with _frozen(model), contextlib.ExitStack() as stack:
             if record:
                 stack.enter_context(recurrence.no_gradients())
-            for lstm in observed:
-                # On a GPU, `Bidirectional` runs cuDNN instead of its layers if allowed.
-                method = functools.partial(inner_loop, lstm)
-                scope = replaced(lstm, "inner_loop", method, use_cudnn=False)
-                stack.enter_context(scope)
+            stack.enter_context(_loops_replaced(observed, inner_loop))
             outputs = _forward(model, batch.inputs)(batch.inputs, training=False)
     except Exception:
         if errors:  # without what Keras adds to errors in a layer's call
@@ -114,12 +110,8 @@ def evaluate(model, values, inputs, lstms=(), x=None, call_index=0):
         states = keras.tree.flatten(initial_state)
         return loops[lstm](sequences, states, mask, None, ())[:3]
 
-    with _frozen(model, values), contextlib.ExitStack() as stack:
-        for lstm in dict.fromkeys([*lstms, *loops]):
-            # On a GPU, `Bidirectional` runs cuDNN instead of its layers if they allow.
-            method = functools.partial(inner_loop, lstm)
-            scope = replaced(lstm, "inner_loop", method, use_cudnn=False)
-            stack.enter_context(scope)
+    changed = dict.fromkeys([*lstms, *loops])
+    with _frozen(model, values), _loops_replaced(changed, inner_loop):
         return _forward(model, inputs)(inputs, training=False)
 
 
@@ -140,6 +132,18 @@ def masked_inputs(model, inputs):
         if layers:
             evaluate(model, values_of(model), inputs)
     return found
+
+
+@contextlib.contextmanager
+def _loops_replaced(lstms, inner_loop):
+    """Run `inner_loop(lstm, original, …)` in place of the loops of some layers."""
+    with contextlib.ExitStack() as stack:
+        for lstm in lstms:
+            # On a GPU, `Bidirectional` runs cuDNN instead of its layers if they allow.
+            method = functools.partial(inner_loop, lstm)
+            scope = replaced(lstm, "inner_loop", method, use_cudnn=False)
+            stack.enter_context(scope)
+        yield
 
 
 def crop_arrays(batch, arrays):
