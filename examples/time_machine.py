@@ -12,8 +12,6 @@ https://d2l.ai/chapter_recurrent-modern/lstm.html
 A resumed run gives the same weights, bit for bit, as an uninterrupted one.
 """
 
-import sys
-
 from helpers import common
 
 
@@ -287,4 +285,4 @@ def import_d2l():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.end_process(main())

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import os
+import sys
 from pathlib import Path
 
 try:
@@ -63,6 +64,19 @@ def number(kind, is_valid, rule):
 positive_integer = number(int, lambda n: n > 0, "a positive integer")
 positive_number = number(float, lambda x: 0 < x < math.inf, "a positive number")
 seed = number(int, lambda n: 0 <= n < 2**32, "an integer in [0, 2**32)")
+
+
+def end_process(result):
+    """Ends the process as `sys.exit(result)`, but at once.
+
+    After an interrupt, TensorFlow waits at exit for a thread of its data pipeline that
+    waits for Python, forever.
+    """
+    if isinstance(result, str):
+        print(result, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if isinstance(result, str) else result)
 
 
 @contextlib.contextmanager

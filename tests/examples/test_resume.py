@@ -159,7 +159,10 @@ def test_interrupted_run_says_how_to_resume(tmp_path, arguments, signals):
         for name in signals:
             process.send_signal(getattr(signal, name))
             time.sleep(0.01)
-        printed, errors = process.communicate(timeout=PATIENCE)
+        try:
+            printed, errors = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()  # else `with` would wait for it
     assert process.returncode == 1
     assert "Traceback" not in errors
     epochs = finished_epochs(out)
