@@ -88,10 +88,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path, rng):
         with open(tmp_path / name, "wb") as file:
             for _ in range(count):
                 file.write(block.encode())
-    paths, folder = (
-        [tmp_path / name for name in repeats],
-        Path(stream_text.__file__).parent,
-    )
+    paths = [tmp_path / name for name in repeats]
+    folder = Path(stream_text.__file__).parents[1]
     printed = run_python("-c", MEASURE, *paths, PYTHONPATH=str(folder))
     for path in paths:
         path.unlink()
