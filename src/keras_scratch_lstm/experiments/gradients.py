@@ -89,7 +89,8 @@ def _gradients(model, batch, lstms, loss, call_index):
         found[lstm] = shapes["h"], mask
         return {}
 
-    run(model, batch, lstms, observe, (), call_index)
+    with recurrence.no_gradients():
+        run(model, batch, lstms, observe, (), call_index)
     places = [(lstm, name) for lstm in lstms for name in observed_arrays(lstm)]
     # The gradient by a map's `b` at 0 is that by the array.
     zeros = [ops.zeros(found[at][0], at.cell.compute_dtype) for at, _ in places]

@@ -35,10 +35,10 @@ class Map(NamedTuple):
     def __call__(self, value):
         if self.a is None:
             return value + self.b
-        return ops.where(self.a == 0, self.b, self.a * value + self.b)
+        return recurrence.where(self.a == 0, self.b, self.a * value + self.b)
 
 
-def keep_masked(mask, new, old, where=ops.where):
+def keep_masked(mask, new, old, where=recurrence.where):
     """Keep the old values at masked samples of a time step; of a list of arrays."""
     return [where(mask, *pair) for pair in zip(new, old, strict=True)]
 
@@ -62,7 +62,7 @@ class Loop:
             x: Tensor of shape `(batch, time, features)`.
             states: List of the initial `h` and `c`, or of `h` only.
             mask: Tensor of shape `(batch, time)`, or `None`.
-            maps: Dict of array name, or `"x"` -> `Map`; `None` for a trace.
+            maps: Dict of array name, or `"x"` -> `Map`, or `None`.
             record: Sequence of array names.
 
         Returns:
@@ -70,7 +70,7 @@ class Loop:
             `arrays` is a dict of name -> NumPy array, in the order of the inputs,
             undefined at masked time steps.
         """
-        dtype, is_trace = self.cell.compute_dtype, maps is None
+        dtype = self.cell.compute_dtype
         maps = keras.tree.map_structure(
             lambda v: None if v is None else ops.cast(v, dtype), dict(maps or {})
         )
@@ -80,11 +80,14 @@ class Loop:
         always = {k: one for k, one in maps.items() if len(one.b.shape) == 2}
         moving = {k: one for k, one in maps.items() if k not in always}
         mask = None if mask is None else ops.cast(mask, "bool")[..., None]
-        xs = keras.tree.map_structure(self._to_loop, {"x": x, "mask": mask, **moving})
+        xs = {"x": x, "mask": mask}
+        for name, (a, b) in moving.items():
+            xs |= {f"a_{name}": a, f"b_{name}": b}
+        xs = {name: self._to_loop(value) for name, value in xs.items()}
         states = [ops.cast(state, dtype) for state in states]
         carry = (self._first_output(states[0]), states)
         # Compiled once for each kind of experiment.
-        kind = tuple(record), is_trace, tuple(always), tuple(xs)
+        kind = tuple(record), tuple(moving), tuple(always), mask is None
         if kind not in self._functions:
             function = functools.partial(self._run, *kind[:2])
             self._functions[kind] = recurrence.compiled(function)
@@ -109,49 +112,47 @@ class Loop:
             stop = slice(start, start + size)
             chunk = xs
             if size < time:
-                chunk = keras.tree.map_structure(
-                    lambda v, stop=stop: None if v is None else v[stop], xs
-                )
+                chunk = {k: None if v is None else v[stop] for k, v in xs.items()}
             carry, arrays = function(chunk, carry, always)
             outputs.append(arrays.pop("output"))
             for name, values in arrays.items():
                 recorded[name].append(self._to_numpy(values))
         outputs = ops.concatenate(outputs) if len(outputs) > 1 else outputs[0]
-        arrays = {name: np.concatenate(parts, 1) for name, parts in recorded.items()}
+        arrays = {
+            name: parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
+            for name, parts in recorded.items()
+        }
         if self.layer.go_backwards:
             arrays = {name: np.flip(values, 1) for name, values in arrays.items()}
         return outputs, carry, arrays
 
-    def _run(self, record, is_trace, weights, xs, carry, always):
+    def _run(self, record, moving, weights, xs, carry, always):
         # On JAX, a model's variables are not available to other threads.
         with keras.StatelessScope(list(zip(self.cell.weights, weights, strict=True))):
-            return self._scan(record, is_trace, xs, carry, always)
+            return self._scan(record, moving, xs, carry, always)
 
-    def _scan(self, record, is_trace, xs, carry, always):
+    def _scan(self, record, moving, xs, carry, always):
         output, (h, *_) = carry
         like = {"output": output} | dict.fromkeys(record, h)
-        step, x = self._step, xs["x"]
+        x, step = xs["x"], self._step
         if standard.applies(self.cell):
-            if record and is_trace and standard.has_fast_path(self.cell):
-                carry, arrays = standard.run_fast(self.cell, x, xs["mask"], carry)
-                return carry, {name: arrays[name] for name in like}
             x, step = standard.project(self.cell, x)
 
         def body(carry, now):
-            (before, states), maps = carry, always | now
-            x, mask = maps.pop("x"), maps.pop("mask")
+            (before, states), mask = carry, now["mask"]
             before = states[0] if self._repeats_state else before
+            maps = {k: Map(now["a_" + k], now["b_" + k]) for k in moving} | always
 
             def observe(name, value):
                 return maps[name](value) if name in maps else value
 
-            output, new, arrays = step(x, states, observe)
+            output, new, arrays = step(now["x"], states, observe)
             if mask is not None:
                 # Masked time steps keep the states, and repeat the output.
                 output, *new = keep_masked(mask, [output, *new], [before, *states])
             return (output, new), {"output": output} | {k: arrays[k] for k in record}
 
-        return recurrence.scan(body, carry, {**xs, "x": x}, like)
+        return recurrence.scan(body, carry, xs | {"x": x}, like)
 
     def _step(self, x, states, observe):
         """Run the cell; return its output, its states and a dict of its arrays."""

@@ -28,7 +28,7 @@ import importlib
 import threading
 
 import keras
-from keras import ops, tree
+from keras import ops
 
 _forced = threading.local()  # not a `ContextVar`, which `torch.compile` cannot trace
 
@@ -37,6 +37,10 @@ _NAME = keras.backend.backend()
 _MODULE = None
 if _NAME in ("tensorflow", "jax", "torch"):
     _MODULE = importlib.import_module(f"{__name__}.{_NAME}")
+
+# On torch, those of `keras.ops` take several times as long, which counts in a loop.
+stack = getattr(_MODULE, "stack", ops.stack)
+where = getattr(_MODULE, "where", ops.where)
 
 
 def implementations(use_cudnn="auto"):
@@ -146,7 +150,7 @@ def scan(body, carry, xs, like):
     Args:
         body: Function `(carry, x)` that returns a new carry and a dict of tensors.
         carry: Nested tensors.
-        xs: Nested tensors of shape `(time, ...)`; `None` is passed on.
+        xs: Dict of tensors of shape `(time, ...)`; `None` is passed on.
         like: Dict of tensors with the shapes and dtypes of those that `body` returns.
 
     Returns:
@@ -157,15 +161,15 @@ def scan(body, carry, xs, like):
 
 def _scan(body, carry, xs, like):
     # Slices of one tensor would each have a gradient of its full size.
-    steps = [x if x is None else ops.unstack(x) for x in tree.flatten(xs)]
-    time = next(len(x) for x in steps if x is not None)
+    steps = {name: x if x is None else ops.unstack(x) for name, x in xs.items()}
+    time = next(len(x) for x in steps.values() if x is not None)
     stacked = {name: [] for name in like}
     for t in range(time):
-        values = [x if x is None else x[t] for x in steps]
-        carry, ys = body(carry, tree.pack_sequence_as(xs, values))
+        now = {name: x if x is None else x[t] for name, x in steps.items()}
+        carry, ys = body(carry, now)
         for name, values in stacked.items():
             values.append(ys[name])
-    return carry, {name: ops.stack(values) for name, values in stacked.items()}
+    return carry, {name: stack(values) for name, values in stacked.items()}
 
 
 def repeat_masked_outputs(outputs, mask):

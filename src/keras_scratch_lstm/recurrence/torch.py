@@ -11,6 +11,8 @@ import torch
 from keras_scratch_lstm.per_gate import FUSED_ORDER, GATES, fuse
 from keras_scratch_lstm.recurrence.padding import is_padding, run_padded
 
+stack, where = torch.stack, torch.where
+
 
 def has_gpu():
     return torch.cuda.is_available() and torch.backends.cudnn.is_available()
