@@ -36,6 +36,7 @@ def parse_arguments(argv=None):
 
 if __name__ == "__main__":
     parse_arguments()  # Answer --help before the imports below, which take seconds.
+    common.load_keras()
 
 import contextlib
 import json

@@ -66,6 +66,26 @@ positive_number = number(float, lambda x: 0 < x < math.inf, "a positive number")
 seed = number(int, lambda n: 0 <= n < 2**32, "an integer in [0, 2**32)")
 
 
+def load_keras():
+    """Imports Keras without what TensorFlow logs when it is imported.
+
+    Its log level does not apply there. Keras imports it for any backend if it can.
+    """
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        import keras  # noqa: F401
+
+        with contextlib.suppress(ImportError):
+            import tensorflow as tf
+
+            tf.config.list_physical_devices()
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
+
+
 def end_process(result):
     """Ends the process as `sys.exit(result)`, but at once.
 
