@@ -156,11 +156,10 @@ class ScratchLSTMCell(keras.layers.Layer, DropoutRNNCell):
     def build(self, input_shape: Shape) -> None:
         features, units = input_shape[-1], self.units
         self.input_spec = keras.InputSpec(ndim=2, axes={-1: features})
-        W_x = per_gate.split_initializer(self.kernel_initializer, units)
-        W_h = per_gate.split_initializer(self.recurrent_initializer, units)
-        b = per_gate.split_initializer(
-            self.bias_initializer, units, self.unit_forget_bias
-        )
+        split = per_gate.split_initializer
+        W_x = split(self.kernel_initializer, units)
+        W_h = split(self.recurrent_initializer, units)
+        b = split(self.bias_initializer, units, self.unit_forget_bias)
         for gate in self._gates_with_weights:
             self._add_weight("W_x" + gate, (features, units), W_x[gate], "kernel")
             self._add_weight("W_h" + gate, (units, units), W_h[gate], "recurrent")

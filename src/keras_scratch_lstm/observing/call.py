@@ -38,7 +38,7 @@ def run(model, batch, lstms, maps=None, record=(), call_index=0, needs_outputs=T
         dict of array name -> NumPy array; also `"mask"` if there is one.
     """
     calls, arrays, errors = collections.Counter(), {}, []
-    observed = dict.fromkeys(lstms, True) | dict.fromkeys(_others(model, lstms), False)
+    observed = dict.fromkeys(_slow(model), False) | dict.fromkeys(lstms, True)
     # Here, since no variables can be created within the scope of `_frozen`.
     loops = {lstm: _loop_of(lstm) for lstm in observed}
 
@@ -96,7 +96,7 @@ def evaluate(model, values, inputs, lstms=(), x=None, call_index=0):
         Nested tensors, the outputs.
     """
     calls = collections.Counter()
-    slow = [] if recurrence.is_compiled() else _builtin(model)
+    slow = [] if recurrence.is_compiled() else _slow(model)
     loops = {lstm: _loop_of(lstm) for lstm in slow}  # no variables in the scope below
 
     def inner_loop(lstm, original, sequences, initial_state, mask=None, **options):
@@ -173,27 +173,16 @@ def _loop_of(lstm):
     return lstm._observed_loop
 
 
-def _others(model, lstms):
-    """Return the other LSTMs of the model, if their own eager loops are slower."""
-    if not recurrence.is_compiled():
-        return []
-    layers = (keras.layers.LSTM, ScratchLSTM, keras.layers.RNN)
-    cells = (keras.layers.LSTMCell, ScratchLSTMCell)
+def _slow(model):
+    """Return the LSTMs of the model whose own loops are slow outside of a graph."""
+    layers = [keras.layers.LSTM, keras.layers.RNN]
+    layers += [ScratchLSTM] if recurrence.is_compiled() else []
+    cells = keras.layers.LSTMCell, ScratchLSTMCell
     return [
         lstm
         for found in models.find_all(model)
         for lstm in models.directions_of(found)
-        if lstm not in lstms and type(lstm) in layers and type(lstm.cell) in cells
-    ]
-
-
-def _builtin(model):
-    """Return the built-in LSTMs of the model, whose own eager loops are slow."""
-    return [
-        lstm
-        for found in models.find_all(model)
-        for lstm in models.directions_of(found)
-        if type(lstm) is keras.layers.LSTM
+        if type(lstm) in layers and type(lstm.cell) in cells
     ]
 
 
