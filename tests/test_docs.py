@@ -99,6 +99,10 @@ def test_blocks_run(page, tmp_path, monkeypatch):
     if any("load_keras2" in code for code in blocks(page)):  # the reader's file
         write_keras_2_1(tmp_path / "stock_2018.h5", np.random.default_rng(0))
         names["prices"] = np.ones((1, 5, 3))
+    if any('"my_model.keras"' in code for code in blocks(page)):  # likewise
+        layers = [keras.Input((None, 3)), keras.layers.LSTM(4, name="lstm")]
+        keras.Sequential(layers).save(tmp_path / "my_model.keras")
+        names |= {"inputs": np.ones((1, 5, 3)), "my_text": "Hello"}
     for code, expected in blocks_with_outputs(page):
         if not can_run(code):
             continue
