@@ -4,7 +4,7 @@
 
 The plots and the HTML report are those of `examples/look_inside.py` and
 `examples/experiment.py` with their default arguments, and that of the home page; the
-report covers fewer characters. The screenshot of the report needs Playwright and Chromium.
+report covers fewer characters. Its screenshot needs Playwright and Chromium.
 """
 
 import os
