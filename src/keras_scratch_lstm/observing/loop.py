@@ -134,13 +134,13 @@ class Loop:
     def _scan(self, record, moving, xs, carry, always):
         output, (h, *_) = carry
         like = {"output": output} | dict.fromkeys(record, h)
-        x, step = xs["x"], self._step
+        x, step, repeats_state = xs["x"], self._step, self._repeats_state
         if standard.applies(self.cell):
             x, step = standard.project(self.cell, x)
 
         def body(carry, now):
             (before, states), mask = carry, now["mask"]
-            before = states[0] if self._repeats_state else before
+            before = states[0] if repeats_state else before
             maps = {k: Map(now["a_" + k], now["b_" + k]) for k in moving} | always
 
             def observe(name, value):
