@@ -13,10 +13,7 @@ if BACKEND == "torch":
     torch.set_num_threads(1)
 
 # XLA's optimizations take longer than the tests that use the compiled function.
-QUICK_COMPILATION = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}
+QUICK_COMPILATION = {"xla_backend_optimization_level": 0}
 
 
 def double_precision():
