@@ -18,7 +18,9 @@ MASKS = {
 }
 MASKS = {name: mask and np.array(mask, bool) for name, mask in MASKS.items()}
 RETURNS = {"return_sequences": True, "return_state": True}
-each_fast = pytest.mark.parametrize("fast", FAST)
+each_fast = pytest.mark.parametrize(
+    "fast", [pytest.param(x, marks=[pytest.mark.gpu] * (x == "cudnn")) for x in FAST]
+)
 each_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 both_biases = pytest.mark.parametrize(
     "use_bias", [True, False], ids=["bias", "no_bias"]
