@@ -86,25 +86,35 @@ def mocked_gpu(monkeypatch):
         pytest.skip("only TensorFlow compiles cuDNN ops by XLA")
     import tensorflow as tf
 
-    from keras_scratch_lstm import _keras
     from keras_scratch_lstm.recurrence import tensorflow as backend
 
     calls, devices = [], tf.config.list_physical_devices
 
-    def lstm(x, h, c, mask, kernel, recurrent_kernel, bias, **arguments):
-        assert mask is None
+    def cudnn(input, input_h, input_c, params, sequence_lengths, rnn_mode, time_major):
+        x, h, c = input, input_h[:, 0], input_c[:, 0]
+        assert (rnn_mode, time_major) == ("lstm", False)
         calls.append(x.shape)
         # Like those of cuDNN, this op has no XLA kernel.
         x = tf.ensure_shape(tf.py_function(lambda x: x, [x], x.dtype), x.shape)
+        rows, columns = 4 * h.shape[-1], (x.shape[-1], h.shape[-1])
+        sizes = [rows * columns[0], rows * columns[1], rows, rows]
+        *matrices, bias, second_bias = tf.split(params, sizes)
+        kernel, recurrent_kernel = (
+            tf.transpose(tf.reshape(matrix, (rows, -1))) for matrix in matrices
+        )
+        bias += second_bias
         h_all = tf.TensorArray(x.dtype, x.shape[1])
         for t in range(x.shape[1]):
             z = x[:, t] @ kernel + h @ recurrent_kernel + bias
             i, f, c_tilde, o = tf.split(z, 4, -1)
-            c = tf.sigmoid(f) * c + tf.sigmoid(i) * tf.tanh(c_tilde)
-            h = tf.sigmoid(o) * tf.tanh(c)
-            h_all = h_all.write(t, h)
+            c_new = tf.sigmoid(f) * c + tf.sigmoid(i) * tf.tanh(c_tilde)
+            h_new = tf.sigmoid(o) * tf.tanh(c_new)
+            has_ended = (t >= sequence_lengths)[:, None]
+            c, h = tf.where(has_ended, c, c_new), tf.where(has_ended, h, h_new)
+            h_all = h_all.write(t, tf.where(has_ended, 0.0, h_new))
         h_all = tf.transpose(h_all.stack(), (1, 0, 2))
-        return h, tf.reshape(h_all, (-1, x.shape[1], h.shape[-1])), [h, c]
+        h_all = tf.reshape(h_all, (-1, x.shape[1], h.shape[-1]))
+        return h_all, h[:, None], c[:, None], None, None
 
     gpu = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")
     # Keras compiles by XLA only where there is a GPU.
@@ -114,5 +124,5 @@ def mocked_gpu(monkeypatch):
         lambda *kind: devices(*kind) + ([] if kind else [gpu]),
     )
     monkeypatch.setattr(backend, "has_gpu", lambda: True)
-    monkeypatch.setattr(_keras, "lstm", lstm)
+    monkeypatch.setattr(tf.raw_ops, "CudnnRNNV3", cudnn)
     return calls

@@ -18,7 +18,9 @@ MASKS = {
 }
 MASKS = {name: mask and np.array(mask, bool) for name, mask in MASKS.items()}
 RETURNS = {"return_sequences": True, "return_state": True}
-each_fast = pytest.mark.parametrize("fast", FAST)
+each_fast = pytest.mark.parametrize(
+    "fast", [pytest.param(x, marks=[pytest.mark.gpu] * (x == "cudnn")) for x in FAST]
+)
 each_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 both_biases = pytest.mark.parametrize(
     "use_bias", [True, False], ids=["bias", "no_bias"]
@@ -97,7 +99,7 @@ def test_outputs_and_gradients_match_the_loop(rng, fast, mask, go_backwards, use
 @in_training
 @pytest.mark.parametrize(
     ("batch", "time"),
-    [(1, 1), (1, 7), (3, 1), (3, 2), (3, 4), (3, 6), (3, 10), (2, 13)],
+    [(1, 1), (1, 7), (3, 1), (3, 2), (3, 4), (3, 6), (3, 10), (2, 13), (0, 4)],
 )
 @each_fast
 def test_batches_and_sequences_of_many_sizes(
@@ -336,6 +338,40 @@ def test_autocast_on_a_cpu(rng, dtype, atol, mask):
         results.append([outputs.float(), *(g.float() / 10 for g in gradients)])
         assert layer.recurrence == "torch"
     assert_close(*results, atol=atol)
+
+
+@on_torch
+@both_biases
+def test_weights_for_cudnn_are_in_one_buffer(rng, use_bias):
+    import torch
+
+    from keras_scratch_lstm.recurrence.torch import pack
+
+    layer = layer_with(rng, dtype="float64", use_bias=use_bias)
+    kernels = [torch.tensor(one.T) for one in fuse(layer.get_weights())]
+    expected = kernels if use_bias else [*kernels, torch.zeros(16).double()]
+    expected.append(torch.zeros(16).double())  # the second bias of cuDNN
+    by_gate = [weight.value for weight in layer.cell.weights]
+    weights = [by_gate[k :: 2 + use_bias] for k in range(2 + use_bias)]
+
+    def packed(*weights):
+        weights = [weights[k : k + 4] for k in range(0, len(weights), 4)]
+        return pack(*weights, *([] if use_bias else [None]))
+
+    flat = keras.tree.flatten(weights)
+    results, start = packed(*flat), 0
+    for one, other in zip(results, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+        assert one.data_ptr() - results[0].data_ptr() == 8 * start
+        assert one.is_contiguous()
+        start += one.numel()
+    gradients = torch.autograd.grad(sum((one**2).sum() for one in results[:3]), flat)
+    assert all(gradient.is_contiguous() for gradient in gradients)  # so not copied
+    assert torch.autograd.gradcheck(packed, flat)
+    assert torch.autograd.gradgradcheck(packed, flat)
+    assert packed(*(one.to("meta") for one in flat))[0].shape == (16, 3)
+    with pytest.raises(NotImplementedError):  # so the layer runs its loop
+        torch.func.vmap(packed)(*(one.detach()[None] for one in flat))
 
 
 def trained(fast, rng, **compiled):

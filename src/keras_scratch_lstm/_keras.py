@@ -1,7 +1,7 @@
 """The private names of Keras that the package needs; no other module uses any.
 
-`keras.layers.RNN` prepares dropout masks only for a `DropoutRNNCell`, `lstm` is the
-binding of cuDNN, and a metric is not passed the mask that `get_keras_mask` returns.
+`keras.layers.RNN` prepares dropout masks only for a `DropoutRNNCell`, and a metric is
+not passed the mask that `get_keras_mask` returns.
 Only a `StatelessScope` makes variables without values.
 """
 
@@ -21,7 +21,6 @@ __all__ = [
     "get_keras_mask",
     "initialize",
     "is_deferred",
-    "lstm",
     "minimize",
     "operation",
     "set_keras_mask",
@@ -37,13 +36,6 @@ def sublayers(layer):
 def all_layers(layer):
     """Return a layer and all layers within it."""
     return layer._flatten_layers()
-
-
-def lstm(*args, **kwargs):
-    """Run Keras's binding of cuDNN on TensorFlow."""
-    from keras.src.backend.tensorflow.rnn import lstm
-
-    return lstm(*args, **kwargs)
 
 
 def operation(tensor):

@@ -9,15 +9,15 @@ as a few ops; but one in inference, since tf2onnx supports one write per iterati
 import tensorflow as tf
 from keras import tree
 
-from keras_scratch_lstm import _keras
-from keras_scratch_lstm.per_gate import fuse
+from keras_scratch_lstm.per_gate import FUSED_ORDER, GATES
 from keras_scratch_lstm.recurrence.padding import is_padding, run_padded
 
 UNROLL = 5  # time steps per iteration
 
 
 def has_gpu():
-    return bool(tf.config.list_logical_devices("GPU"))
+    """Whether cuDNN is there. Other GPUs, as those of ROCm, run the loop."""
+    return tf.test.is_built_with_cuda() and bool(tf.config.list_logical_devices("GPU"))
 
 
 def gradient(function, tensors):
@@ -81,28 +81,46 @@ def lstm_in_cudnn(x, h, c, W_x, W_h, b, mask, training):
         raise NotImplementedError
     if mask is None:
         return _cudnn(x, h, c, W_x, W_h, b)
-    return tf.cond(
-        is_padding(mask, h, c),
+    ends_only = tf.reduce_all(mask[0]) & tf.reduce_all(mask[:-1] | ~mask[1:])
+    implementations = (
+        lambda: _cudnn_of_lengths(x, h, c, W_x, W_h, b, mask),
         lambda: run_padded(_cudnn, x, h, c, W_x, W_h, b, mask),
         lambda: lstm(x, h, c, W_x, W_h, b, mask, training),
     )
+    otherwise = tf.where(is_padding(mask, h, c), 1, 2)
+    return tf.switch_case(tf.where(ends_only, 0, otherwise), implementations)
 
 
-def _cudnn(x, h, c, W_x, W_h, b):
-    """The LSTM of cuDNN, through Keras's binding."""
-    _, h_all, (h, c) = _keras.lstm(
-        tf.transpose(x, (1, 0, 2)),
-        h,
-        c,
-        None,
-        kernel=fuse(W_x),
-        recurrent_kernel=fuse(W_h),
-        bias=fuse(b),
-        activation=tf.tanh,
-        recurrent_activation=tf.sigmoid,
-        return_sequences=True,
+def _cudnn_of_lengths(x, h, c, W_x, W_h, b, mask):
+    unmasked, lengths = mask[:, :, None], tf.reduce_sum(tf.cast(mask, "int32"), 0)
+    x = tf.where(unmasked, x, 0)
+    h_all, h, c = _cudnn(x, h, c, W_x, W_h, b, lengths)
+    return tf.where(unmasked, h_all, h), h, c
+
+
+def _cudnn(x, h, c, W_x, W_h, b, lengths=None):
+    time, batch = tf.shape(x)[0], tf.shape(x)[1]
+    h_all, h, c, _, _ = tf.raw_ops.CudnnRNNV3(
+        input=tf.transpose(x, (1, 0, 2)),
+        input_h=h[:, None],
+        input_c=c[:, None],
+        params=_pack(W_x, W_h, b),
+        sequence_lengths=tf.fill([batch], time) if lengths is None else lengths,
+        rnn_mode="lstm",
+        time_major=False,
     )
-    return tf.transpose(h_all, (1, 0, 2)), h, c
+    return tf.transpose(h_all, (1, 0, 2)), h[:, 0], c[:, 0]
+
+
+def _pack(W_x, W_h, b):
+    """All weights in the order of cuDNN, with units as rows, and its first bias 0."""
+    W_x, W_h, b = (
+        tf.stack([weights[GATES.index(gate)] for gate in FUSED_ORDER])
+        for weights in (W_x, W_h, b)
+    )
+    matrices = tf.transpose(W_x, (0, 2, 1)), tf.transpose(W_h, (0, 2, 1))
+    parts = (*matrices, tf.zeros_like(b), b)
+    return tf.concat([tf.reshape(part, [-1]) for part in parts], 0)
 
 
 def _recurrence(mask, unroll):

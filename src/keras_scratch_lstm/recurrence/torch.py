@@ -37,7 +37,7 @@ def lstm(x, h, c, W_x, W_h, b, mask, training):
         return _loop(x, h, c, W_x, W_h, b, mask)
     try:
         with _disabled_cudnn(x):
-            return _fused(x, h, c, W_x, W_h, b, mask)
+            return _fused(_torch_lstm, x, h, c, W_x, W_h, b, mask)
     except NotImplementedError:
         return _loop(x, h, c, W_x, W_h, b, mask)
 
@@ -48,7 +48,7 @@ def lstm_in_cudnn(x, h, c, W_x, W_h, b, mask, training):
         raise NotImplementedError
     if mask is not None and not _is_padding(mask, h, c):
         raise NotImplementedError
-    return _fused(x, h, c, W_x, W_h, b, mask)
+    return _fused(_cudnn_lstm, x, h, c, W_x, W_h, b, mask)
 
 
 def _is_compiled_for_training():
@@ -75,12 +75,12 @@ def _disabled_cudnn(x):
     return torch.backends.cudnn.flags(enabled=False)
 
 
-def _fused(x, h, c, W_x, W_h, b, mask):
+def _fused(lstm, x, h, c, W_x, W_h, b, mask):
     try:
         with torch.autocast("cpu", enabled=False):  # oneDNN has no LSTM in its dtypes
-            if mask is None:
-                return _torch_lstm(x, h, c, W_x, W_h, b)
-            return run_padded(_torch_lstm, x, h, c, W_x, W_h, b, mask)
+            if mask is None or 0 in mask.shape:  # an empty batch
+                return lstm(x, h, c, W_x, W_h, b)
+            return run_padded(lstm, x, h, c, W_x, W_h, b, mask)
     except RuntimeError as error:
         if "Batching rule not implemented" not in str(error):  # within `torch.vmap`
             raise
@@ -88,24 +88,64 @@ def _fused(x, h, c, W_x, W_h, b, mask):
 
 
 def _torch_lstm(x, h, c, W_x, W_h, b):
-    in_cuda = x.device.type == "cuda"
-    if b is None and in_cuda:
-        b = W_h[0].new_zeros((len(GATES), h.shape[-1])).unbind()
     weights = [_fuse(W_x), _fuse(W_h)]
     if b is not None:
         bias = fuse(b)  # without `t`, which Core ML lacks for one axis
         weights += [bias, torch.zeros_like(bias)]
-    if in_cuda:  # cuDNN needs all weights and biases in one buffer
-        buffer = torch.cat([weight.flatten() for weight in weights])
-        parts = buffer.split([weight.numel() for weight in weights])
-        pairs = zip(parts, weights, strict=True)
-        weights = [part.view(weight.shape) for part, weight in pairs]
-    states = h[None].contiguous(), c[None].contiguous()
+    return _run(x, h, c, weights)
+
+
+def _cudnn_lstm(x, h, c, W_x, W_h, b):
+    return _run(x, h, c, pack(W_x, W_h, b))
+
+
+def _run(x, h, c, weights):
+    states, has_biases = (h[None].contiguous(), c[None].contiguous()), len(weights) > 2
     training = torch.is_grad_enabled()
     h_all, h, c = torch.lstm(
-        x, states, weights, b is not None, 1, 0.0, training, False, False
+        x, states, weights, has_biases, 1, 0.0, training, False, False
     )
     return h_all, h[0], c[0]
+
+
+def pack(W_x, W_h, b):
+    """The weights and both biases for `torch.lstm`, in one buffer, as cuDNN needs them.
+
+    It is filled at every call: nothing tells whether a kept one is up to date, since
+    `weight.data.clamp_()` does not change `weight._version`.
+    """
+    weights = [*_in_fused_order(W_x), *_in_fused_order(W_h)]
+    return _Packed.apply(*weights, *(() if b is None else _in_fused_order(b)))
+
+
+class _Packed(torch.autograd.Function):
+    """One node of autograd, whose gradients have the layout of the weights."""
+
+    @staticmethod
+    def forward(*weights):
+        W_x, W_h, b = weights[:4], weights[4:8], weights[8:]
+        (features, units), rows = W_x[0].shape, 4 * W_h[0].shape[0]
+        sizes = [rows * features, rows * units, rows, rows]
+        packed = list(W_x[0].new_zeros(sum(sizes)).split(sizes))
+        packed[:2] = packed[0].view(rows, features), packed[1].view(rows, units)
+        torch.cat([W.t() for W in W_x], out=packed[0])
+        torch.cat([W.t() for W in W_h], out=packed[1])
+        if b:
+            torch.cat(b, out=packed[2])
+        return tuple(packed)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.use_bias = len(inputs) > 8
+
+    @staticmethod
+    def backward(ctx, dW_x, dW_h, db, _):
+        dW_x, dW_h = (dW.unflatten(0, (4, -1)).mT.contiguous() for dW in (dW_x, dW_h))
+        return *dW_x.unbind(), *dW_h.unbind(), *(db.chunk(4) if ctx.use_bias else ())
+
+    @staticmethod
+    def vmap(info, in_dims, *weights):
+        raise NotImplementedError
 
 
 def _is_padding(mask, h, c):
@@ -118,8 +158,12 @@ def _is_padding(mask, h, c):
 
 
 def _fuse(weights):
+    return torch.cat([W.t() for W in _in_fused_order(weights)])
+
+
+def _in_fused_order(weights):
     of_gate = dict(zip(GATES, weights, strict=True))
-    return torch.cat([of_gate[gate].t() for gate in FUSED_ORDER])
+    return [of_gate[gate] for gate in FUSED_ORDER]
 
 
 def _loop(x, h, c, W_x, W_h, b, mask=None):
