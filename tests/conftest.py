@@ -93,6 +93,7 @@ def mocked_gpu(monkeypatch):
     def cudnn(input, input_h, input_c, params, sequence_lengths, rnn_mode, time_major):
         x, h, c = input, input_h[:, 0], input_c[:, 0]
         assert (rnn_mode, time_major) == ("lstm", False)
+        tf.debugging.assert_equal(sequence_lengths, tf.shape(input)[1])
         calls.append(x.shape)
         # Like those of cuDNN, this op has no XLA kernel.
         x = tf.ensure_shape(tf.py_function(lambda x: x, [x], x.dtype), x.shape)
@@ -107,11 +108,9 @@ def mocked_gpu(monkeypatch):
         for t in range(x.shape[1]):
             z = x[:, t] @ kernel + h @ recurrent_kernel + bias
             i, f, c_tilde, o = tf.split(z, 4, -1)
-            c_new = tf.sigmoid(f) * c + tf.sigmoid(i) * tf.tanh(c_tilde)
-            h_new = tf.sigmoid(o) * tf.tanh(c_new)
-            has_ended = (t >= sequence_lengths)[:, None]
-            c, h = tf.where(has_ended, c, c_new), tf.where(has_ended, h, h_new)
-            h_all = h_all.write(t, tf.where(has_ended, 0.0, h_new))
+            c = tf.sigmoid(f) * c + tf.sigmoid(i) * tf.tanh(c_tilde)
+            h = tf.sigmoid(o) * tf.tanh(c)
+            h_all = h_all.write(t, h)
         h_all = tf.transpose(h_all.stack(), (1, 0, 2))
         h_all = tf.reshape(h_all, (-1, x.shape[1], h.shape[-1]))
         return h_all, h[:, None], c[:, None], None, None

@@ -81,31 +81,21 @@ def lstm_in_cudnn(x, h, c, W_x, W_h, b, mask, training):
         raise NotImplementedError
     if mask is None:
         return _cudnn(x, h, c, W_x, W_h, b)
-    ends_only = tf.reduce_all(mask[0]) & tf.reduce_all(mask[:-1] | ~mask[1:])
-    implementations = (
-        lambda: _cudnn_of_lengths(x, h, c, W_x, W_h, b, mask),
+    return tf.cond(
+        is_padding(mask, h, c),
         lambda: run_padded(_cudnn, x, h, c, W_x, W_h, b, mask),
         lambda: lstm(x, h, c, W_x, W_h, b, mask, training),
     )
-    otherwise = tf.where(is_padding(mask, h, c), 1, 2)
-    return tf.switch_case(tf.where(ends_only, 0, otherwise), implementations)
 
 
-def _cudnn_of_lengths(x, h, c, W_x, W_h, b, mask):
-    unmasked, lengths = mask[:, :, None], tf.reduce_sum(tf.cast(mask, "int32"), 0)
-    x = tf.where(unmasked, x, 0)
-    h_all, h, c = _cudnn(x, h, c, W_x, W_h, b, lengths)
-    return tf.where(unmasked, h_all, h), h, c
-
-
-def _cudnn(x, h, c, W_x, W_h, b, lengths=None):
+def _cudnn(x, h, c, W_x, W_h, b):
     time, batch = tf.shape(x)[0], tf.shape(x)[1]
     h_all, h, c, _, _ = tf.raw_ops.CudnnRNNV3(
         input=tf.transpose(x, (1, 0, 2)),
         input_h=h[:, None],
         input_c=c[:, None],
         params=_pack(W_x, W_h, b),
-        sequence_lengths=tf.fill([batch], time) if lengths is None else lengths,
+        sequence_lengths=tf.fill([batch], time),
         rnn_mode="lstm",
         time_major=False,
     )
