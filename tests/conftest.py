@@ -1,3 +1,4 @@
+import gc
 import os
 import random
 from pathlib import Path
@@ -6,12 +7,21 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# XLA's optimizations take longer than the tests that run what it compiles.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import numpy as np
 import pytest
 
 collect_ignore = ["compat/make_addons.py", "convert/make_keras2.py"]  # scripts
 BOOK = Path(__file__).parents[2] / "shared" / "data" / "timemachine.txt"
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector the millions of objects of imported packages."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -104,8 +104,8 @@ def serialized(class_name, **config):
     return {"class_name": class_name, "config": config}
 
 
-def run_keras2(folder, seed, stacks=STACKS):
-    command = [sys.executable, MAKE, folder, str(seed), str(stacks)]
+def run_keras2(folder, seed, stacks=STACKS, *kinds):
+    command = [sys.executable, MAKE, folder, str(seed), str(stacks), *kinds]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return folder

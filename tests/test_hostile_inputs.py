@@ -52,7 +52,7 @@ MB = 2**20
 
 
 fuzz = settings(
-    max_examples={"quick": 30, "full": 100, "long": 10_000}[PROFILE],
+    max_examples={"quick": 20, "full": 50, "deep": 100, "long": 10_000}[PROFILE],
     deadline=None,
     derandomize=PROFILE != "long",
     database=None,

@@ -21,7 +21,6 @@ from reference import tensor
 
 from keras_scratch_lstm import ScratchLSTM, attribute
 
-BOTH = pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM"])
 SEVERAL = {"names": ["a", "b", "c"], "statics": ["s", "t"]}
 
 
@@ -63,9 +62,15 @@ def several(rng, draw):
     return values | {"shop": rng.integers(0, 3, BATCH), "mask": mask}
 
 
-@BOTH
-@pytest.mark.parametrize("wrt", ["inputs", -1])
-@pytest.mark.parametrize("sequences", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "wrt", "sequences"),
+    [
+        ("LSTM", "inputs", True),
+        ("LSTM", -1, False),
+        ("ScratchLSTM", "inputs", False),
+        ("ScratchLSTM", -1, True),
+    ],
+)
 def test_scores_add_up_to_the_difference(kind, wrt, sequences, x, rng):
     model = classifier(make(kind, return_sequences=sequences))
     target = (1, 2) if sequences else 2
@@ -148,8 +153,7 @@ def test_occlusion_matches_predictions(shape, x, rng):
     np.testing.assert_array_equal(found.n_steps, 0)
 
 
-@pytest.mark.parametrize("fixed", [False, True])
-@pytest.mark.parametrize("wrt", ["inputs", "lstm"])
+@pytest.mark.parametrize(("fixed", "wrt"), [(False, "inputs"), (True, "lstm")])
 def test_saturated_models_get_more_points(fixed, wrt, draw):
     """Gates that switch within a small part of the path."""
     layer = make("LSTM", stateful=fixed, name="lstm")
@@ -183,9 +187,15 @@ def test_new_weights_give_new_scores(x):
     np.testing.assert_allclose(found.scores.sum((1, 2)), difference, atol=2e-3)
 
 
-@BOTH
-@pytest.mark.parametrize("method", ["integrated_gradients", "occlusion"])
-@pytest.mark.parametrize("wrt", ["inputs", "lstm"])
+@pytest.mark.parametrize(
+    ("kind", "method", "wrt"),
+    [
+        ("LSTM", "integrated_gradients", "inputs"),
+        ("LSTM", "occlusion", "lstm"),
+        ("ScratchLSTM", "integrated_gradients", "lstm"),
+        ("ScratchLSTM", "occlusion", "inputs"),
+    ],
+)
 def test_masked_time_steps_score_zero(kind, method, wrt, x):
     """A mask stays as it is along the path, also where the baseline is the mask."""
     layers = classifier(make(kind, name="lstm")).layers

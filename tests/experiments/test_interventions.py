@@ -205,8 +205,9 @@ def test_patching_all_states_gives_the_outputs_of_the_other_run(x, rng):
 # --- models ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("merge", ["concat", "mul"])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("direction", "merge"), [("forward", "concat"), ("backward", "mul")]
+)
 @BOTH
 def test_directions_of_a_bidirectional_layer(kind, direction, merge, x):
     layers = [make(kind, return_sequences=True, name=kind)]
@@ -233,8 +234,9 @@ def test_directions_of_a_bidirectional_layer(kind, direction, merge, x):
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM", "custom cell"])
-@pytest.mark.parametrize("leading", [False, True])
-@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(
+    ("leading", "bidirectional"), [(False, False), (True, False), (True, True)]
+)
 def test_masked_time_steps(kind, leading, bidirectional, x, rng):
     mask = np.ones((BATCH, TIME), bool)
     mask[0, :2] = not leading
@@ -389,9 +391,15 @@ def test_batches_are_edited_as_one(batch_size, x, rng):
         assert_equal_traces(found, vars(trace))
 
 
-@pytest.mark.parametrize("zero", [False, True])
-@pytest.mark.parametrize("unroll", [False, True])
-@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize(
+    ("zero", "unroll", "backwards"),
+    [
+        (False, False, True),
+        (True, False, False),
+        (False, True, False),
+        (True, True, True),
+    ],
+)
 def test_masked_outputs_are_those_of_keras(zero, unroll, backwards, x, rng):
     if BACKEND == "torch" and unroll and backwards:
         pytest.skip("Keras does not support masks here")
@@ -408,8 +416,10 @@ def without_value(layer):
     return [name for name, value in vars(layer).items() if value is None]
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [*((kind, RuntimeError) for kind in LAYERS), ("LSTM", KeyboardInterrupt)],
+)
 def test_model_is_unchanged_after_an_error(kind, error, x):
     class Fails(keras.layers.Layer):
         fails = False
