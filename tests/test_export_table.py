@@ -9,6 +9,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from custom_cells import CoupledCell
 from keras import layers
 
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, export_litert, to_builtin
@@ -27,12 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size"),
     pytest.mark.filterwarnings("ignore:The `native_serialization`:DeprecationWarning"),
 ]
-
-
-class CoupledCell(ScratchLSTMCell):
-    def gates(self, x, h, c):
-        gates = super().gates(x, h, c)
-        return gates._replace(f=1 - gates.i)
 
 
 def plain(layer, **kwargs):

@@ -179,30 +179,6 @@ def swapped(x):
     return None if x is None else np.ascontiguousarray(np.swapaxes(x, 0, 1))
 
 
-@pytest.mark.parametrize(
-    ("mask", "zero_output"),
-    [(None, False), (GAPS, False), (GAPS, True)],
-    ids=["", "masked", "zero_output"],
-)
-@pytest.mark.parametrize("stateful", [False, True], ids=["", "stateful"])
-@pytest.mark.parametrize("backwards", [False, True], ids=["", "backwards"])
-def test_time_major_matches_batch_major(draw, mask, backwards, stateful, zero_output):
-    x, results = draw(3, 7, 5), []
-    arguments = {"go_backwards": backwards, "stateful": stateful, **RETURNS}
-    arguments["zero_output_for_mask"] = zero_output
-    for time_major in (False, True):
-        keras.utils.set_random_seed(3)
-        layer = ScratchLSTM(6, time_major=time_major, **arguments)
-        swap = swapped if time_major else np.asarray
-        for _ in range(2):
-            outputs, *states = layer(swap(x), mask=None if mask is None else swap(mask))
-        results.append([swap(numpy(outputs)), *states])
-    assert_close(*results)
-    if mask is not None:
-        masked = results[1][0][~(mask[:, ::-1] if backwards else mask)]
-        assert masked.any() != zero_output
-
-
 def test_time_major_in_bidirectional(draw):
     """Right without sequences, and rejected with them, as Keras flips axis 1."""
     time_major = ScratchLSTM(6, time_major=True, go_backwards=True, **RETURNS)

@@ -3,10 +3,11 @@
 import keras
 import numpy as np
 import pytest
+from custom_cells import CoupledCell
 from keras import layers
 from reference import run_python
 
-from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, export_litert
+from keras_scratch_lstm import ScratchLSTM, export_litert
 
 if keras.backend.backend() != "tensorflow":
     pytest.skip("the converter is part of TensorFlow", allow_module_level=True)
@@ -14,12 +15,6 @@ Interpreter = pytest.importorskip("ai_edge_litert.interpreter").Interpreter
 
 pytestmark = pytest.mark.one_backend
 FUSED = "UNIDIRECTIONAL_SEQUENCE_LSTM"
-
-
-class CoupledCell(ScratchLSTMCell):
-    def gates(self, x, h, c):
-        gates = super().gates(x, h, c)
-        return gates._replace(f=1 - gates.i)
 
 
 class InTraining(layers.Wrapper):
@@ -72,36 +67,17 @@ def normal(rng, *shape):
     return rng.normal(size=shape).astype("float32")
 
 
-SUPPORTED = {
-    "last output": lambda n: [ScratchLSTM(n)],
-    "sequences": lambda n: [ScratchLSTM(n, return_sequences=True)],
-    "backwards": lambda n: [ScratchLSTM(n, go_backwards=True, use_bias=False)],
-    "stacked": lambda n: [ScratchLSTM(n, return_sequences=True), ScratchLSTM(n)],
-    "built-in": lambda n: [layers.LSTM(n, return_sequences=True), ScratchLSTM(n)],
-    "bidirectional": lambda n: [
-        layers.Bidirectional(layers.LSTM(n, return_sequences=True)),
-        layers.Dense(2),
-    ],
-}
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(make, marks=[] if name == "bidirectional" else pytest.mark.slow)
-        for name, make in SUPPORTED.items()
-    ],
-    ids=SUPPORTED,
-)
-def test_each_direction_is_one_fused_op(tmp_path, rng, make):
+def test_each_direction_is_one_fused_op(tmp_path, rng):
+    """See also `test_export_table.py`."""
     batch_size, time, features, units = rng.integers(1, 9, 4).tolist()
-    model = sequential(*make(units), shape=(None, features))
+    both = layers.Bidirectional(layers.LSTM(units, return_sequences=True))
+    backwards = ScratchLSTM(units, go_backwards=True, use_bias=False)
+    model = sequential(both, backwards, shape=(None, features))
     randomize(model, rng)
     shape = batch_size, time, features
     interpreter = export(model, tmp_path / "model.tflite", shape)
     names = operators(interpreter)
-    directions = 2 if len(model.layers) == 2 else 1
-    assert names.count(FUSED) == directions
+    assert names.count(FUSED) == 3
     assert not {name for name in names if "WHILE" in name or "Flex" in name}
     for _ in range(3):
         x = normal(rng, *shape)

@@ -34,5 +34,7 @@ def test_dry_run(tmp_path, monkeypatch):
         limit = differences.pop("limit")
         assert max(differences.values()) <= limit
     assert len(found["ratios"]) == 5
+    assert len(found["ratios"]["cells / `ScratchLSTM`"]) == 5
+    assert list(found["ratios"]["padded"]) == ["`ScratchLSTM` / `LSTM`"]
     for ratios in found["ratios"].values():
         assert min(ratios.values()) > 0

@@ -15,7 +15,6 @@ from models import (
     make,
     numpy_lstm,
     sequential,
-    with_mask,
 )
 from reference import tensor
 
@@ -210,15 +209,6 @@ def test_masked_time_steps_score_zero(kind, method, wrt, x):
         np.testing.assert_allclose(found.scores[:, :4], short.scores, atol=1e-5)
         np.testing.assert_allclose(found.scores[:, 4:], 0, atol=1e-6)
         np.testing.assert_allclose(found.difference, short.difference, atol=1e-5)
-
-
-def test_explicit_mask(x):
-    mask = np.arange(TIME) < np.array([[4], [7], [1], [5], [7]])
-    model = with_mask(make("ScratchLSTM"))
-    found = attribute(model, [x, mask], target=1, baseline=0.3)
-    assert not found.scores[~mask].any()
-    difference = output(model, [x, mask]) - output(model, [0 * x + 0.3, mask])
-    np.testing.assert_allclose(found.scores.sum((1, 2)), difference[:, 1], atol=1e-4)
 
 
 def test_several_inputs(two_headed, several, x):

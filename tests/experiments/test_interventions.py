@@ -26,7 +26,6 @@ from keras_scratch_lstm import (
     ScratchLSTM,
     ScratchLSTMCell,
     run_with_edits,
-    to_scratch,
     trace_gates,
 )
 
@@ -159,47 +158,6 @@ def test_no_edits_give_the_outputs_and_the_trace_of_the_model(kind, x):
     outputs, trace = run_with_edits(model, x, edits=[])
     assert_close(outputs, to_numpy(model(x)))
     assert_equal_traces(trace, vars(trace_gates(model, x)))
-
-
-def test_stock_and_scratch_models_are_equal(x):
-    model = classifier(make("LSTM"))
-    edits = [Edit("o", 0.5, units=1), Edit("c", scale=-1, steps=2)]
-    outputs, trace = run_with_edits(model, x, edits=edits)
-    others, other = run_with_edits(to_scratch(model), x, edits=edits)
-    assert_close(outputs, others)
-    assert_equal_traces(trace, vars(other))
-
-
-def test_open_forget_gate_and_closed_input_gate_freeze_c(x):
-    keep = {"steps": slice(2, None)}
-    _, trace = run_with_edits(
-        make("LSTM"), x, edits=[Edit("f", 1, **keep), Edit("i", 0, **keep)]
-    )
-    frozen = np.broadcast_to(trace.c[:, 1:2], (BATCH, TIME - 1, UNITS))
-    np.testing.assert_array_equal(trace.c[:, 1:], frozen)
-
-
-@BOTH
-def test_edit_of_a_time_step_leaves_earlier_outputs(kind, x):
-    for backwards in (False, True):
-        layer = make(kind, return_sequences=True, go_backwards=backwards)
-        before, _ = run_with_edits(layer, x, edits=[])
-        step = TIME - 1 - 3 if backwards else 3
-        after, _ = run_with_edits(layer, x, edits=Edit("c", 2.0, steps=step))
-        np.testing.assert_array_equal(after[:, :3], before[:, :3])
-        assert (after[:, 3:] != before[:, 3:]).all()
-
-
-def test_patching_all_states_gives_the_outputs_of_the_other_run(x, rng):
-    model = classifier(make("LSTM"))
-    other = rng.normal(size=x.shape).astype("float32")
-    expected, trace = run_with_edits(model, other, edits=[])
-    last = {"steps": TIME - 1}
-    outputs, patched = run_with_edits(
-        model, x, edits=[Edit(a, trace, **last) for a in "ch"]
-    )
-    assert_close(outputs, expected)
-    assert_close(patched.c[:, :-1], trace_gates(model, x).c[:, :-1])
 
 
 # --- models ------------------------------------------------------------------
