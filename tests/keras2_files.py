@@ -1,5 +1,6 @@
 """Files of Keras 2: those that `tf-keras` makes, and one as Keras 2.1 did."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -75,6 +76,9 @@ KERAS_2_1 = {
         },
     ],
 }
+# With the activation that Keras 3 would read as another function.
+HARD = copy.deepcopy(KERAS_2_1)
+HARD["config"][0]["config"]["recurrent_activation"] = "hard_sigmoid"
 SHAPES = {
     "lstm_1": {"kernel": (3, 16), "recurrent_kernel": (4, 16), "bias": (16,)},
     "dense_1": {"kernel": (4, 2), "bias": (2,)},

@@ -92,8 +92,6 @@ def test_all_arguments_are_tested(cls):
 
 
 LAYERS = {
-    "layer": lambda: ScratchLSTM(5, return_sequences=True),
-    "cell": lambda: layers.RNN(ScratchLSTMCell(5), return_sequences=True),
     "arguments": lambda: ScratchLSTM(
         **{name: one for name, one in ARGUMENTS.items() if name not in NOT_IN_MODELS}
     ),

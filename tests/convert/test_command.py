@@ -8,7 +8,7 @@ import zipfile
 import keras
 import numpy as np
 import pytest
-from keras2_files import KERAS_2_1, assert_predicts_as_recorded, write_keras_2_1
+from keras2_files import HARD, KERAS_2_1, assert_predicts_as_recorded, write_keras_2_1
 
 from keras_scratch_lstm import load_keras2, trace_gates
 from keras_scratch_lstm.__main__ import main
@@ -48,9 +48,7 @@ def test_converted_models_predict_as_in_keras2(
 @pytest.mark.slow
 def test_keras3_alone_opens_the_converted_file(tmp_path, rng, draw):
     old, new, x = tmp_path / "old.h5", tmp_path / "new.keras", tmp_path / "x.npy"
-    config = copy.deepcopy(KERAS_2_1)
-    config["config"][0]["config"]["recurrent_activation"] = "hard_sigmoid"
-    write_keras_2_1(old, rng, config)
+    write_keras_2_1(old, rng, HARD)
     assert main(["convert", str(old), str(new)]) == 0
     np.save(x, draw(2, 5, 3))
     arguments = [new, tmp_path / "result.npy", x]
