@@ -1,4 +1,3 @@
-import gc
 import os
 import random
 from pathlib import Path
@@ -16,12 +15,6 @@ import pytest
 
 collect_ignore = ["compat/make_addons.py", "convert/make_keras2.py"]  # scripts
 BOOK = Path(__file__).parents[2] / "shared" / "data" / "timemachine.txt"
-
-
-def pytest_collection_finish():
-    """Spare the garbage collector the millions of objects of imported packages."""
-    gc.collect()
-    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -155,9 +155,7 @@ def _tf_penalty(layer, training, x, time=5, jit_compile=False):
     import tensorflow as tf
 
     weights = [weight.value for weight in layer.weights]
-    signature = [tf.TensorSpec((None, time, 3))]
 
-    @tf.function(input_signature=signature, jit_compile=jit_compile)
     def penalty(x):
         with tf.GradientTape() as outer:
             with tf.GradientTape() as inner:
@@ -166,6 +164,9 @@ def _tf_penalty(layer, training, x, time=5, jit_compile=False):
             penalty = tf.reduce_sum(inner.gradient(loss, x) ** 2)
         return outer.gradient(penalty, weights)
 
+    if jit_compile:  # else eagerly
+        signature = [tf.TensorSpec((None, time, 3))]
+        penalty = tf.function(penalty, input_signature=signature, jit_compile=True)
     return penalty(tf.constant(x))
 
 
