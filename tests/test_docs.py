@@ -38,6 +38,7 @@ BACKENDS = {
     "coremltools": "torch",
     "import torch\n": "torch",
 }
+SLOW = {"experiments", "forecasting", "from-d2l", "inspecting-gates", "questions"}
 BOOK = ROOT.parent / "shared" / "data" / "timemachine.txt"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 OUTPUT = re.compile(r"\s*```text\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -94,7 +95,12 @@ def test_fences_name_a_known_language(page):
 @pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size")
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if blocks(p) and p != READMES[1]], ids=lambda p: p.stem
+    "page",
+    [
+        pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem in SLOW))
+        for p in PAGES
+        if blocks(p) and p != READMES[1]
+    ],
 )
 def test_blocks_run(page, tmp_path, monkeypatch):
     if not is_for_backend(page):
