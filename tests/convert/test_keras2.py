@@ -41,7 +41,7 @@ NAMES = (
 )
 # What other backends compute in another way.
 if keras.backend.backend() != "tensorflow":
-    NAMES = ("stock", "cells", "video", "bidirectional_states", "functions", *MASKS)
+    NAMES = ("stock", "cells", "bidirectional_states", "functions", *MASKS)
 # Keras 2 removed the mask without a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:Layer .* does not support masking")
 
