@@ -1,80 +1,23 @@
 """Files of Keras 2: those that `tf-keras` makes, and one as Keras 2.1 did."""
 
+import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
 import keras
 import numpy as np
 from keras import ops
+from reference import run_python
 
-MAKE = Path(__file__).parent / "convert" / "make_keras2.py"
+FOLDER = Path(__file__).parent / "convert"
 STACKS = 4  # random models of each kind
 
 # From Keras 2.1.6, which stores a Sequential model as a list.
-KERAS_2_1 = {
-    "class_name": "Sequential",
-    "config": [
-        {
-            "class_name": "LSTM",
-            "config": {
-                "name": "lstm_1",
-                "trainable": True,
-                "batch_input_shape": [None, 5, 3],
-                "dtype": "float32",
-                "return_sequences": False,
-                "return_state": False,
-                "go_backwards": False,
-                "stateful": False,
-                "unroll": False,
-                "units": 4,
-                "activation": "tanh",
-                "recurrent_activation": "sigmoid",
-                "use_bias": True,
-                "kernel_initializer": {
-                    "class_name": "VarianceScaling",
-                    "config": {
-                        "scale": 1.0,
-                        "mode": "fan_avg",
-                        "distribution": "normal",
-                        "seed": None,
-                    },
-                },
-                "recurrent_initializer": {
-                    "class_name": "Orthogonal",
-                    "config": {"gain": 1.0, "seed": None},
-                },
-                "bias_initializer": {"class_name": "Zeros", "config": {}},
-                "unit_forget_bias": True,
-                "kernel_regularizer": {
-                    "class_name": "L1L2",
-                    "config": {"l1": 0.0, "l2": {"type": "ndarray", "value": 0.01}},
-                },
-                "recurrent_regularizer": None,
-                "bias_regularizer": None,
-                "activity_regularizer": None,
-                "kernel_constraint": None,
-                "recurrent_constraint": None,
-                "bias_constraint": None,
-                "dropout": 0.0,
-                "recurrent_dropout": 0.0,
-                "implementation": 1,
-            },
-        },
-        {
-            "class_name": "Dense",
-            "config": {
-                "name": "dense_1",
-                "trainable": True,
-                "units": 2,
-                "activation": "hard_sigmoid",
-                "use_bias": True,
-            },
-        },
-    ],
-}
+KERAS_2_1 = json.loads((FOLDER / "keras_2_1.json").read_text())
+# With the activation that Keras 3 would read as another function.
+HARD = copy.deepcopy(KERAS_2_1)
+HARD["config"][0]["config"]["recurrent_activation"] = "hard_sigmoid"
 SHAPES = {
     "lstm_1": {"kernel": (3, 16), "recurrent_kernel": (4, 16), "bias": (16,)},
     "dense_1": {"kernel": (4, 2), "bias": (2,)},
@@ -104,11 +47,9 @@ def serialized(class_name, **config):
     return {"class_name": class_name, "config": config}
 
 
-def run_keras2(folder, seed, stacks=STACKS):
-    command = [sys.executable, MAKE, folder, str(seed), str(stacks)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return folder
+def run_keras2(folder, *arguments):
+    """Make the files of `tf-keras`: see the arguments of `make_keras2.py`."""
+    run_python(FOLDER / "make_keras2.py", folder, *arguments)
 
 
 def predict(model, inputs):

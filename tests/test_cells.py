@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from gradients import BACKEND, compiled_variants, double_precision, with_gradients
 from keras import layers, ops
-from reference import assert_close, flat, sigmoid, weights_of
+from reference import assert_close, flat, lstm, weights_of
 
 from keras_scratch_lstm import (
     CoupledLSTMCell,
@@ -16,7 +16,6 @@ from keras_scratch_lstm import (
     ScratchLSTMCell,
     ZoneoutLSTMCell,
     recurrence,
-    run_with_edits,
     trace_gates,
 )
 
@@ -27,7 +26,6 @@ CELLS = [
     ZoneoutLSTMCell,
     DropConnectLSTMCell,
 ]
-RATE_C, RATE_H = 0.5, 0.05  # the default rates of zoneout
 numpy = ops.convert_to_numpy
 
 
@@ -44,60 +42,9 @@ def random_cell(cell, rng, features=3):
     return cell
 
 
-def layer_norm(z, w, name):
-    z = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-3)
-    return z * w[f"{name}/gamma"] + w[f"{name}/beta"]
-
-
-def step(kind, x, h, c, w):
-    """One time step in inference: the equations of the papers."""
-    z_x, z_h = (
-        {k: v @ w.get(n + k, 0 * w[n + "i"]) for k in "ifco"}
-        for v, n in ((x, "W_x"), (h, "W_h"))
-    )
-    if kind is LayerNormLSTMCell:
-        for name, z in ("norm_x", z_x), ("norm_h", z_h):
-            normed = layer_norm(np.concatenate([z[k] for k in "ifco"], -1), w, name)
-            z.update(zip("ifco", np.split(normed, 4, -1), strict=True))
-    z = {k: z_x[k] + z_h[k] + w.get(f"b_{k}", 0) for k in "ifco"}
-    if kind is PeepholeLSTMCell:
-        z["i"] += w["p_i"] * c
-        z["f"] += w["p_f"] * c
-    i, f = sigmoid(z["i"]), sigmoid(z["f"])
-    f = 1 - i if kind is CoupledLSTMCell else f
-    new_c = f * c + i * np.tanh(z["c"])
-    if kind is LayerNormLSTMCell:
-        new_c = layer_norm(new_c, w, "norm_c")
-    if kind is PeepholeLSTMCell:
-        z["o"] += w["p_o"] * new_c
-    new_h = sigmoid(z["o"]) * np.tanh(new_c)
-    if kind is ZoneoutLSTMCell:
-        new_h = RATE_H * h + (1 - RATE_H) * new_h
-        new_c = RATE_C * c + (1 - RATE_C) * new_c
-    return new_h, new_c
-
-
-def named(cell):
-    """Weights by name, in float64; those of the norms by `norm_x/gamma` and so on."""
-    w = weights_of(cell)
-    for name in ("norm_x", "norm_h", "norm_c"):
-        if hasattr(cell, name):
-            w |= {f"{name}/{k}": v for k, v in weights_of(getattr(cell, name)).items()}
-    return w
-
-
-def run(kind, x, w):
-    h = c = np.zeros((len(x), w["W_hi"].shape[0]))
-    outputs = []
-    for x_t in x.swapaxes(0, 1).astype("float64"):
-        h, c = step(kind, x_t, h, c, w)
-        outputs.append(h)
-    return np.stack(outputs, 1)
-
-
 def test_cell_matches_numpy_in_every_wrapper(cell_class, rng, draw, tmp_path):
     cell, x = random_cell(cell_class(4), rng), draw(2, 5, 3)
-    expected = run(cell_class, x, named(cell))
+    expected = lstm(x, weights_of(cell))[0]
     for wrap in (layers.RNN, lambda cell, **kwargs: ScratchLSTM(cell=cell, **kwargs)):
         assert_close(wrap(cell, return_sequences=True)(x), expected)
 
@@ -107,7 +54,7 @@ def test_cell_matches_numpy_in_every_wrapper(cell_class, rng, draw, tmp_path):
         direction.cell.set_weights(cell.get_weights())
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    backward = run(cell_class, x[:, ::-1], named(cell))[:, ::-1]
+    backward = lstm(x[:, ::-1], weights_of(cell))[0][:, ::-1]
     both = np.concatenate([expected, backward], -1)
     assert_close(loaded.predict(x, verbose=0), both)
     trace = trace_gates(loaded, x)
@@ -303,20 +250,13 @@ def test_drop_connect_has_one_mask_per_sequence(rng, draw):
             for _ in "ifoc"
         ]
         cell.seed_generator.state.assign(seed)
-        w = named(cell)
+        w = weights_of(cell)
         for gate, mask in zip("ifoc", masks, strict=True):
             w[f"W_h{gate}"] = w[f"W_h{gate}"] * mask
         outputs.append(layer(x, training=True))
-        assert_close(outputs[-1], run(DropConnectLSTMCell, x, w))
+        assert_close(outputs[-1], lstm(x, w)[0])
     assert not np.allclose(*flat(outputs[1:]))
     assert fast.recurrence != "loop"
-
-
-def test_edits_of_a_peephole_cell(rng, draw):
-    cell, x = random_cell(PeepholeLSTMCell(4), rng), draw(2, 5, 3)
-    layer = ScratchLSTM(cell=cell, return_sequences=True)
-    expected = layer(x)
-    assert_close(run_with_edits(layer, x, edits=[])[0], expected)
 
 
 @pytest.mark.one_backend

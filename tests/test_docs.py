@@ -39,6 +39,7 @@ BACKENDS = {
     "coremltools": "torch",
     "import torch\n": "torch",
 }
+SLOW = {"experiments", "forecasting", "from-d2l", "inspecting-gates", "questions"}
 BOOK = ROOT.parent / "shared" / "data" / "timemachine.txt"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 OUTPUT = re.compile(r"\s*```text\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -56,6 +57,15 @@ def blocks_with_outputs(page):
         if fence[1] == "python":
             output = OUTPUT.match(text, fence.end())
             yield fence[2], output and output[1]
+
+
+def is_for_backend(page):
+    """On TensorFlow every page; elsewhere the README, and those with a block for it."""
+    backend = keras.backend.backend()
+    signs = [sign for sign, name in BACKENDS.items() if name == backend]
+    if backend == "tensorflow" or page == READMES[0]:
+        return True
+    return any(sign in code for sign in signs for code in blocks(page))
 
 
 def can_run(code):
@@ -86,9 +96,16 @@ def test_fences_name_a_known_language(page):
 @pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size")
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if blocks(p) and p != READMES[1]], ids=lambda p: p.stem
+    "page",
+    [
+        pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem in SLOW))
+        for p in PAGES
+        if blocks(p) and p != READMES[1]
+    ],
 )
 def test_blocks_run(page, tmp_path, monkeypatch):
+    if not is_for_backend(page):
+        pytest.skip("the same on tensorflow")
     if any("from d2l" in code and can_run(code) for code in blocks(page)):
         from d2l import tensorflow as d2l
 

@@ -52,9 +52,9 @@ MB = 2**20
 
 
 fuzz = settings(
-    max_examples={"quick": 30, "full": 100, "long": 10_000}[PROFILE],
+    max_examples={"quick": 20, "full": 50, "deep": 100, "long": 10_000}[PROFILE],
     deadline=None,
-    derandomize=PROFILE != "long",
+    derandomize=PROFILE in ("quick", "full"),
     database=None,
     print_blob=True,
     phases=set(Phase) - {Phase.explain},

@@ -1,15 +1,13 @@
 """Files of `export_litert` in LiteRT: operators, outputs, states, quantization."""
 
-import os
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
+from custom_cells import CoupledCell
 from keras import layers
+from reference import run_python
 
-from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, export_litert
+from keras_scratch_lstm import ScratchLSTM, export_litert
 
 if keras.backend.backend() != "tensorflow":
     pytest.skip("the converter is part of TensorFlow", allow_module_level=True)
@@ -17,12 +15,6 @@ Interpreter = pytest.importorskip("ai_edge_litert.interpreter").Interpreter
 
 pytestmark = pytest.mark.one_backend
 FUSED = "UNIDIRECTIONAL_SEQUENCE_LSTM"
-
-
-class CoupledCell(ScratchLSTMCell):
-    def gates(self, x, h, c):
-        gates = super().gates(x, h, c)
-        return gates._replace(f=1 - gates.i)
 
 
 class InTraining(layers.Wrapper):
@@ -75,36 +67,17 @@ def normal(rng, *shape):
     return rng.normal(size=shape).astype("float32")
 
 
-SUPPORTED = {
-    "last output": lambda n: [ScratchLSTM(n)],
-    "sequences": lambda n: [ScratchLSTM(n, return_sequences=True)],
-    "backwards": lambda n: [ScratchLSTM(n, go_backwards=True, use_bias=False)],
-    "stacked": lambda n: [ScratchLSTM(n, return_sequences=True), ScratchLSTM(n)],
-    "built-in": lambda n: [layers.LSTM(n, return_sequences=True), ScratchLSTM(n)],
-    "bidirectional": lambda n: [
-        layers.Bidirectional(layers.LSTM(n, return_sequences=True)),
-        layers.Dense(2),
-    ],
-}
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(make, marks=[] if name == "bidirectional" else pytest.mark.slow)
-        for name, make in SUPPORTED.items()
-    ],
-    ids=SUPPORTED,
-)
-def test_each_direction_is_one_fused_op(tmp_path, rng, make):
+def test_each_direction_is_one_fused_op(tmp_path, rng):
+    """See also `test_export_table.py`."""
     batch_size, time, features, units = rng.integers(1, 9, 4).tolist()
-    model = sequential(*make(units), shape=(None, features))
+    both = layers.Bidirectional(layers.LSTM(units, return_sequences=True))
+    backwards = ScratchLSTM(units, go_backwards=True, use_bias=False)
+    model = sequential(both, backwards, shape=(None, features))
     randomize(model, rng)
     shape = batch_size, time, features
     interpreter = export(model, tmp_path / "model.tflite", shape)
     names = operators(interpreter)
-    directions = 2 if len(model.layers) == 2 else 1
-    assert names.count(FUSED) == directions
+    assert names.count(FUSED) == 3
     assert not {name for name in names if "WHILE" in name or "Flex" in name}
     for _ in range(3):
         x = normal(rng, *shape)
@@ -171,12 +144,9 @@ numpy.savez(sys.argv[1] + "/data.npz", x=x, y=model.predict(x, verbose=0))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["jax", "torch"])
-def test_model_trained_on_another_backend(tmp_path, backend):
-    pytest.importorskip(backend)
-    environment = {**os.environ, "KERAS_BACKEND": backend}
-    command = [sys.executable, "-c", TRAIN, str(tmp_path)]
-    subprocess.run(command, check=True, env=environment)
+def test_model_trained_on_another_backend(tmp_path):
+    pytest.importorskip("torch")
+    run_python("-c", TRAIN, tmp_path, KERAS_BACKEND="torch")
     model = keras.saving.load_model(tmp_path / "model.keras")
     interpreter = export(model, tmp_path / "model.tflite", (1, 7, 3))
     assert operators(interpreter).count(FUSED) == 2

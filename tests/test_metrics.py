@@ -37,7 +37,7 @@ def random_tokens(rng, *shape):
 def test_exact_over_batches_of_different_sizes(rng, kind, ignore_class, from_logits):
     metric = Perplexity(from_logits=from_logits, ignore_class=ignore_class)
     total = tokens = 0
-    for shape in [(4, 7), (1, 7), (3, 2), (5, 1), (2, 30), (9,)]:
+    for shape in [(4, 7), (3, 2), (2, 30), (9,)]:
         y_true, logits = random_tokens(rng, *shape)
         if ignore_class == -1:
             y_true = np.where(rng.random(shape) < 0.3, -1, y_true)

@@ -25,9 +25,6 @@ each_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 both_biases = pytest.mark.parametrize(
     "use_bias", [True, False], ids=["bias", "no_bias"]
 )
-in_training = pytest.mark.parametrize(
-    "training", [True, False], ids=["training", "inference"]
-)
 
 
 def layer_with(rng, units=4, features=3, **arguments):
@@ -95,17 +92,19 @@ def test_outputs_and_gradients_match_the_loop(rng, fast, mask, go_backwards, use
         assert np.ptp(values) > 0
 
 
-@both_biases
-@in_training
+# An empty batch, the single sample of JAX, and around the unroll factor of TensorFlow.
+SIZES = [(0, 4), (1, 1), (1, 7), (3, 1), (3, 6)]
+SIZES += [] if BACKEND == "jax" else [(3, 2), (3, 4), (3, 10), (2, 13)]
+
+
 @pytest.mark.parametrize(
-    ("batch", "time"),
-    [(1, 1), (1, 7), (3, 1), (3, 2), (3, 4), (3, 6), (3, 10), (2, 13), (0, 4)],
+    ("training", "use_bias"), [(True, True), (False, False)], ids=["training", ""]
 )
+@pytest.mark.parametrize(("batch", "time"), SIZES)
 @each_fast
 def test_batches_and_sequences_of_many_sizes(
     rng, fast, batch, time, training, use_bias
 ):
-    """Around the unroll factor of TensorFlow, and the single sample of JAX."""
     mask = None if fast == "cudnn" else rng.random((batch, time)) < 0.8
     shape = (batch, time, 3)
     compare_with_the_loop(rng, fast, mask, shape, training, use_bias=use_bias)
@@ -132,12 +131,12 @@ def test_padding_on_both_sides_matches_the_loop(rng, fast, go_backwards):
 
 
 IN_XLA = [{"time": 5, "jit_compile": True}, {"time": None, "jit_compile": True}]
+IN_XLA = [pytest.param(True, one, marks=pytest.mark.slow) for one in IN_XLA]
 
 
-@in_training
 @each_fast
 @pytest.mark.parametrize(
-    "compiled", [{}, *(pytest.param(one, marks=pytest.mark.slow) for one in IN_XLA)]
+    ("training", "compiled"), [(True, {}), (False, {}), *IN_XLA], ids=str
 )
 def test_second_derivatives_match_the_loop(rng, fast, training, compiled):
     """As in a gradient penalty: the gradient of the squared gradient."""
@@ -159,9 +158,7 @@ def _tf_penalty(layer, training, x, time=5, jit_compile=False):
     import tensorflow as tf
 
     weights = [weight.value for weight in layer.weights]
-    signature = [tf.TensorSpec((None, time, 3))]
 
-    @tf.function(input_signature=signature, jit_compile=jit_compile)
     def penalty(x):
         with tf.GradientTape() as outer:
             with tf.GradientTape() as inner:
@@ -170,6 +167,9 @@ def _tf_penalty(layer, training, x, time=5, jit_compile=False):
             penalty = tf.reduce_sum(inner.gradient(loss, x) ** 2)
         return outer.gradient(penalty, weights)
 
+    if jit_compile:  # else eagerly
+        signature = [tf.TensorSpec((None, time, 3))]
+        penalty = tf.function(penalty, input_signature=signature, jit_compile=True)
     return penalty(tf.constant(x))
 
 
@@ -213,13 +213,13 @@ def with_built_in(rng, **arguments):
 
 
 @on_jax
-@pytest.mark.parametrize("mask", ["unmasked", "gaps"])
-@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
-    ("transformation", "implementation"),
+    ("transformation", "implementation", "batch", "mask"),
     [
-        *((name, None) for name in ("jvp", "jacfwd", "jacrev", "hessian")),
-        *((name, "loop") for name in ("linearize", "jit jvp", "jvp jit")),
+        ("hessian", None, 3, "gaps"),
+        *((name, None, 1, "unmasked") for name in ("jvp", "jacfwd", "jacrev")),
+        *((name, None, 3, "gaps") for name in ("jvp", "jacfwd", "jacrev")),
+        *((name, "loop", 3, "gaps") for name in ("linearize", "jit jvp", "jvp jit")),
     ],
 )
 def test_jax_derivatives_match_the_built_in_layer(
@@ -248,8 +248,7 @@ def test_jax_derivatives_match_the_built_in_layer(
 
 @on_jax
 @each_mask
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize(("policy", "batch"), [("float32", 3), ("mixed_bfloat16", 1)])
 def test_strict_dtype_promotion_on_jax(rng, policy, batch, mask):
     import jax
 
@@ -390,29 +389,21 @@ def trained(fast, rng, **compiled):
     return [history.history["loss"], *model.get_weights()]
 
 
-@pytest.mark.parametrize(
-    "compiled",
-    [
-        {"jit_compile": True},
-        {"jit_compile": False},
-        {"steps_per_execution": 2},
-        {"run_eagerly": True},
-    ],
-    ids=str,
-)
 @each_fast
-def test_compiled_training_matches_the_loop(rng, fast, compiled):
-    if BACKEND == "torch" and compiled == {"jit_compile": True}:
-        pytest.skip("torch.compile needs a C++ compiler")
-    if BACKEND == "torch" and "steps_per_execution" in compiled:
-        pytest.skip("Keras has no `steps_per_execution` on torch")
-    if fast == "cudnn" and compiled == {"jit_compile": True}:
-        pytest.skip("XLA cannot compile cuDNN's op")
+def test_compiled_training_matches_the_loop(rng, fast):
+    ways = [{"run_eagerly": True}]
+    if BACKEND != "torch":  # where Keras has no such steps, and compiles by C++
+        ways.append({"steps_per_execution": 2})
+        # XLA cannot compile cuDNN's op.
+        ways += [] if fast == "cudnn" else [{"jit_compile": True}]
+    if BACKEND != "jax":  # where this is `run_eagerly`
+        ways.append({"jit_compile": False})
     state = rng.bit_generator.state
     loop = trained("loop", rng)
-    rng.bit_generator.state = state
-    for one, other in zip(trained(fast, rng, **compiled), loop, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5)
+    for way in ways:
+        rng.bit_generator.state = state
+        for one, other in zip(trained(fast, rng, **way), loop, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5, err_msg=str(way))
 
 
 @on_torch

@@ -61,14 +61,12 @@ def run_concurrently(function, jobs):
 @pytest.mark.parametrize(
     "functions",
     [
-        [call],
         pytest.param(
             [predict_on_batch],
             marks=pytest.mark.skipif(
                 BACKEND == "jax", reason="Keras replaces variables while it predicts"
             ),
         ),
-        [trace],
         [trace, call],
     ],
     ids=lambda functions: " and ".join(one.__name__ for one in functions),

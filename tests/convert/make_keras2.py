@@ -1,9 +1,10 @@
 """Write model files with Keras 2 (`tf-keras`), and record its predictions.
 
-python make_keras2.py FOLDER SEED STACKS
+python make_keras2.py FOLDER SEED STACKS [random]
 
 For each model there are `NAME.h5`, the archive `NAME.keras`, and `NAME.npz` with the
-inputs and the outputs. `STACKS` is the number of models of random layers.
+inputs and the outputs. `STACKS` is the number of models of random layers, the only ones
+with `random`.
 """
 
 import collections
@@ -457,9 +458,18 @@ def save_for_cudnn(folder):
         file.attrs["model_config"] = json.dumps(config)
 
 
-def main(folder, seed, stacks):
+def main(folder, seed, stacks, kinds="all"):
     folder, rng = Path(folder), np.random.default_rng(int(seed))
     tf_keras.utils.set_random_seed(int(seed))
+    if kinds == "all":
+        save_models(folder, rng)
+    for k in range(int(stacks)):
+        stack = [Input((TIME, FEATURES)), *random_stack(rng)]
+        save(Sequential(stack), f"random_stack_{k}", folder, rng)
+        save(random_seq2seq(rng), f"random_seq2seq_{k}", folder, rng)
+
+
+def save_models(folder, rng):
     for make in SEQUENTIAL:
         inputs = Input((TIME,) if make is sentiment else (TIME, FEATURES))
         save(Sequential([inputs, *make()]), make.__name__, folder, rng)
@@ -480,10 +490,6 @@ def main(folder, seed, stacks):
         for name in ("nested", "masked_decoders"):
             model = tf_keras.models.load_model(folder / f"{name}.h5")
             model.save(folder / f"{name}_2_12.keras")
-    for k in range(int(stacks)):
-        stack = [Input((TIME, FEATURES)), *random_stack(rng)]
-        save(Sequential(stack), f"random_stack_{k}", folder, rng)
-        save(random_seq2seq(rng), f"random_seq2seq_{k}", folder, rng)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,9 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from keras2_files import KERAS_2_1, SHAPES, write_keras_2_1
+from keras2_files import HARD, SHAPES, write_keras_2_1
 
 from keras_scratch_lstm import trace_gates
-
-# That of Keras 2.1 with the activation that Keras 3 would read as another function.
-HARD = {**KERAS_2_1, "config": [dict(spec) for spec in KERAS_2_1["config"]]}
-HARD["config"][0]["config"] = {
-    **KERAS_2_1["config"][0]["config"],
-    "recurrent_activation": "hard_sigmoid",
-}
 
 
 @pytest.mark.parametrize("name", ["old.h5", "old.keras", "old"])

@@ -180,7 +180,17 @@ def make(case, rng):
     return random_weights(layer, rng), inputs
 
 
-@pytest.mark.parametrize("case", CASES)
+# The others differ in what no backend sees.
+EVERYWHERE = ("all arguments", "mixed precision", "Bidirectional", "Functional")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if case in EVERYWHERE else pytest.mark.one_backend)
+        for case in CASES
+    ],
+)
 def test_round_trip_keeps_outputs_weights_and_config(rng, case):
     builtin, inputs = make(case, rng)
     assert_round_trip(builtin, inputs, 2e-3 if case == "mixed precision" else 1e-5)
@@ -196,6 +206,7 @@ SHARED_NAMES = {
 }
 
 
+@pytest.mark.one_backend
 def test_layers_beside_operations_of_the_same_name_are_converted(rng, x):
     inputs = keras.Input((TIME, FEATURES))
     outputs = []
@@ -371,6 +382,7 @@ def test_converted_bidirectional_models_can_be_saved_and_copied(rng, x, tmp_path
 # --- regularizers, constraints and initializers ------------------------------
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "arguments",
     [

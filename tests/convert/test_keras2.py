@@ -39,6 +39,9 @@ NAMES = (
     *("video", "seq2seq", "bidirectional_states", "nested", "attention", "stateful"),
     *("normalized", "hard", *OPERATIONS, *MASKS),
 )
+# What other backends compute in another way.
+if keras.backend.backend() != "tensorflow":
+    NAMES = ("stock", "cells", "bidirectional_states", "functions", *MASKS)
 # Keras 2 removed the mask without a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:Layer .* does not support masking")
 
@@ -71,6 +74,7 @@ def test_layers_pass_on_masks_as_in_keras2(files):
     assert_predicts_as_recorded(load_keras2(files / "masked.h5"), files, "masked")
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("k", range(STACKS))
 @pytest.mark.parametrize("kind", ["stack", "seq2seq"])
 def test_random_models_predict_as_in_keras2(files, kind, k):
@@ -82,8 +86,8 @@ def test_random_models_predict_as_in_keras2(files, kind, k):
 @pytest.mark.slow
 def test_many_random_models_predict_as_in_keras2(tmp_path, seed):
     pytest.importorskip("tf_keras", reason="tf-keras is not installed")
-    run_keras2(tmp_path, seed, 40)
-    for k in range(40):
+    run_keras2(tmp_path, seed, 12, "random")
+    for k in range(12):
         for kind in ("stack", "seq2seq"):
             test_random_models_predict_as_in_keras2(tmp_path, kind, k)
 
@@ -103,6 +107,7 @@ def test_archives_have_the_same_weights(files, name):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", ["stock", *MASKS])
 def test_archives_predict_as_in_keras2(files, tmp_path, name):
     path = tmp_path / "renamed.h5"  # recognized by content
@@ -129,6 +134,7 @@ def test_missing_vocabulary_is_an_error(files):
         load_keras2(files / "text.json", weights=files / "text.keras")
 
 
+@pytest.mark.one_backend
 def test_architecture_and_weights_in_two_files(files, tmp_path):
     architecture, weights = files / "stock.json", files / "stock_weights.h5"
     twice = tmp_path / "twice.json"
@@ -164,6 +170,7 @@ def test_loaded_model_can_be_saved_traced_and_converted(files, tmp_path):
     np.testing.assert_allclose(trace.i, i, atol=1e-5)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", [*OPERATIONS, *MASKS])
 def test_model_with_operations_can_be_saved_and_converted(files, tmp_path, name):
     model = load_keras2(files / f"{name}.h5")
@@ -191,6 +198,7 @@ def test_operations_keep_their_names_and_all_are_compared(files):
     assert functions >= set(operations.OPERATIONS)
 
 
+@pytest.mark.one_backend
 def test_frozen_layers_and_regularizers_are_kept(files):
     model = load_keras2(files / "nested.h5")
     encoder, *_, frozen = [part for part in model.layers if part.weights]
@@ -207,6 +215,7 @@ def test_frozen_layers_and_regularizers_are_kept(files):
     assert isinstance(lstm.kernel_constraint, keras.constraints.MaxNorm)
 
 
+@pytest.mark.one_backend
 def test_names_that_keras3_rejects_are_changed(files):
     names = [layer.name for layer in load_keras2(files / "seq2seq.h5").layers]
     assert {"a_b", "a_b_1"} < set(names)
@@ -339,6 +348,7 @@ def store_dtype_of_inputs(file, config):
     config["config"]["layers"][0]["config"]["dtype"] = "int32"
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("name", "edit"),
     [
@@ -519,6 +529,7 @@ def rebuilt_stock(recurrent_activation="hard_sigmoid", units=1):
     return keras.Sequential([keras.Input((6, 4)), *stack])
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("extension", ["h5", "weights.h5", "keras"])
 def test_weights_of_a_model_built_in_keras3(files, extension):
     model = rebuilt_stock()
@@ -529,6 +540,7 @@ def test_weights_of_a_model_built_in_keras3(files, extension):
     assert_predicts_as_recorded(model, files, "stock")
 
 
+@pytest.mark.one_backend
 def test_weights_of_frozen_nested_and_shared_layers(files):
     expected = load_keras2(files / "nested.h5")
     for extension in ("h5", "keras"):
@@ -537,6 +549,7 @@ def test_weights_of_frozen_nested_and_shared_layers(files):
         assert_predicts_as_recorded(model, files, "nested")
 
 
+@pytest.mark.one_backend
 def test_weights_of_normalization(files):
     model = keras.models.clone_model(load_keras2(files / "normalized.h5"))
     load_keras2_weights(model, files / "normalized.h5")

@@ -83,7 +83,6 @@ def train_on_one_device(arguments):
     [
         case("jax", 4, 1, "--text", "random"),
         case("jax", None, 2, "--stream", "sequential"),
-        case("tensorflow", 2, 1, "--text", "random"),
         case("tensorflow", 2, 1, "--stream", "random"),
     ],
 )

@@ -22,10 +22,3 @@ def test_the_unit_that_carries_the_number_is_found_and_patched(out, capsys):
     for name in PLOTS:
         with Image.open(out / f"{name}.png") as image:
             assert image.width > 900
-
-
-def test_small_model(out, capsys):
-    arguments = ["--units", "2", "--steps", "3", "--epochs", "1", "--out", str(out)]
-    assert experiment.main(arguments) == 0
-    assert "patching c of unit" in capsys.readouterr().out
-    assert all((out / f"{name}.png").exists() for name in PLOTS)

@@ -64,9 +64,8 @@ def test_features_have_no_missing_value(table, parts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer", ["ScratchLSTM", "LSTM"])
-def test_example_and_its_errors(layer, table, parts, out, capsys):
-    options = ["--layer", layer, "--units", "4", "--epochs", "1", "--out", str(out)]
+def test_example_and_its_errors(table, parts, out, capsys):
+    options = ["--units", "4", "--epochs", "1", "--out", str(out)]
     assert forecast.main(options) == 0
     printed = capsys.readouterr().out
     rows = {

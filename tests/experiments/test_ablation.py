@@ -42,20 +42,9 @@ def test_silencing_equals_zeroing_the_weights_that_read_the_unit(x, y):
     assert np.abs(ablation.change).max() > 1e-3
 
 
-def test_unit_that_is_not_read_changes_nothing(x, y):
-    model = classifier(make("LSTM"))
-    cell, dense = model.layers[0].cell, model.layers[1]
-    for weight in (cell.recurrent_kernel, dense.kernel):
-        value = ops.convert_to_numpy(weight).copy()
-        value[2] = 0
-        weight.assign(value)
-    ablation = ablate_units(model, x, y, loss="mse", verbose=0)
-    assert ablation.loss[2] == pytest.approx(ablation.baseline, rel=1e-6)
-    assert (np.abs(np.delete(ablation.change, 2)) > 1e-5).all()
-
-
-@pytest.mark.parametrize("batch_size", [1, 7, 1024])
-@pytest.mark.parametrize("method", ["zero", "mean"])
+@pytest.mark.parametrize(
+    ("method", "batch_size"), [("zero", 1), ("mean", 7), ("mean", 1024)]
+)
 def test_rows_equal_one_run_for_each(method, batch_size, x, y):
     model = classifier(make("LSTM"))
     model.compile(loss="mse")

@@ -26,7 +26,6 @@ from keras_scratch_lstm import (
     ScratchLSTM,
     ScratchLSTMCell,
     run_with_edits,
-    to_scratch,
     trace_gates,
 )
 
@@ -161,52 +160,12 @@ def test_no_edits_give_the_outputs_and_the_trace_of_the_model(kind, x):
     assert_equal_traces(trace, vars(trace_gates(model, x)))
 
 
-def test_stock_and_scratch_models_are_equal(x):
-    model = classifier(make("LSTM"))
-    edits = [Edit("o", 0.5, units=1), Edit("c", scale=-1, steps=2)]
-    outputs, trace = run_with_edits(model, x, edits=edits)
-    others, other = run_with_edits(to_scratch(model), x, edits=edits)
-    assert_close(outputs, others)
-    assert_equal_traces(trace, vars(other))
-
-
-def test_open_forget_gate_and_closed_input_gate_freeze_c(x):
-    keep = {"steps": slice(2, None)}
-    _, trace = run_with_edits(
-        make("LSTM"), x, edits=[Edit("f", 1, **keep), Edit("i", 0, **keep)]
-    )
-    frozen = np.broadcast_to(trace.c[:, 1:2], (BATCH, TIME - 1, UNITS))
-    np.testing.assert_array_equal(trace.c[:, 1:], frozen)
-
-
-@BOTH
-def test_edit_of_a_time_step_leaves_earlier_outputs(kind, x):
-    for backwards in (False, True):
-        layer = make(kind, return_sequences=True, go_backwards=backwards)
-        before, _ = run_with_edits(layer, x, edits=[])
-        step = TIME - 1 - 3 if backwards else 3
-        after, _ = run_with_edits(layer, x, edits=Edit("c", 2.0, steps=step))
-        np.testing.assert_array_equal(after[:, :3], before[:, :3])
-        assert (after[:, 3:] != before[:, 3:]).all()
-
-
-def test_patching_all_states_gives_the_outputs_of_the_other_run(x, rng):
-    model = classifier(make("LSTM"))
-    other = rng.normal(size=x.shape).astype("float32")
-    expected, trace = run_with_edits(model, other, edits=[])
-    last = {"steps": TIME - 1}
-    outputs, patched = run_with_edits(
-        model, x, edits=[Edit(a, trace, **last) for a in "ch"]
-    )
-    assert_close(outputs, expected)
-    assert_close(patched.c[:, :-1], trace_gates(model, x).c[:, :-1])
-
-
 # --- models ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("merge", ["concat", "mul"])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("direction", "merge"), [("forward", "concat"), ("backward", "mul")]
+)
 @BOTH
 def test_directions_of_a_bidirectional_layer(kind, direction, merge, x):
     layers = [make(kind, return_sequences=True, name=kind)]
@@ -233,8 +192,9 @@ def test_directions_of_a_bidirectional_layer(kind, direction, merge, x):
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM", "custom cell"])
-@pytest.mark.parametrize("leading", [False, True])
-@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(
+    ("leading", "bidirectional"), [(False, False), (True, False), (True, True)]
+)
 def test_masked_time_steps(kind, leading, bidirectional, x, rng):
     mask = np.ones((BATCH, TIME), bool)
     mask[0, :2] = not leading
@@ -389,9 +349,15 @@ def test_batches_are_edited_as_one(batch_size, x, rng):
         assert_equal_traces(found, vars(trace))
 
 
-@pytest.mark.parametrize("zero", [False, True])
-@pytest.mark.parametrize("unroll", [False, True])
-@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize(
+    ("zero", "unroll", "backwards"),
+    [
+        (False, False, True),
+        (True, False, False),
+        (False, True, False),
+        (True, True, True),
+    ],
+)
 def test_masked_outputs_are_those_of_keras(zero, unroll, backwards, x, rng):
     if BACKEND == "torch" and unroll and backwards:
         pytest.skip("Keras does not support masks here")
@@ -408,8 +374,10 @@ def without_value(layer):
     return [name for name, value in vars(layer).items() if value is None]
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [*((kind, RuntimeError) for kind in LAYERS), ("LSTM", KeyboardInterrupt)],
+)
 def test_model_is_unchanged_after_an_error(kind, error, x):
     class Fails(keras.layers.Layer):
         fails = False

@@ -98,8 +98,10 @@ def test_samples_folded_into_several_rows(rng):
 # --- states and fixed shapes -------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM", "RNN(ScratchLSTMCell)"])
-@pytest.mark.parametrize("samples", [BATCH, 2, 1])
+@pytest.mark.parametrize(
+    ("kind", "samples"),
+    [("LSTM", BATCH), ("LSTM", 1), ("ScratchLSTM", 2), ("RNN(ScratchLSTMCell)", 1)],
+)
 def test_stateful_model_starts_from_its_states_and_keeps_them(kind, samples, x):
     model = keras.Sequential(
         [
@@ -122,9 +124,16 @@ def test_stateful_model_starts_from_its_states_and_keeps_them(kind, samples, x):
 
 
 @BOTH
-@pytest.mark.parametrize("stateful", [False, True])
-@pytest.mark.parametrize("mask_zero", [False, True])
-@pytest.mark.parametrize("time", [None, 4, 4 * TIME])
+@pytest.mark.parametrize(
+    ("stateful", "mask_zero", "time"),
+    [
+        (False, True, None),
+        (False, False, 4),
+        (False, True, 4 * TIME),
+        (True, True, 4),
+        (True, False, 4 * TIME),
+    ],
+)
 def test_fixed_batch_shape(kind, stateful, mask_zero, time, tokens):
     layer = LAYERS[kind](stateful=stateful, return_sequences=True)
     model = sequential(layer, mask_zero=mask_zero, batch_size=BATCH + 3, time=time)

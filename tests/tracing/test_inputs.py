@@ -57,9 +57,17 @@ def batches_of(tokens, kind):
     return Batches()
 
 
-@pytest.mark.parametrize("batches", [1, 2, None])
 @pytest.mark.parametrize(
-    "kind", ["tf.data", "PyDataset", "without targets", "DataLoader"]
+    ("kind", "batches"),
+    [
+        ("tf.data", 1),
+        ("tf.data", None),
+        ("PyDataset", 2),
+        ("PyDataset", None),
+        ("without targets", 1),
+        ("without targets", None),
+        ("DataLoader", 2),
+    ],
 )
 def test_batches_of_a_dataset(kind, batches, tokens):
     model = sequential(LAYERS["LSTM"]())
@@ -89,8 +97,15 @@ def test_batches_of_different_lengths_are_padded(mask_zero, tokens):
 @pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="only TensorFlow has RaggedTensor"
 )
-@pytest.mark.parametrize("mask_zero", [False, True])
-@pytest.mark.parametrize("form", ["alone", "in a dict", "in a dataset"])
+@pytest.mark.parametrize(
+    ("mask_zero", "form"),
+    [
+        (False, "alone"),
+        (True, "alone"),
+        (True, "in a dict"),
+        (False, "in a dataset"),
+    ],
+)
 def test_ragged_tensor_matches_each_sample_alone(mask_zero, form, tokens):
     import tensorflow as tf
 
