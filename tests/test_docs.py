@@ -28,7 +28,6 @@ PACKAGES = {
     "ai_edge_litert": "ai_edge_litert",
     "tflite_micro": "tflite_micro",
     "coremltools": "coremltools",
-    "timeseries_dataset_from_array": "tensorflow",
 }
 BACKENDS = {
     "import tensorflow": "tensorflow",
