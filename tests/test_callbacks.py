@@ -371,6 +371,7 @@ def test_monitor_keeps_probe_of_dataset(series):
     assert {**first, "loss": 0} == {**second, "loss": 0}
 
 
+@pytest.mark.ci
 def test_monitor_does_not_change_training(series):
     losses, states = [], []
     for monitors in ([PerplexityLogger(0)], [GateMonitor(series[0][:8])]):

@@ -105,6 +105,7 @@ def test_gradients_match_finite_differences(cell_class, rate, rng):
 
 
 @pytest.mark.parametrize("cell_class", CELLS[2:])
+@pytest.mark.ci
 def test_training_in_mixed_precision(cell_class, draw):
     cell = cell_class(4, dtype="mixed_bfloat16", dropout=0.2, recurrent_dropout=0.2)
     layer = ScratchLSTM(cell=cell, dtype="mixed_bfloat16")
@@ -219,6 +220,7 @@ def test_zoneout_in_training_needs_a_scratch_lstm(draw, stacked):
     ],
     ids=str,
 )
+@pytest.mark.ci
 def test_masks_depend_on_the_seed_alone(draw, cell_class, rates):
     """However a call is executed, and however its inputs are rounded."""
     cell, x = cell_class(8, seed=3, **rates), draw(4, 6, 5)

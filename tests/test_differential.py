@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 import keras
 import numpy as np
+import pytest
 from gradients import BACKEND, double_precision, with_gradients
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from reference import fuse
 from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, recurrence
 
 # Every night more than 1,000 in all, the fewest on JAX, which compiles each of them.
+pytestmark = pytest.mark.ci
 EXAMPLES = {"tensorflow": 30, "torch": 90, "jax": 5}[BACKEND]
 EXAMPLES_OF_FIT = {"tensorflow": 1, "torch": 3, "jax": 1}[BACKEND]
 for profile, factor in {"quick": 1, "full": 3, "deep": 8, "long": 160}.items():

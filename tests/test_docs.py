@@ -77,6 +77,11 @@ def can_run(code):
     )
 
 
+def marks_of(page):
+    slow = [pytest.mark.slow] * (page.stem in SLOW)
+    return slow + [pytest.mark.ci] * (page not in READMES)
+
+
 @pytest.mark.one_backend
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_fences_name_a_known_language(page):
@@ -97,7 +102,7 @@ def test_fences_name_a_known_language(page):
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem in SLOW))
+        pytest.param(p, id=p.stem, marks=marks_of(p))
         for p in PAGES
         if blocks(p) and p != READMES[1]
     ],

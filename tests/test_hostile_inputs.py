@@ -45,7 +45,7 @@ from keras_scratch_lstm import (
 )
 from keras_scratch_lstm.tracing.trace import ARRAYS
 
-pytestmark = pytest.mark.one_backend
+pytestmark = [pytest.mark.ci, pytest.mark.one_backend]
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "quick")
 KERAS = tuple(int(part) for part in keras.__version__.split(".")[:2])
 MB = 2**20

@@ -13,7 +13,7 @@ from keras_scratch_lstm import GateTrace
 from keras_scratch_lstm.tracing.html import quantize
 from keras_scratch_lstm.tracing.trace import ARRAYS
 
-pytestmark = pytest.mark.one_backend
+pytestmark = [pytest.mark.ci, pytest.mark.one_backend]
 
 TEXT = 'The "Time" of 1895, (a\nsea) of it. I see: 7 Owls\n!'
 UNITS = 5

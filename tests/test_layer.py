@@ -212,6 +212,7 @@ def test_time_major_in_bidirectional(draw):
     ],
     ids=["", "time_major, backwards", "unrolled", "unrolled, time_major"],
 )
+@pytest.mark.ci
 def test_output_of_a_custom_cell_with_masks(
     draw, mask, unroll, zero_output, time_major, backwards
 ):
@@ -291,6 +292,7 @@ def test_supports_jit_on_a_gpu(mocked_gpu, arguments):
     ],
     ids=str,
 )
+@pytest.mark.ci
 def test_models_on_a_gpu_give_the_results_of_the_cpu(
     rng, mocked_gpu, monkeypatch, arguments, uses_cudnn
 ):

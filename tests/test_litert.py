@@ -13,7 +13,7 @@ if keras.backend.backend() != "tensorflow":
     pytest.skip("the converter is part of TensorFlow", allow_module_level=True)
 Interpreter = pytest.importorskip("ai_edge_litert.interpreter").Interpreter
 
-pytestmark = pytest.mark.one_backend
+pytestmark = [pytest.mark.ci, pytest.mark.one_backend]
 FUSED = "UNIDIRECTIONAL_SEQUENCE_LSTM"
 
 

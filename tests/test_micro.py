@@ -13,7 +13,7 @@ tflite_micro = pytest.importorskip(
     "tflite_micro", reason="no wheel of `tflite-micro` for this Python"
 )
 
-pytestmark = pytest.mark.one_backend
+pytestmark = [pytest.mark.ci, pytest.mark.one_backend]
 TIME, FEATURES = 12, 8
 
 

@@ -390,6 +390,7 @@ def trained(fast, rng, **compiled):
 
 
 @each_fast
+@pytest.mark.ci
 def test_compiled_training_matches_the_loop(rng, fast):
     ways = [{"run_eagerly": True}]
     if BACKEND != "torch":  # where Keras has no such steps, and compiles by C++

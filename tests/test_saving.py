@@ -193,6 +193,7 @@ each_export = pytest.mark.parametrize("kind", EXPORTED)
 @pytest.mark.skipif(BACKEND == "torch", reason="nor can the built-in layer, on torch")
 @pytest.mark.filterwarnings("ignore:The `native_serialization`:DeprecationWarning")
 @each_export
+@pytest.mark.ci
 def test_saved_model_and_its_gradient(tmp_path, rng, kind):
     """The backward pass of a SavedModel is in another graph than its forward pass."""
     tf = pytest.importorskip("tensorflow")
@@ -218,6 +219,7 @@ def test_saved_model_and_its_gradient(tmp_path, rng, kind):
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="see `test_export_table.py`")
 @pytest.mark.filterwarnings("ignore:In the future `np.object`:FutureWarning")
 @each_export
+@pytest.mark.ci
 def test_onnx_export(tmp_path, rng, kind):
     exported = of_layer(EXPORTED[kind](), rng)
     onnxruntime = pytest.importorskip("onnxruntime")

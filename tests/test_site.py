@@ -10,7 +10,7 @@ from reference import run_python
 
 ROOT = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.one_backend
+pytestmark = [pytest.mark.ci, pytest.mark.one_backend]
 
 
 class Resources(HTMLParser):

@@ -11,6 +11,7 @@ from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell, recurrence, trace_g
 from keras_scratch_lstm.tracing.trace import ARRAYS
 
 THREADS, REPEATS = 8, 4
+pytestmark = pytest.mark.ci
 BACKEND = keras.backend.backend()
 
 LAYERS = {

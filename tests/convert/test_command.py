@@ -13,7 +13,7 @@ from keras2_files import HARD, KERAS_2_1, assert_predicts_as_recorded, write_ker
 from keras_scratch_lstm import load_keras2, trace_gates
 from keras_scratch_lstm.__main__ import main
 
-pytestmark = pytest.mark.one_backend
+pytestmark = [pytest.mark.ci, pytest.mark.one_backend]
 ALONE = """
 import sys, keras, numpy
 model = keras.saving.load_model(sys.argv[1])

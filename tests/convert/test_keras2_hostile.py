@@ -18,7 +18,7 @@ from keras2_files import KERAS_2_1, serialized, write_keras_2_1
 
 from keras_scratch_lstm import load_keras2
 
-pytestmark = pytest.mark.one_backend
+pytestmark = [pytest.mark.ci, pytest.mark.one_backend]
 
 
 def changed(edit, config=KERAS_2_1):

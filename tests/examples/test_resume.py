@@ -211,6 +211,7 @@ def test_second_interrupt_counts_the_saved_epochs(tmp_path, arguments, monkeypat
     ]
 
 
+@pytest.mark.ci
 def test_second_run_with_one_output_folder_is_rejected(tmp_path, arguments):
     out = tmp_path / "out"
     arguments = [*arguments, "--epochs", "1", "--out", str(out)]

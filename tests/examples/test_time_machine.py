@@ -112,6 +112,7 @@ def test_quick_sets_defaults(capsys):
     assert "--compare-d2l: not allowed with argument --quick" in capsys.readouterr().err
 
 
+@pytest.mark.ci
 def test_states_are_reset_at_each_epoch(text, out, monkeypatch):
     seen = []
     reset = time_machine.ResetStates.on_epoch_begin

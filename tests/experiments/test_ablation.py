@@ -45,6 +45,7 @@ def test_silencing_equals_zeroing_the_weights_that_read_the_unit(x, y):
 @pytest.mark.parametrize(
     ("method", "batch_size"), [("zero", 1), ("mean", 7), ("mean", 1024)]
 )
+@pytest.mark.ci
 def test_rows_equal_one_run_for_each(method, batch_size, x, y):
     model = classifier(make("LSTM"))
     model.compile(loss="mse")
@@ -143,6 +144,7 @@ def test_bidirectional_layers_and_datasets(x, y):
 
 
 @pytest.mark.parametrize("samples", [BATCH, 40, 1])
+@pytest.mark.ci
 def test_error_is_that_of_groups_of_samples(samples, draw):
     model = classifier(make("LSTM"))
     x, y = draw(samples, TIME, FEATURES), draw(samples, 3)

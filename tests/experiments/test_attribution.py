@@ -112,6 +112,7 @@ def test_integrated_gradients_match_a_riemann_sum(x, rng):
     np.testing.assert_array_equal(found.scores[..., 2], 0)
 
 
+@pytest.mark.ci
 def test_several_baselines_are_averaged(x, draw, seed):
     model = classifier(make("ScratchLSTM"))
     background = draw(4, TIME, FEATURES)
@@ -195,6 +196,7 @@ def test_new_weights_give_new_scores(x):
         ("ScratchLSTM", "occlusion", "inputs"),
     ],
 )
+@pytest.mark.ci
 def test_masked_time_steps_score_zero(kind, method, wrt, x):
     """A mask stays as it is along the path, also where the baseline is the mask."""
     layers = classifier(make(kind, name="lstm")).layers
@@ -249,6 +251,7 @@ def heads(model, inputs):
         (lambda outputs: outputs["quantiles"][:, 2] - outputs["mean"][:, 0], None),
     ],
 )
+@pytest.mark.ci
 def test_targets(target, heads, two_headed, several):
     found = attribute(two_headed, several, target=target)
     one = np.concatenate(
@@ -268,6 +271,7 @@ def test_targets(target, heads, two_headed, several):
         )
 
 
+@pytest.mark.ci
 def test_outputs_by_name_of_a_model_with_a_list_of_outputs(two_headed, several):
     found = attribute(two_headed, several, target="mean").scores
     model = keras.Model(two_headed.inputs, list(two_headed.output.values()))
@@ -278,6 +282,7 @@ def test_outputs_by_name_of_a_model_with_a_list_of_outputs(two_headed, several):
 
 
 @pytest.mark.parametrize("mask_zero", [False, True])
+@pytest.mark.ci
 def test_tokens_have_the_scores_of_their_embeddings(mask_zero, rng):
     model = sequential(make("ScratchLSTM"), mask_zero=mask_zero)
     tokens = rng.integers(1, 9, (BATCH, TIME))
@@ -294,6 +299,7 @@ def test_tokens_have_the_scores_of_their_embeddings(mask_zero, rng):
         attribute(model, tokens, target=1, wrt="inputs")
 
 
+@pytest.mark.ci
 def test_both_directions_and_datasets(x):
     model = classifier(keras.layers.Bidirectional(make("ScratchLSTM")))
     found = attribute(model, x, target=0, batch_size=7)

@@ -195,6 +195,7 @@ def test_directions_of_a_bidirectional_layer(kind, direction, merge, x):
 @pytest.mark.parametrize(
     ("leading", "bidirectional"), [(False, False), (True, False), (True, True)]
 )
+@pytest.mark.ci
 def test_masked_time_steps(kind, leading, bidirectional, x, rng):
     mask = np.ones((BATCH, TIME), bool)
     mask[0, :2] = not leading
@@ -378,6 +379,7 @@ def without_value(layer):
     ("kind", "error"),
     [*((kind, RuntimeError) for kind in LAYERS), ("LSTM", KeyboardInterrupt)],
 )
+@pytest.mark.ci
 def test_model_is_unchanged_after_an_error(kind, error, x):
     class Fails(keras.layers.Layer):
         fails = False

@@ -27,6 +27,7 @@ EPSILON = 1e-5
     ("kind", "backwards"),
     [*((kind, False) for kind in [*LAYERS, *VARIANTS]), ("LSTM", True)],
 )
+@pytest.mark.ci
 def test_gradients_equal_finite_differences(kind, backwards, rng, dtype_policy):
     """Total derivatives: through all that the cell computes from an array."""
     dtype_policy("float64")
@@ -142,6 +143,7 @@ def test_masked_loss_is_that_of_evaluate(x, rng):
     np.testing.assert_allclose(compiled.h[0, TIME - 3], last, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.ci
 def test_both_directions_and_datasets(x, rng):
     y = rng.normal(size=(BATCH, 3)).astype("float32")
     both = keras.layers.Bidirectional(make("ScratchLSTM"))

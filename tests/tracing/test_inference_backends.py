@@ -11,6 +11,8 @@ from reference import run_python
 
 from keras_scratch_lstm import ScratchLSTM, to_builtin, to_scratch, trace_gates
 
+pytestmark = pytest.mark.ci
+
 
 @pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM"])
 def test_trace_conversion_and_saving(kind, tokens, tmp_path):
