@@ -31,7 +31,7 @@ def attribute(
     wrt: Any = None,
     n_steps: int = 16,
     tolerance: float | None = None,
-    max_steps: int = 256,
+    max_steps: int = 1024,
     call_index: int = 0,
     batch_size: int = 256,
     batches: int | None = 1,
@@ -80,7 +80,7 @@ def attribute(
             sample is computed again with twice the points. Default: `None`, 0.01, or
             for expected gradients, whose draws are random, 0.1.
         max_steps: Positive integer, the most points. If the error of a sample is
-            still larger then, there is a warning. Default: 256.
+            still larger then, there is a warning. Default: 1024.
         batch_size: Positive integer, the number of samples to run at a time; each
             point of a path is one. Default: 256.
         feature_names: List of strings, or a dict of these for several inputs.
