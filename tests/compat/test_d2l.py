@@ -137,7 +137,7 @@ def test_time_major_outputs_match_within_the_books_model(batches, rng):
         actual, states[1] = model(x, states[1])
         np.testing.assert_allclose(actual.numpy(), expected.numpy(), atol=2e-5)
         for one, other in zip(*states, strict=True):
-            np.testing.assert_allclose(one.numpy(), other.numpy(), atol=1e-5)
+            np.testing.assert_allclose(one.numpy(), other.numpy(), 1e-5, atol=1e-5)
     expected = d2l.predict_ch8("time traveller", 20, scratch, vocab)
     assert d2l.predict_ch8("time traveller", 20, model, vocab) == expected
 
