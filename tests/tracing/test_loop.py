@@ -28,10 +28,10 @@ BOTH = pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM"])
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-@pytest.fixture(params=["from hidden states", "step by step"])
+@pytest.fixture(params=["default", "without what is for torch"])
 def method(request, monkeypatch):
-    """Both methods to compute the gates of a standard cell on torch."""
-    if request.param == "step by step":
+    """A standard cell has its own loop on torch."""
+    if request.param != "default":
         if BACKEND != "torch":
             pytest.skip("the only method of this backend")
         monkeypatch.setattr(standard, "applies", lambda cell: False)

@@ -136,6 +136,10 @@ class Loop:
         like = {"output": output} | dict.fromkeys(record, h)
         x, step, repeats_state = xs["x"], self._step, self._repeats_state
         if standard.applies(self.cell):
+            unchanged = not moving and not always and xs["mask"] is None
+            if unchanged and standard.is_exact(self.cell):
+                states, arrays = standard.run_unchanged(self.cell, x, *carry[1], like)
+                return (arrays["output"][-1], states), arrays
             x, step = standard.project(self.cell, x)
 
         def body(carry, now):
