@@ -24,6 +24,14 @@ SMALL = ["--quick", "--units", "8", "--batch-size", "4", "--num-steps", "5"]
 PATIENCE = 900  # seconds, for a slow machine
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_generated_texts():
+    """They take much of the time, and follow from the weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time_machine, "generate", lambda *_: "")
+        yield
+
+
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
     """A small run of one layer, on a text of its own."""
