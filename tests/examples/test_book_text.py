@@ -1,5 +1,7 @@
 import contextlib
+import functools
 import http.server
+import shutil
 import threading
 import time
 
@@ -15,10 +17,7 @@ FAILURES = {
     "hung up": [],
     "slow": [OK, *[b"a"] * 100],
     "login page": [OK + b"<html>Please log in</html>"],
-    "binary": [OK + b"\xff\xfe"],
     "truncated": [b"HTTP/1.0 200 OK\r\nContent-Length: 179520\r\n\r\nThe Time"],
-    "no HTTP": [b"no HTTP at all\r\n"],
-    "not found": [b"HTTP/1.0 404 Not Found\r\n\r\n"],
 }
 
 
@@ -46,7 +45,8 @@ def serve(monkeypatch):
                         time.sleep(0.1 if len(chunks) > 2 else 0)
 
         servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        run = functools.partial(servers[-1].serve_forever, poll_interval=0.01)
+        threading.Thread(target=run, daemon=True).start()
         address = f"http://127.0.0.1:{servers[-1].server_port}/timemachine.txt"
         monkeypatch.setattr(book_text, "URL", address)
 
@@ -69,15 +69,12 @@ def test_text_from_path_and_from_cache(book, cached):
     assert load_text() == text._replace(source=str(cached))
 
 
-def test_downloaded_text_is_cached(book, cached, serve):
+def test_downloaded_text_is_cached_if_it_can_be(book, cached, serve):
     serve([OK + book.read_bytes()])
     assert load_text().is_the_book
     assert cached.read_bytes() == book.read_bytes()
     assert [path.name for path in cached.parent.iterdir()] == [cached.name]
-
-
-def test_cache_that_is_not_writable_is_no_error(book, cached, serve):
-    serve([OK + book.read_bytes()])
+    shutil.rmtree(cached.parents[1])
     cached.parents[1].write_text("a file where the folder should be")
     assert load_text().is_the_book
 
