@@ -66,36 +66,38 @@ def normal(rng, *shape):
     return rng.normal(size=shape).astype("float32")
 
 
-def test_each_direction_is_one_fused_op(tmp_path, rng):
+def both_directions():
     """See also `test_export_table.py`."""
-    batch_size, time, features, units = rng.integers(1, 9, 4).tolist()
-    both = layers.Bidirectional(layers.LSTM(units, return_sequences=True))
-    backwards = ScratchLSTM(units, go_backwards=True, use_bias=False)
-    model = sequential(both, backwards, shape=(None, features))
+    both = layers.Bidirectional(layers.LSTM(5, return_sequences=True))
+    return sequential(both, ScratchLSTM(4, go_backwards=True, use_bias=False))
+
+
+def shared_and_time_major():
+    shared = ScratchLSTM(4, return_sequences=True, time_major=True)
+    inputs = keras.Input(batch_shape=(6, 2, 4))
+    return keras.Model(inputs, shared(shared(inputs)))
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "count"),
+    [
+        (both_directions, (2, 7, 3), 3),
+        (shared_and_time_major, (6, 2, 4), 2),
+        (Subclassed, (1, 7, 3), 1),
+    ],
+)
+def test_each_direction_is_one_fused_op(tmp_path, rng, make, shape, count):
+    model = make()
+    model(np.zeros(shape, "float32"))
     randomize(model, rng)
-    shape = batch_size, time, features
     interpreter = export(model, tmp_path / "model.tflite", shape)
     names = operators(interpreter)
-    assert names.count(FUSED) == 3
+    assert names.count(FUSED) == count
     assert not {name for name in names if "WHILE" in name or "Flex" in name}
     for _ in range(3):
         x = normal(rng, *shape)
-        expected = model.predict(x, verbose=0)
         (outputs,) = run(interpreter, x)
-        np.testing.assert_allclose(outputs, expected, rtol=0, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_functional_time_major_and_shared_layers(tmp_path, rng):
-    shared = ScratchLSTM(4, return_sequences=True, time_major=True)
-    inputs = keras.Input(batch_shape=(6, 2, 4))
-    model = keras.Model(inputs, shared(shared(inputs)))
-    randomize(model, rng)
-    interpreter = export(model, tmp_path / "model.tflite", (6, 2, 4))
-    assert operators(interpreter) == [FUSED, FUSED]
-    x = normal(rng, 6, 2, 4)
-    (outputs,) = run(interpreter, x)
-    np.testing.assert_allclose(outputs, model.predict(x, verbose=0), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(outputs, model(x), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
@@ -116,16 +118,6 @@ def test_inputs_and_outputs_keep_their_order(tmp_path, rng, quantize):
         bounds = [8 * quantum, 2 * quantum, 4 * quantum]
         for value, want, bound in zip(found, expected, bounds, strict=True):
             np.testing.assert_allclose(value, want, rtol=0, atol=bound)
-
-
-@pytest.mark.slow
-def test_subclassed_model(tmp_path, rng):
-    model = Subclassed()
-    x = normal(rng, 1, 7, 3)
-    expected = model(x)
-    interpreter = export(model, tmp_path / "model.tflite", x.shape)
-    assert FUSED in operators(interpreter)
-    np.testing.assert_allclose(run(interpreter, x)[0], expected, rtol=0, atol=1e-6)
 
 
 def test_export_leaves_training_and_inference_unchanged(tmp_path, rng):
