@@ -6,7 +6,16 @@ from pathlib import Path
 import keras
 import numpy as np
 
+before = set(sys.modules)
 import keras_scratch_lstm
+
+# Neither a dependency that Keras has not loaded, nor what few programs use.
+new = sys.modules.keys() - before
+packages = {name.partition(".")[0] for name in new}
+assert packages - sys.stdlib_module_names == {"keras_scratch_lstm"}, packages
+few = (".plotting", ".portable", ".__main__")
+assert not [name for name in new if name.endswith(few)]
+
 from keras_scratch_lstm import Perplexity, PerplexityLogger, to_scratch, trace_gates
 from keras_scratch_lstm.plotting import plot_gates
 

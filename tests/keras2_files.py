@@ -11,7 +11,6 @@ from keras import ops
 from reference import run_python
 
 FOLDER = Path(__file__).parent / "convert"
-STACKS = 4  # random models of each kind
 
 # From Keras 2.1.6, which stores a Sequential model as a list.
 KERAS_2_1 = json.loads((FOLDER / "keras_2_1.json").read_text())

@@ -1,8 +1,5 @@
 """The table of exported layers in `docs/deployment.md`, each cell from real files."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -30,32 +27,32 @@ pytestmark = [
 ]
 
 
+FUSED = (
+    "default, `return_sequences`, stacked, `Bidirectional`, `go_backwards`, "
+    "`use_bias=False`"
+)
+
+
 def plain(layer, **kwargs):
     return lambda x: layer(UNITS, **kwargs)(x)
 
 
-def stacked(layer):
-    return lambda x: layer(UNITS)(layer(UNITS, return_sequences=True)(x))
-
-
-def bidirectional(layer):
-    return layers.Bidirectional(layer(UNITS, return_sequences=True))
+def fused(layer):
+    both = layers.Bidirectional(layer(UNITS, return_sequences=True))
+    return lambda x: layer(UNITS, go_backwards=True, use_bias=False)(both(x))
 
 
 def masked(layer):
-    return lambda x: layer(UNITS)(layers.Masking()(x))
-
-
-def with_initial_state(layer):
-    def call(x):
-        states = [layers.Dense(UNITS)(x[:, 0]) for _ in range(2)]
-        return layer(UNITS)(x, initial_state=states)
-
-    return call
+    return lambda x: layer(UNITS, activation="relu")(layers.Masking()(x))
 
 
 def with_states(layer):
-    return lambda x: layers.concatenate(layer(UNITS, return_state=True)(x))
+    def call(x):
+        states = [layers.Dense(UNITS)(x[:, 0]) for _ in range(2)]
+        outputs = layer(UNITS, return_state=True)(x, initial_state=states)
+        return layers.concatenate(outputs)
+
+    return call
 
 
 def around_cell(layer):
@@ -63,29 +60,24 @@ def around_cell(layer):
     return layers.RNN(cell(UNITS))
 
 
-ROWS = {
-    "default": plain,
-    "`return_sequences`": partial(plain, return_sequences=True),
-    "stacked": stacked,
-    "`Bidirectional`": bidirectional,
-    "`go_backwards`": partial(plain, go_backwards=True),
-    "`use_bias=False`": partial(plain, use_bias=False),
+ROWS = {  # a row of several kinds has one model of all of them
+    FUSED: fused,
     "`time_major`": partial(plain, time_major=True, return_sequences=True),
-    "other activations": partial(plain, activation="relu"),
-    "mask": masked,
+    "other activations, mask": masked,
     "custom gates": lambda layer: layer(cell=CoupledCell(UNITS)),
-    "`initial_state`": with_initial_state,
-    "`return_state`": with_states,
+    "`initial_state`, `return_state`": with_states,
     "`stateful`": partial(plain, stateful=True),
     "`unroll`": partial(plain, unroll=True),
     "`RNN` of a cell": around_cell,
 }
 FIXED = ("`stateful`", "`unroll`")
 ONLY_SCRATCH = ("`time_major`", "custom gates")
+# For the others, see `test_saving.py`.
+IN_SAVED_MODEL = ("other activations, mask", "`initial_state`, `return_state`", *FIXED)
 
 
 def build(row, layer, fixed=False):
-    """A model of one layer kind, with free batch and time where it allows them."""
+    """A model of one row, with free batch and time where it allows them."""
     fixed = fixed or row in FIXED
     shape = (BATCH, TIME) if fixed else (None, None)
     inputs = keras.Input(batch_shape=(*shape, FEATURES))
@@ -110,9 +102,9 @@ def reset(model):
             layer.reset_state()
 
 
-def in_litert(row, layer, folder):
+def in_litert(row, folder):
     """What `export_litert` writes."""
-    model = build(row, layer)
+    model = build(row, ScratchLSTM)
     reset(model)
     path, shape = folder / "model.tflite", (BATCH, TIME, FEATURES)
     try:
@@ -124,9 +116,9 @@ def in_litert(row, layer, folder):
     return litert_ops(model, path)
 
 
-def in_litert_of_keras(row, layer, folder):
+def in_litert_of_keras(row, folder):
     """What `model.export` writes."""
-    model = build(row, layer)
+    model = build(row, ScratchLSTM)
     reset(model)
     path, shape = str(folder / "model.tflite"), (BATCH, TIME, FEATURES)
     signature = [keras.InputSpec(shape=shape, dtype="float32")]
@@ -188,79 +180,41 @@ def run_onnx(model, path, shape=None):
     return run
 
 
-def in_saved_model(row, layer, folder):
+def in_saved_model(row, folder):
     import tensorflow as tf
 
-    model = build(row, layer)
+    model = build(row, ScratchLSTM)
     reset(model)
     model.export(folder / "saved", format="tf_saved_model", verbose=False)
     loaded = tf.saved_model.load(str(folder / "saved"))
     return is_equal(model, loaded.serve, (BATCH, TIME, FEATURES))
 
 
-EXPORT_ON_TORCH = """
-import sys, keras, numpy, keras_scratch_lstm
-model = keras.saving.load_model(sys.argv[1])
-model(numpy.zeros((1, 1, 3), "float32"))
-model.export(sys.argv[2], format="onnx", verbose=False)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.one_backend
-def test_onnx_by_loading_on_torch(tmp_path):
-    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    pytest.importorskip("torch")
-    inputs = keras.Input((None, FEATURES))
-    x = bidirectional(ScratchLSTM)(inputs)
-    outputs = ScratchLSTM(UNITS, go_backwards=True)(x)
-    model = keras.Model(inputs, outputs)
-    saved, path = str(tmp_path / "model.keras"), str(tmp_path / "model.onnx")
-    model.save(saved)
-    subprocess.run(
-        [sys.executable, "-c", EXPORT_ON_TORCH, saved, path],
-        check=True,
-        env={**os.environ, "KERAS_BACKEND": "torch"},
-    )
+@pytest.mark.skipif(BACKEND != "torch", reason="ONNX as PyTorch exports it")
+def test_onnx_has_one_op_per_layer_and_direction(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    run = run_onnx(model := build(FUSED, ScratchLSTM), path := tmp_path / "model.onnx")
     ops = [node.op_type for node in onnx.load(path).graph.node]
     assert ops.count("LSTM") == 3
     assert not {"Loop", "Scan"} & {*ops}
-    session = onnxruntime.InferenceSession(path)
-    name = session.get_inputs()[0].name
-    for shape in ((1, 1), (BATCH, TIME), (5, 50)):
-        assert is_equal(model, lambda x: session.run(None, {name: x})[0], (*shape, 3))
-
-
-@pytest.mark.skipif(BACKEND != "torch", reason="ONNX as PyTorch exports it")
-@pytest.mark.parametrize("last", ["TimeDistributed(Dense)", "Dense"])
-def test_onnx_of_dense_at_every_time_step(tmp_path, last):
-    """Keras exports `TimeDistributed` with wrong outputs."""
-    pytest.importorskip("onnxruntime")
-    inputs = keras.Input((None, FEATURES))
-    dense = layers.Dense(2)
-    dense = dense if last == "Dense" else layers.TimeDistributed(dense)
-    h = ScratchLSTM(UNITS, return_sequences=True)(inputs)
-    model = keras.Model(inputs, dense(h))
-    run = run_onnx(model, tmp_path / "model.onnx")
-    shapes = [(*shape, FEATURES) for shape in FREE_SHAPES[1:]]
-    assert {is_equal(model, run, shape) for shape in shapes} == {last == "Dense"}
+    assert all(is_equal(model, run, (*shape, FEATURES)) for shape in FREE_SHAPES)
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="Core ML converts models of PyTorch")
 @pytest.mark.filterwarnings("default")  # those of Core ML's converter
-@pytest.mark.parametrize("row", ["default", "stacked", "`Bidirectional`"])
-def test_core_ml_converts(row):
+def test_core_ml_converts():
     """One LSTM op per layer and direction. Running it needs macOS."""
     coremltools = pytest.importorskip("coremltools")
     import torch
 
-    model = build(row, ScratchLSTM, fixed=True).eval()
-    shape = BATCH, TIME, FEATURES
+    both = layers.Bidirectional(ScratchLSTM(UNITS, return_sequences=True))
+    inputs = keras.Input(batch_shape=(shape := (BATCH, TIME, FEATURES)))
+    model = keras.Model(inputs, ScratchLSTM(UNITS)(both(inputs))).eval()
     traced = torch.jit.trace(model, torch.zeros(shape), check_trace=False)
     inputs = [coremltools.TensorType(shape=shape)]
     program = coremltools.convert(traced, inputs=inputs, convert_to="milinternal")
-    ops = program.functions["main"].find_ops(op_type="lstm")
-    assert len(ops) == (1 if row == "default" else 2)
+    assert len(program.functions["main"].find_ops(op_type="lstm")) == 3
 
 
 @pytest.mark.slow
@@ -274,29 +228,23 @@ def test_onnx_on_tensorflow(tmp_path, convert, op):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("tf2onnx")
     inputs = keras.Input((None, FEATURES))
-    model = convert(keras.Model(inputs, stacked(ScratchLSTM)(inputs)))
+    h = ScratchLSTM(UNITS, return_sequences=True)(inputs)
+    model = convert(keras.Model(inputs, ScratchLSTM(UNITS)(h)))
     run = run_onnx(model, path := str(tmp_path / "model.onnx"))
     assert [node.op_type for node in onnx.load(path).graph.node].count(op) == 2
     assert all(is_equal(model, run, (*shape, FEATURES)) for shape in FREE_SHAPES)
 
 
 def documented():
-    """The cells of the page's table: `{layer: [LiteRT, LiteRT, ONNX, ONNX]}`."""
+    """The cells of the page's table: `{row: [LiteRT, LiteRT, ONNX, ONNX]}`."""
     table = PAGE.read_text().split("<!-- exports -->")[1].strip().splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    return {layer: rest for row, *rest in cells for layer in row.split(", ")}
+    return {row: rest for row, *rest in cells}
 
 
 @pytest.mark.one_backend
 def test_table_has_every_layer():
     assert list(documented()) == list(ROWS)
-
-
-def outcomes(export, row, folder):
-    """The cells of a row, for `ScratchLSTM` and for `LSTM`."""
-    if row in ONLY_SCRATCH:
-        return [export(row, ScratchLSTM, folder), "–"]
-    return [export(row, layer, folder) for layer in (ScratchLSTM, layers.LSTM)]
 
 
 @pytest.mark.slow
@@ -306,10 +254,10 @@ def test_litert_and_saved_model(tmp_path, row):
     if BACKEND != "tensorflow":
         pytest.skip("formats of TensorFlow")
     pytest.importorskip("ai_edge_litert")
-    fused, of_keras = documented()[row][:2]
-    assert set(outcomes(in_litert, row, tmp_path)) <= {fused, "–"}
-    assert in_litert_of_keras(row, ScratchLSTM, tmp_path) == of_keras
-    assert in_saved_model(row, ScratchLSTM, tmp_path)
+    found = [in_litert(row, tmp_path), in_litert_of_keras(row, tmp_path)]
+    assert found == documented()[row][:2]
+    if row in IN_SAVED_MODEL:
+        assert in_saved_model(row, tmp_path)
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="the way to ONNX")
@@ -317,4 +265,7 @@ def test_litert_and_saved_model(tmp_path, row):
 def test_onnx(tmp_path, row):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    assert outcomes(in_onnx, row, tmp_path) == documented()[row][2:]
+    found = [in_onnx(row, ScratchLSTM, tmp_path)]
+    builtin = row not in ONLY_SCRATCH
+    found.append(in_onnx(row, layers.LSTM, tmp_path) if builtin else "–")
+    assert found == documented()[row][2:]

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from custom_cells import CoupledCell
 from keras import layers
-from reference import run_python
 
 from keras_scratch_lstm import ScratchLSTM, export_litert
 
@@ -67,36 +66,38 @@ def normal(rng, *shape):
     return rng.normal(size=shape).astype("float32")
 
 
-def test_each_direction_is_one_fused_op(tmp_path, rng):
+def both_directions():
     """See also `test_export_table.py`."""
-    batch_size, time, features, units = rng.integers(1, 9, 4).tolist()
-    both = layers.Bidirectional(layers.LSTM(units, return_sequences=True))
-    backwards = ScratchLSTM(units, go_backwards=True, use_bias=False)
-    model = sequential(both, backwards, shape=(None, features))
+    both = layers.Bidirectional(layers.LSTM(5, return_sequences=True))
+    return sequential(both, ScratchLSTM(4, go_backwards=True, use_bias=False))
+
+
+def shared_and_time_major():
+    shared = ScratchLSTM(4, return_sequences=True, time_major=True)
+    inputs = keras.Input(batch_shape=(6, 2, 4))
+    return keras.Model(inputs, shared(shared(inputs)))
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "count"),
+    [
+        (both_directions, (2, 7, 3), 3),
+        (shared_and_time_major, (6, 2, 4), 2),
+        (Subclassed, (1, 7, 3), 1),
+    ],
+)
+def test_each_direction_is_one_fused_op(tmp_path, rng, make, shape, count):
+    model = make()
+    model(np.zeros(shape, "float32"))
     randomize(model, rng)
-    shape = batch_size, time, features
     interpreter = export(model, tmp_path / "model.tflite", shape)
     names = operators(interpreter)
-    assert names.count(FUSED) == 3
+    assert names.count(FUSED) == count
     assert not {name for name in names if "WHILE" in name or "Flex" in name}
     for _ in range(3):
         x = normal(rng, *shape)
-        expected = model.predict(x, verbose=0)
         (outputs,) = run(interpreter, x)
-        np.testing.assert_allclose(outputs, expected, rtol=0, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_functional_time_major_and_shared_layers(tmp_path, rng):
-    shared = ScratchLSTM(4, return_sequences=True, time_major=True)
-    inputs = keras.Input(batch_shape=(6, 2, 4))
-    model = keras.Model(inputs, shared(shared(inputs)))
-    randomize(model, rng)
-    interpreter = export(model, tmp_path / "model.tflite", (6, 2, 4))
-    assert operators(interpreter) == [FUSED, FUSED]
-    x = normal(rng, 6, 2, 4)
-    (outputs,) = run(interpreter, x)
-    np.testing.assert_allclose(outputs, model.predict(x, verbose=0), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(outputs, model(x), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
@@ -117,42 +118,6 @@ def test_inputs_and_outputs_keep_their_order(tmp_path, rng, quantize):
         bounds = [8 * quantum, 2 * quantum, 4 * quantum]
         for value, want, bound in zip(found, expected, bounds, strict=True):
             np.testing.assert_allclose(value, want, rtol=0, atol=bound)
-
-
-@pytest.mark.slow
-def test_subclassed_model(tmp_path, rng):
-    model = Subclassed()
-    x = normal(rng, 1, 7, 3)
-    expected = model(x)
-    interpreter = export(model, tmp_path / "model.tflite", x.shape)
-    assert FUSED in operators(interpreter)
-    np.testing.assert_allclose(run(interpreter, x)[0], expected, rtol=0, atol=1e-6)
-
-
-TRAIN = """
-import sys, keras, numpy
-from keras_scratch_lstm import ScratchLSTM
-layers = [ScratchLSTM(5, return_sequences=True), ScratchLSTM(4, use_bias=False)]
-model = keras.Sequential([keras.Input((None, 3)), *layers])
-model.compile("sgd", "mse")
-rng = numpy.random.default_rng(0)
-model.fit(rng.normal(size=(8, 7, 3)), rng.normal(size=(8, 4)), verbose=0)
-model.save(sys.argv[1] + "/model.keras")
-x = rng.normal(size=(1, 7, 3)).astype("float32")
-numpy.savez(sys.argv[1] + "/data.npz", x=x, y=model.predict(x, verbose=0))
-"""
-
-
-@pytest.mark.slow
-def test_model_trained_on_another_backend(tmp_path):
-    pytest.importorskip("torch")
-    run_python("-c", TRAIN, tmp_path, KERAS_BACKEND="torch")
-    model = keras.saving.load_model(tmp_path / "model.keras")
-    interpreter = export(model, tmp_path / "model.tflite", (1, 7, 3))
-    assert operators(interpreter).count(FUSED) == 2
-    data = np.load(tmp_path / "data.npz")
-    (outputs,) = run(interpreter, data["x"])
-    np.testing.assert_allclose(outputs, data["y"], rtol=0, atol=1e-6)
 
 
 def test_export_leaves_training_and_inference_unchanged(tmp_path, rng):
@@ -218,16 +183,11 @@ def test_error_names_layer_and_reason(tmp_path, reason):
 
 INVALID = {
     "`model` must": {"model": keras.Sequential([ScratchLSTM(4)])},
-    "`path` must": {"path": 3},
     "`quantize` must": {"quantize": "int4"},
     "`io_dtype` must": {"io_dtype": "int8"},
     "`representative_data` must be an array": {"quantize": "int8"},
-    "`representative_data` must be arrays": {"representative_data": np.ones((0, 7, 3))},
     "Received: input_shape=None": {},
     r"Received: input_shape=\(None, 7, 3\)": {"input_shape": (None, 7, 3)},
-    r"Received: input_shape=\[\(1, 7, 3\), \(1, 2\)\]": {
-        "input_shape": [(1, 7, 3), (1, 2)]
-    },
     "must have no loop": {
         "model": sequential(layers.GRU(2)),
         "quantize": "int8",
@@ -274,24 +234,16 @@ def test_cell_streams_with_explicit_states(tmp_path, rng):
     np.testing.assert_allclose(states[0], expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("quantize", "bound"),
-    [
-        pytest.param("float16", 1e-3, marks=pytest.mark.slow),
-        pytest.param("dynamic", 0.02, marks=pytest.mark.slow),
-        ("int8", 0.05),
-    ],
-)
-def test_quantized_outputs(tmp_path, rng, quantize, bound):
-    """Largest difference from the model; outputs are between -1 and 1."""
+def test_int8_outputs(tmp_path, rng):
+    """For the other formats, see `examples/test_deploy.py`."""
     samples = normal(rng, 100, 12, 16)
     model = sequential(ScratchLSTM(64, return_sequences=True), shape=(12, 16))
     path, options = tmp_path / "model.tflite", {"representative_data": samples}
-    interpreter = export(model, path, quantize=quantize, **options)
+    interpreter = export(model, path, quantize="int8", **options)
     assert operators(interpreter).count(FUSED) == 1
     expected = model.predict(samples, verbose=0)
     found = np.concatenate([run(interpreter, x[None])[0] for x in samples])
-    assert 0 < np.abs(found - expected).max() < bound
+    assert 0 < np.abs(found - expected).max() < 0.05
     assert path.stat().st_size < 0.7 * 4 * model.count_params()
 
 

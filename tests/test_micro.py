@@ -57,7 +57,6 @@ MODELS = {
     "bidirectional": lambda: sequential(
         layers.Bidirectional(layers.LSTM(16, return_sequences=True)), layers.Dense(4)
     ),
-    "backwards": lambda: sequential(ScratchLSTM(16, go_backwards=True)),
     "convolution": lambda: sequential(
         layers.Conv1D(8, 3, activation="relu"), layers.MaxPooling1D(), ScratchLSTM(16)
     ),
@@ -103,32 +102,6 @@ def test_streaming(tmp_path, rng, quantize):
         interpreter.reset()
         bound = 0.1 if quantize else 1e-6
         np.testing.assert_allclose(found, outputs, rtol=0, atol=bound)
-
-
-def test_states_are_kept_until_reset(tmp_path, rng):
-    model = sequential(ScratchLSTM(16))
-    file = export_litert(model, tmp_path / "model.tflite", verbose=False)
-    interpreter = load(file)
-    x = rng.normal(size=(1, TIME, FEATURES)).astype("float32")
-    first, second = run(interpreter, x), run(interpreter, x)
-    interpreter.reset()
-    np.testing.assert_array_equal(run(interpreter, x), first)
-    assert np.abs(second - first).max() > 1e-3
-
-
-@pytest.mark.slow
-def test_four_layers_and_100_time_steps(tmp_path, rng):
-    """Keras's own export of this model does not finish (tflite-micro #3674)."""
-    model = keras.Sequential([keras.Input((100, 32))])
-    for k in range(4):
-        model.add(layers.LSTM(128, return_sequences=k < 3))
-    model.add(layers.Dense(3))
-    x = rng.normal(size=(10, 100, 32)).astype("float32")
-    options = {"representative_data": x, "verbose": False}
-    file = export_litert(model, tmp_path / "model.tflite", quantize="int8", **options)
-    found = run_sequences(load(file), [x[:3]])
-    expected = model.predict(x[:3], verbose=0)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=0.02)
 
 
 def embedding():

@@ -61,17 +61,3 @@ def test_a_missing_backend_raises_an_error_with_a_remedy(backend):
     assert last.startswith("ImportError: ")
     assert f"`pip install {backend}`" in last
     assert "KERAS_BACKEND" in last
-
-
-@pytest.mark.slow
-@pytest.mark.one_backend
-def test_importing_the_package_loads_no_other_package():
-    """Neither a dependency that Keras has not loaded, nor what few programs use."""
-    code = (
-        "import sys, keras; before = set(sys.modules); import keras_scratch_lstm; "
-        "new = set(sys.modules) - before; roots = {n.split('.')[0] for n in new}; "
-        "print(roots - {'keras_scratch_lstm', *sys.stdlib_module_names}, "
-        "*(n for n in new if n.endswith(('.plotting', '.portable', '.__main__'))))"
-    )
-    done = run(code)
-    assert done.stdout.strip() == "set()", done.stderr

@@ -1,6 +1,7 @@
 """State trees, checkpoints and layouts, which key a model's variables by their path."""
 
 import json
+import os
 
 import keras
 import numpy as np
@@ -170,8 +171,8 @@ print(json.dumps([[train(how, s) for how in DISTRIBUTIONS] for s in (False, True
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "jax", reason="only JAX has virtual devices")
 def test_distributed_training_matches_one_device():
-    four_devices = "--xla_force_host_platform_device_count=4"
-    printed = run_python("-c", DISTRIBUTED, KERAS_BACKEND="jax", XLA_FLAGS=four_devices)
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    printed = run_python("-c", DISTRIBUTED, KERAS_BACKEND="jax", XLA_FLAGS=flags)
     for expected, data, model in json.loads(printed.splitlines()[-1]):
         for history, weights, _ in (data, model):
             for name, values in history.items():

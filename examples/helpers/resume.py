@@ -70,6 +70,8 @@ class Checkpoint(keras.callbacks.Callback):
     def restore(self):
         """Restores the last intact checkpoint, if there is any."""
         files = checkpoints(self._folder, self._name)
+        # Keras does not load the state of an optimizer that is not built.
+        self.model.optimizer.build(self.model.trainable_variables)
         for epochs, path in sorted(files.items(), reverse=True):
             try:
                 self.model.load_weights(path)

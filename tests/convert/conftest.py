@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from keras2_files import STACKS, run_keras2
+from keras2_files import run_keras2
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +26,6 @@ def files(tmp_path_factory):
         if not seed.exists():
             folder.mkdir()
             default = random.SystemRandom().randrange(2**31)
-            run_keras2(folder, os.environ.get("TEST_SEED", default), STACKS)
+            run_keras2(folder, os.environ.get("TEST_SEED", default))
             seed.write_text("done")
     return folder

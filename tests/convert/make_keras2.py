@@ -1,10 +1,9 @@
 """Write model files with Keras 2 (`tf-keras`), and record its predictions.
 
-python make_keras2.py FOLDER SEED STACKS [random]
+python make_keras2.py FOLDER SEED
 
 For each model there are `NAME.h5`, the archive `NAME.keras`, and `NAME.npz` with the
-inputs and the outputs. `STACKS` is the number of models of random layers, the only ones
-with `random`.
+inputs and the outputs.
 """
 
 import collections
@@ -59,7 +58,9 @@ def autoencoder():
     return [
         layers.LSTM(5, activation="relu"),
         layers.RepeatVector(TIME),
-        layers.LSTM(5, activation="relu", return_sequences=True),
+        layers.Bidirectional(
+            layers.LSTM(5, "softsign", return_sequences=True), merge_mode="mul"
+        ),
         layers.TimeDistributed(layers.Dense(FEATURES)),
     ]
 
@@ -67,9 +68,9 @@ def autoencoder():
 def masked():
     return [
         layers.Masking(),
-        layers.SimpleRNN(4, return_sequences=True, go_backwards=True),
+        layers.SimpleRNN(4, return_sequences=True, go_backwards=True, use_bias=False),
         layers.TimeDistributed(layers.BatchNormalization()),
-        layers.GRU(3, return_sequences=True),
+        layers.Bidirectional(layers.GRU(3, return_sequences=True), merge_mode="ave"),
         layers.GlobalAveragePooling1D(),
         layers.Dense(2, activation=layers.LeakyReLU(0.2)),
     ]
@@ -293,70 +294,6 @@ FUNCTIONAL += (slices, arithmetic, functions)
 FUNCTIONAL += (masked_decoders, masked_branches, normalized, hard)
 
 
-def random_stack(rng):
-    """Random layers on sequences, of which the last has an output per sample."""
-
-    def one_of(*choices):
-        return choices[rng.integers(len(choices))]
-
-    def recurrent(return_sequences):
-        options = {
-            "return_sequences": return_sequences,
-            "go_backwards": bool(rng.integers(2)),
-            "activation": one_of("tanh", "relu", "softsign"),
-            "use_bias": bool(rng.integers(4)),
-        }
-        gated = {"recurrent_activation": one_of("sigmoid", "hard_sigmoid")}
-        units = int(rng.integers(1, 6))
-        layer = one_of(
-            lambda: layers.LSTM(units, **options, **gated),
-            lambda: layers.GRU(
-                units, **options, **gated, reset_after=one_of(True, False)
-            ),
-            lambda: layers.SimpleRNN(units, **options),
-        )()
-        if rng.integers(2):
-            return layer
-        return layers.Bidirectional(layer, one_of("concat", "sum", "mul", "ave"))
-
-    def between():
-        return one_of(
-            lambda: recurrent(return_sequences=True),
-            lambda: layers.Conv1D(4, 2, padding="same", activation=one_of("elu", None)),
-            lambda: layers.TimeDistributed(layers.Dense(3, activation="selu")),
-            lambda: layers.BatchNormalization(scale=bool(rng.integers(2))),
-            lambda: layers.LayerNormalization(),
-            lambda: layers.Dropout(0.5),
-            lambda: Sequential([layers.Dense(4), layers.BatchNormalization()]),
-        )()
-
-    stack = [between() for _ in range(rng.integers(4))]
-    first = [layers.Masking()] if rng.integers(2) else []
-    return [*first, *stack, recurrent(return_sequences=False), layers.Dense(2)]
-
-
-def random_seq2seq(rng):
-    """An encoder and a decoder with its states, of random layers, each with a mask."""
-    kind = (layers.LSTM, layers.GRU, layers.SimpleRNN)[rng.integers(3)]
-    is_bidirectional = rng.integers(2)
-
-    def recurrent(**options):
-        layer = kind(3, **options)
-        return layers.Bidirectional(layer) if is_bidirectional else layer
-
-    source, x = embedded(bool(rng.integers(3)))
-    target, y = embedded()
-    if rng.integers(2):
-        y = layers.Dropout(0.5)(layers.Concatenate()([x, y]))
-    if rng.integers(2):
-        x = recurrent(return_sequences=True)(x)
-    _, *states = recurrent(return_state=True)(x)
-    decoded = recurrent(return_sequences=True)(y, initial_state=states)
-    if rng.integers(2):
-        decoded = layers.TimeDistributed(layers.Dense(3))(decoded)
-    return Model([source, target], layers.Dense(2)(layers.LSTM(4)(decoded)))
-
-
 def randomize(model, rng):
     for weight in model.weights:
         value = rng.normal(0, 0.5, weight.shape)
@@ -458,18 +395,9 @@ def save_for_cudnn(folder):
         file.attrs["model_config"] = json.dumps(config)
 
 
-def main(folder, seed, stacks, kinds="all"):
+def main(folder, seed):
     folder, rng = Path(folder), np.random.default_rng(int(seed))
     tf_keras.utils.set_random_seed(int(seed))
-    if kinds == "all":
-        save_models(folder, rng)
-    for k in range(int(stacks)):
-        stack = [Input((TIME, FEATURES)), *random_stack(rng)]
-        save(Sequential(stack), f"random_stack_{k}", folder, rng)
-        save(random_seq2seq(rng), f"random_seq2seq_{k}", folder, rng)
-
-
-def save_models(folder, rng):
     for make in SEQUENTIAL:
         inputs = Input((TIME,) if make is sentiment else (TIME, FEATURES))
         save(Sequential([inputs, *make()]), make.__name__, folder, rng)

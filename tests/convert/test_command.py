@@ -6,20 +6,13 @@ import sys
 import zipfile
 
 import keras
-import numpy as np
 import pytest
-from keras2_files import HARD, KERAS_2_1, assert_predicts_as_recorded, write_keras_2_1
+from keras2_files import KERAS_2_1, assert_predicts_as_recorded, write_keras_2_1
 
-from keras_scratch_lstm import load_keras2, trace_gates
+from keras_scratch_lstm import trace_gates
 from keras_scratch_lstm.__main__ import main
 
 pytestmark = [pytest.mark.ci, pytest.mark.one_backend]
-ALONE = """
-import sys, keras, numpy
-model = keras.saving.load_model(sys.argv[1])
-numpy.save(sys.argv[2], model(numpy.load(sys.argv[3])))
-assert "keras_scratch_lstm" not in sys.modules
-"""
 
 
 @pytest.mark.parametrize(
@@ -43,18 +36,6 @@ def test_converted_models_predict_as_in_keras2(
     with zipfile.ZipFile(new) as archive:
         assert b"keras_scratch_lstm" not in archive.read("config.json")
     assert list(tmp_path.iterdir()) == [new]
-
-
-@pytest.mark.slow
-def test_keras3_alone_opens_the_converted_file(tmp_path, rng, draw):
-    old, new, x = tmp_path / "old.h5", tmp_path / "new.keras", tmp_path / "x.npy"
-    write_keras_2_1(old, rng, HARD)
-    assert main(["convert", str(old), str(new)]) == 0
-    np.save(x, draw(2, 5, 3))
-    arguments = [new, tmp_path / "result.npy", x]
-    subprocess.run([sys.executable, "-c", ALONE, *arguments], check=True)
-    expected = load_keras2(old)(np.load(x))
-    np.testing.assert_allclose(np.load(tmp_path / "result.npy"), expected, atol=1e-6)
 
 
 def test_gates_of_the_converted_model_are_the_same(files, tmp_path, draw):

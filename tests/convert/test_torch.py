@@ -81,6 +81,8 @@ def test_outputs_and_states_match_torch(rng, make_lstm, x, bias, time_major):
     again = make_lstm(weights, **options)
     assert_close(run(again, x, h[None], c[None]), [outputs, last_h, last_c])
     np.testing.assert_equal(from_torch(weights).get_weights(), layer.get_weights())
+    with pytest.raises(ValueError, match="re-creates `mine` from its configuration"):
+        layers.Bidirectional(layer)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,7 @@ def test_last_outputs_of_both_directions_match_torch(make_lstm, x):
     assert_close(states, [h[2], c[2], h[3], c[3]])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_tensors_of_any_dtype_that_require_gradients_are_read(
     torch, make_lstm, x, dtype
 ):
@@ -137,19 +139,12 @@ def test_the_lstm_of_a_module_is_found_by_its_prefix(torch, make_lstm, x):
         assert_close([numpy(upper(lower(x)))], [expected])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_to_torch_returns_arrays_that_torch_can_read(torch, rng, dtype):
+def test_to_torch_returns_arrays_that_torch_can_read(torch, rng):
     # Keras on torch cannot draw orthogonal matrices in bfloat16.
-    layer = from_torch(state_dict(rng), dtype=dtype, recurrent_initializer="zeros")
+    layer = from_torch(state_dict(rng), dtype="bfloat16", recurrent_initializer="zeros")
     weight = to_torch(layer)["weight_hh_l0"]
     W_hf = numpy(ops.cast(layer.cell.W_hf, "float32"))
     np.testing.assert_array_equal(torch.tensor(weight)[UNITS : 2 * UNITS].T, W_hf)
-
-
-def test_bidirectional_of_a_converted_layer_raises(rng):
-    layer = from_torch(state_dict(rng), name="mine")
-    with pytest.raises(ValueError, match="re-creates `mine` from its configuration"):
-        layers.Bidirectional(layer)
 
 
 def without(*names):
@@ -160,20 +155,14 @@ def without(*names):
     ("change", "message"),
     [
         (lambda w: "weights.pt", "must be a `torch.nn.LSTM` or its state dict. R"),
-        (
-            without(*STATE_DICT),
-            "`torch.nn.LSTM` without `proj_size`, or its state dict",
-        ),
         (lambda w: dict(enumerate(w.values())), "Received: lstm_or_state_dict=['0', "),
         (lambda w: w | {f"b.{k}": v for k, v in w.items()}, "one LSTM. Pass those"),
         (lambda w: w | {"weight_hr_l0": np.ones((2, 6))}, "'weight_hr_l0']"),
-        (lambda w: w | {"weight_ih_l2": np.ones((24, 6))}, "'weight_ih_l2'"),
         (without("bias_hh_l0"), "=['weight_ih_l0', 'weight_hh_l0', 'bias_ih_l0']"),
         (
             lambda w: {k: v[: 3 * UNITS] for k, v in w.items()},  # of a GRU
             "`weight_ih_l*` must be of shape (24, 4), for 6 units and 4 features. Rec",
         ),
-        (lambda w: w | {"bias_hh_l0": np.ones(6)}, "`bias_hh_l*` must be of sha"),
     ],
 )
 def test_other_weights_raise_an_error(rng, change, message):

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.one_backend, pytest.mark.slow]
 def test_files_run_and_quantized_ones_are_smaller(tmp_path, capsys):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("torch")
-    deploy.main(["--epochs", "8", "--out", str(tmp_path)])
+    deploy.main(["--epochs", "4", "--out", str(tmp_path)])
     pattern = r" *(\S+): (\S+) kB, \d+ µs, largest difference (\S+), accuracy (\S+)%"
     lines = re.findall(pattern, capsys.readouterr().out)
     size, difference, accuracy = (
@@ -33,7 +33,8 @@ def test_files_run_and_quantized_ones_are_smaller(tmp_path, capsys):
     assert list(size) == names
     assert size[int8] < size["dynamic.tflite"] < size["float16.tflite"] < size[float32]
     assert difference[float32] < 1e-4 > difference["model.onnx"]
-    assert difference[int8] > difference[float32]
+    assert difference[float32] < difference["float16.tflite"] < 2e-3
+    assert difference[float32] < difference[int8] < 0.05 > difference["dynamic.tflite"]
     assert all(abs(value - accuracy[float32]) <= 5 for value in accuracy.values())
     assert accuracy[float32] > 50  # chance is 25
     calls = (tmp_path / "ops.txt").read_text().splitlines()
@@ -41,15 +42,7 @@ def test_files_run_and_quantized_ones_are_smaller(tmp_path, capsys):
     assert "resolver.AddUnidirectionalSequenceLSTM();" in calls
     if shutil.which("g++"):
         (tmp_path / "print.cc").write_text(PRINT)
-        command = [
-            "g++",
-            "print.cc",
-            "model_data.cc",
-            "-Wall",
-            "-Werror",
-            "-o",
-            "print",
-        ]
-        subprocess.run(command, cwd=tmp_path, check=True)
+        command = ["g++", "-Wall", "-Werror", "print.cc", "model_data.cc"]
+        subprocess.run([*command, "-o", "print"], cwd=tmp_path, check=True)
         printed = subprocess.check_output(tmp_path / "print")
         assert printed == (tmp_path / int8).read_bytes()

@@ -9,7 +9,7 @@ PLOTS = ("ablation", "gradients", "integrated_gradients", "contextual_decomposit
 
 @pytest.mark.slow
 def test_the_unit_that_carries_the_number_is_found_and_patched(out, capsys):
-    assert experiment.main(["--out", str(out)]) == 0
+    assert experiment.main(["--steps", "6", "--epochs", "12", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     print(printed)
     error = float(re.search(r"lstm: mean squared error (.*)", printed)[1])

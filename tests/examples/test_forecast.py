@@ -50,19 +50,6 @@ def test_windows_are_all_those_of_consecutive_hours(table, parts):
         np.testing.assert_allclose(y, change, atol=1e-4)
 
 
-@pytest.mark.one_backend
-def test_features_have_no_missing_value(table, parts):
-    for times, x, _ in parts:
-        assert np.isfinite(x).all()
-        pressure = table.pressure[times[:, :48].ravel()].to_numpy().reshape(x.shape[:2])
-        known = np.isfinite(pressure)
-        np.testing.assert_array_equal(x[..., 7], known)
-        np.testing.assert_allclose(x[..., 6][known], pressure[known], rtol=1e-6)
-        hour = times[:, :48].astype(int) % 24
-        angle = np.arctan2(x[..., 9], x[..., 10])
-        np.testing.assert_allclose(np.exp(1j * angle), np.exp(1j * np.pi * hour / 12))
-
-
 @pytest.mark.slow
 def test_example_and_its_errors(table, parts, out, capsys):
     options = ["--units", "4", "--epochs", "1", "--out", str(out)]

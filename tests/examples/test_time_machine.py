@@ -13,7 +13,7 @@ from reference import run_python
 
 EXAMPLE = Path(time_machine.__file__)
 BACKEND = keras.backend.backend()
-SMALL = ["--epochs", "3", "--units", "8", "--batch-size", "4", "--num-steps", "5"]
+SMALL = ["--epochs", "2", "--units", "8", "--batch-size", "4", "--num-steps", "5"]
 SMALL += ["--max-tokens", "500"]
 
 
@@ -37,20 +37,21 @@ def name_in_book(run):
 
 
 def test_report(book, out, capsys):
-    assert time_machine.main(["--text", str(book), "--out", str(out), *SMALL]) == 0
+    arguments = ["--text", str(book), "--out", str(out), "--device", "/CPU:0", *SMALL]
+    assert time_machine.main(arguments) == 0
     printed = capsys.readouterr().out
     runs, history = read(out)
     names = ["ScratchLSTMCell", "LSTMCell", "ScratchLSTM"]
     assert [run["layer"] for run in runs] == names
     for run in runs:
         name = run["layer"]
-        assert (run["backend"], run["epochs"], run["failure"]) == (BACKEND, 3, None)
+        assert (run["backend"], run["epochs"], run["failure"]) == (BACKEND, 2, None)
         assert run["text"] == {"source": str(book), "is_the_book": True}
         rows = [row for row in history if row["layer"] == name]
-        assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+        assert [row["epoch"] for row in rows] == ["1", "2"]
         # 500 characters are 24 batches of 4 x 5 at the latest offset.
         seconds = sum(24 * 20 / float(row["tokens_per_sec"]) for row in rows)
-        assert run["tokens_per_sec"] == pytest.approx(3 * 24 * 20 / seconds)
+        assert run["tokens_per_sec"] == pytest.approx(2 * 24 * 20 / seconds)
         assert float(rows[-1]["perplexity"]) == run["perplexity"]
         line = f"perplexity {run['perplexity']:.1f}, {run['tokens_per_sec']:.1f} "
         assert run["closing_line"] == line + f"tokens/sec on {name_in_book(run)}"
@@ -71,24 +72,9 @@ def test_report(book, out, capsys):
 
 
 @pytest.mark.slow
-def test_model_learns_and_generates(text, out, capsys):
-    text.write_text("abcdefgh" * 200)
-    arguments = ["--text", str(text), "--out", str(out), *SMALL, "--epochs", "40"]
-    assert time_machine.main([*arguments, "--layer", "ScratchLSTM"]) == 0
-    assert f"{text}: results do not compare with" in capsys.readouterr().out
-    (run,), history = read(out)
-    assert run["text"] == {"source": str(text), "is_the_book": False}
-    assert run["perplexity"] < 1.2 < float(history[0]["perplexity"])
-    model = keras.saving.load_model(out / "ScratchLSTM.keras")
-    vocabulary = time_machine.Vocabulary("abcdefgh")
-    assert time_machine.generate(model, vocabulary, "abc", 10) == "abcdefghabcde"
-    for prefix, sample in run["samples"].items():
-        assert time_machine.generate(model, vocabulary, prefix) == sample
-
-
-@pytest.mark.slow
 def test_quick_run_ends_in_words(book, out):
     arguments = ["--quick", "--text", str(book), "--out", str(out)]
+    arguments += ["--units", "128", "--batch-size", "8", "--max-tokens", "3000"]
     assert time_machine.main([*arguments, "--layer", "ScratchLSTM"]) == 0
     (run,), history = read(out)
     assert len(history) == 60
@@ -97,8 +83,11 @@ def test_quick_run_ends_in_words(book, out):
     assert run["median_perplexity"] == pytest.approx(np.median(last))
     model = keras.saving.load_model(out / "ScratchLSTM.keras")
     assert isinstance(model.optimizer, keras.optimizers.Adam)
-    words = {*"".join(time_machine.tokenize(book.read_text())).split()}
-    for sample in run["samples"].values():
+    tokens = time_machine.tokenize(book.read_text())
+    vocabulary = time_machine.Vocabulary(tokens)
+    words = {*"".join(tokens).split()}
+    for prefix, sample in run["samples"].items():
+        assert time_machine.generate(model, vocabulary, prefix) == sample
         *complete, _ = sample.split()
         known = [word in words for word in complete[2:]]
         assert np.mean(known) > 0.6
@@ -112,40 +101,33 @@ def test_quick_sets_defaults(capsys):
     assert "--compare-d2l: not allowed with argument --quick" in capsys.readouterr().err
 
 
-@pytest.mark.ci
-def test_states_are_reset_at_each_epoch(text, out, monkeypatch):
-    seen = []
-    reset = time_machine.ResetStates.on_epoch_begin
-
-    def spy(callback, epoch, logs=None):
-        states = callback.model.get_layer("rnn").states
-        before = [np.abs(np.array(state)).max() for state in states]
-        reset(callback, epoch, logs)
-        seen.append((before, [np.abs(np.array(state)).max() for state in states]))
-
-    monkeypatch.setattr(time_machine.ResetStates, "on_epoch_begin", spy)
-    arguments = ["--text", str(text), "--out", str(out), *SMALL]
-    assert time_machine.main([*arguments, "--layer", "ScratchLSTM"]) == 0
-    assert len(seen) == 3
-    assert all(after == [0, 0] for _, after in seen)
-    assert all(min(before) > 0 for before, _ in seen[1:])
-
-
-@pytest.mark.parametrize("device", [None, "/CPU:0"])
-def test_training_runs_under_a_device_strategy(text, out, monkeypatch, device):
-    seen = []
+def test_training_runs_under_a_device_strategy(text, out, monkeypatch, capsys):
+    """States start at zero in each epoch."""
+    seen, largest = [], []
 
     class Spy(time_machine.ResetStates):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.measure()
+            super().on_epoch_begin(epoch, logs)
+            self.measure()
+
+        def measure(self):
+            states = self.model.get_layer("rnn").states
+            largest.append(np.abs([*map(keras.ops.convert_to_numpy, states)]).max())
+
         def on_train_batch_end(self, batch, logs=None):
             seen.append((self.model, keras.ops.zeros(1).device))
 
     monkeypatch.setattr(time_machine, "ResetStates", Spy)
     arguments = ["--text", str(text), "--out", str(out), *SMALL]
-    arguments += ["--layer", "ScratchLSTMCell", "--epochs", "1"]
-    arguments += ["--device", device] if device else []
-    assert time_machine.main(arguments) == 0
+    assert time_machine.main([*arguments, "--layer", "ScratchLSTMCell"]) == 0
+    assert f"{text}: results do not compare with" in capsys.readouterr().out
     ((run,), _), ((model, used), *_) = read(out), seen
+    assert run["text"] == {"source": str(text), "is_the_book": False}
     assert model.get_layer("rnn").stateful
+    *_, before, after = largest
+    assert before > 0 or BACKEND == "jax"  # see `test_report`
+    assert after == 0
     assert run["device"] == str(model.weights[0].value.device) == str(used)
     if BACKEND == "tensorflow":
         import tensorflow as tf
@@ -176,7 +158,7 @@ def test_compare_d2l(text, out, capsys):
     assert time_machine.main([*arguments, "--layer", "LSTMCell"]) == 0
     runs, history = read(out)
     assert [run["layer"] for run in runs] == ["LSTMCell", "d2l"]
-    assert [row["layer"] for row in history].count("d2l") == 3
+    assert [row["layer"] for row in history].count("d2l") == 2
     printed = capsys.readouterr().out
     assert re.search(r"^d2l: perplexity \S+, \S+ tokens/sec on /.PU:0$", printed, re.M)
     assert runs[1]["samples"]["traveller"].startswith("traveller")
