@@ -46,21 +46,20 @@ def assert_equal_traces(trace, expected):
         assert_close(getattr(trace, name), expected[name])
 
 
-@pytest.mark.parametrize("array", ARRAYS)
-def test_edits_match_numpy(array, x, rng):
+def test_edits_match_numpy(x, rng):
     """A clamp, a scale and an array, at chosen samples, time steps and units."""
     layer = make("LSTM", return_sequences=True)
     model = classifier(layer)
     value = rng.normal(size=(2, 3, 1))
     edits = [
-        Edit(array, 0.25, units=[1, 3], steps=slice(1, 3), samples=0),
-        Edit(array, scale=Fraction(1, 2), steps=-1),
-        Edit(array, value, units=2, steps=[0, 2, 3], samples=[2, 0]),
+        Edit("c", 0.25, units=[1, 3], steps=slice(1, 3), samples=0),
+        Edit("c", scale=Fraction(1, 2), steps=-1),
+        Edit("c", value, units=2, steps=[0, 2, 3], samples=[2, 0]),
     ]
 
     def edit(name, values, t):
         values = values.copy()
-        if name == array:
+        if name == "c":
             if t in (1, 2):
                 values[0, [1, 3]] = 0.25
             if t == TIME - 1:
@@ -111,21 +110,13 @@ def test_inputs_can_be_edited(x):
 
 
 def test_missing_axes_of_a_value(x, rng):
+    """A tensor without an axis of the one time step."""
     layer, others = make("LSTM"), rng.normal(size=(BATCH, TIME, UNITS))
     expected, _ = run_with_edits(layer, x, edits=Edit("c", others[:, 4:5], steps=[4]))
-    for value, options in (
-        (others[:, 4], {"steps": 4}),
-        (others[:, 4:5], {"steps": 4}),
-        (others[:, 4, :, None], {"steps": 4}),
-    ):
-        edit = Edit("c", value, **options)
-        if value.shape[-1] == 1:
-            with pytest.raises(ValueError, match="broadcasts in one way only"):
-                run_with_edits(layer, x, edits=edit)
-        else:
-            np.testing.assert_array_equal(
-                run_with_edits(layer, x, edits=edit)[0], expected
-            )
+    found, _ = run_with_edits(layer, x, edits=Edit("c", tensor(others[:, 4]), steps=4))
+    assert_close(found, expected)
+    with pytest.raises(ValueError, match="broadcasts in one way only"):
+        run_with_edits(layer, x, edits=Edit("c", others[:, 4, :, None], steps=4))
 
 
 @pytest.mark.one_backend
@@ -145,28 +136,13 @@ def test_ambiguous_values_are_rejected(rng):
         run_with_edits(both, x, edits=Edit("f", trace_gates(layer, x)))
 
 
-def test_value_may_be_a_tensor(x, rng):
-    layer, value = make("LSTM"), rng.normal(size=(TIME, 1)).astype("float32")
-    expected, _ = run_with_edits(layer, x, edits=Edit("c", value))
-    actual, _ = run_with_edits(layer, x, edits=Edit("c", tensor(value)))
-    np.testing.assert_array_equal(actual, expected)
-
-
-@pytest.mark.parametrize("kind", LAYERS)
-def test_no_edits_give_the_outputs_and_the_trace_of_the_model(kind, x):
-    model = classifier(make(kind))
-    outputs, trace = run_with_edits(model, x, edits=[])
-    assert_close(outputs, to_numpy(model(x)))
-    assert_equal_traces(trace, vars(trace_gates(model, x)))
-
-
 # --- models ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("direction", "merge"), [("forward", "concat"), ("backward", "mul")]
+    ("kind", "direction", "merge"),
+    [("LSTM", "forward", "mul"), ("ScratchLSTM", "backward", "concat")],
 )
-@BOTH
 def test_directions_of_a_bidirectional_layer(kind, direction, merge, x):
     layers = [make(kind, return_sequences=True, name=kind)]
     both = keras.layers.Bidirectional(layers[0], merge_mode=merge)
@@ -191,9 +167,9 @@ def test_directions_of_a_bidirectional_layer(kind, direction, merge, x):
     assert_close(outputs, apply_dense(model, merged))
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM", "custom cell"])
 @pytest.mark.parametrize(
-    ("leading", "bidirectional"), [(False, False), (True, False), (True, True)]
+    ("kind", "leading", "bidirectional"),
+    [("LSTM", False, False), ("ScratchLSTM", True, True), ("custom cell", True, False)],
 )
 @pytest.mark.ci
 def test_masked_time_steps(kind, leading, bidirectional, x, rng):
@@ -206,9 +182,7 @@ def test_masked_time_steps(kind, leading, bidirectional, x, rng):
     if bidirectional:
         layer = keras.layers.Bidirectional(layer)
         inner = layer.forward_layer
-    inputs = keras.Input((TIME, FEATURES)), keras.Input((TIME,), dtype="bool")
-    outputs = layer(inputs[0], mask=inputs[1])
-    model = keras.Model(inputs, outputs)
+    model = with_mask(layer)
     unedited, _ = run_with_edits(model, [x, mask], edits=[], layer=inner)
     assert_close(unedited, to_numpy(model([x, mask])))
     outputs, trace = run_with_edits(
@@ -249,11 +223,7 @@ def test_nested_model_with_stacked_layers_and_initial_states(x, rng):
     sequences = keras.Input((TIME, FEATURES))
     hidden = lower(sequences, initial_state=states)
     inner = keras.Model([sequences, *states], upper(hidden))
-    inputs = [
-        keras.Input((TIME, FEATURES)),
-        keras.Input((UNITS,)),
-        keras.Input((UNITS,)),
-    ]
+    inputs = [keras.Input(shape) for shape in ((TIME, FEATURES), (UNITS,), (UNITS,))]
     model = keras.Model(inputs, keras.layers.Dense(3, name="logits")(inner(inputs)))
     h, c = rng.normal(size=(2, BATCH, UNITS)).astype("float32")
     outputs, _ = run_with_edits(model, [x, h, c], edits=Edit("f", 0.5), layer="lower")
@@ -310,9 +280,8 @@ def test_calls_of_a_shared_layer(x):
         run_with_edits(model, x, edits=[], call_index=2)
 
 
-@BOTH
-def test_both_directions_in_one_run(kind, x):
-    both = keras.layers.Bidirectional(make(kind, return_sequences=True))
+def test_both_directions_in_one_run(x):
+    both = keras.layers.Bidirectional(make("LSTM", return_sequences=True))
     model = classifier(both)
     _, other = run_with_edits(model, x[::-1].copy(), edits=[])
     edits = [Edit("f", 0.5, units=1), Edit("c", other, steps=3)]
@@ -377,7 +346,7 @@ def without_value(layer):
 
 @pytest.mark.parametrize(
     ("kind", "error"),
-    [*((kind, RuntimeError) for kind in LAYERS), ("LSTM", KeyboardInterrupt)],
+    [("LSTM", KeyboardInterrupt), ("custom cell", RuntimeError)],
 )
 @pytest.mark.ci
 def test_model_is_unchanged_after_an_error(kind, error, x):
@@ -428,20 +397,15 @@ def test_invalid_edit(arguments, message):
     ("edit", "message"),
     [
         (Edit("f", 1.0, units=UNITS), "`units` must be an integer, a slice or a list"),
-        (Edit("f", 1.0, units=[0, -UNITS - 1]), "that selects some of 4"),
         (Edit("f", 1.0, steps=TIME), "`steps` .* selects some of 7. Received: steps=7"),
-        (Edit("f", 1.0, steps=slice(TIME, None)), "`steps` must be"),
         (Edit("f", 1.0, samples=[]), "`samples` must be"),
-        (Edit("f", 1.0, units="a"), "`units` must be"),
         (Edit("f", np.ones(UNITS + 2)), r"broadcasts in one way only .* \(5, 7, 4\)"),
         (Edit("f", lambda gates, t: 1 - gates.i), "`value` must be a number"),
-        (Edit("f", "open"), "`value` must be a number"),
         (Edit("f", np.nan), "`value` must be finite"),
         (
             Edit("f", GateTrace(*[np.zeros((BATCH, TIME + 1, UNITS))] * 6)),
             r"`GateTrace` of shape \(5, 7, 4\), .* Received: .* \(5, 8, 4\)",
         ),
-        ("f", "`edits` must be an `Edit` or a list of these"),
         (None, "`edits` must be an `Edit` or a list of these. Received: edits=None"),
     ],
     ids=label,
