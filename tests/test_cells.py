@@ -56,7 +56,7 @@ def test_cell_matches_numpy_in_every_wrapper(cell_class, rng, draw, tmp_path):
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     backward = lstm(x[:, ::-1], weights_of(cell))[0][:, ::-1]
     both = np.concatenate([expected, backward], -1)
-    assert_close(loaded.predict(x, verbose=0), both)
+    assert_close(loaded(x), both)
     trace = trace_gates(loaded, x)
     assert_close(trace.h, expected)
     assert_close(trace.backward.h, backward)
@@ -66,7 +66,10 @@ def test_cell_matches_numpy_in_every_wrapper(cell_class, rng, draw, tmp_path):
 
 @pytest.mark.parametrize(
     ("cell_class", "rate"),
-    [*((cell, 0.3) for cell in CELLS), (DropConnectLSTMCell, 0)],
+    [
+        *((cell, 0.3) for cell in CELLS),
+        *((cell, 0) for cell in (ScratchLSTMCell, DropConnectLSTMCell)),
+    ],
     ids=str,
 )
 def test_gradients_match_finite_differences(cell_class, rate, rng):
@@ -106,13 +109,12 @@ def test_gradients_match_finite_differences(cell_class, rate, rng):
     np.testing.assert_allclose(slope, numeric, tolerance, tolerance)
 
 
-@pytest.mark.parametrize("cell_class", CELLS[2:])
-@pytest.mark.ci
+@pytest.mark.parametrize("cell_class", [LayerNormLSTMCell, ZoneoutLSTMCell])
 def test_training_in_mixed_precision(cell_class, draw):
     cell = cell_class(4, dtype="mixed_bfloat16", dropout=0.2, recurrent_dropout=0.2)
     layer = ScratchLSTM(cell=cell, dtype="mixed_bfloat16")
     model = keras.Sequential([keras.Input((5, 3)), layer, layers.Dense(1)])
-    model.compile("sgd", "mse")
+    model.compile("sgd", "mse", run_eagerly=BACKEND == "tensorflow")
     before = [numpy(weight).copy() for weight in cell.trainable_weights]
     model.fit(draw(8, 5, 3), draw(8, 1), batch_size=4, verbose=0)
     assert {weight.dtype for weight in cell.trainable_weights} == {"float32"}
@@ -145,24 +147,11 @@ def test_peephole_cell_matches_onnx_reference(rng, draw):
 
 
 def test_peephole_cell_starts_as_the_standard_cell(draw):
-    x = draw(2, 5, 3)
-    outputs = []
-    for cell in (PeepholeLSTMCell(4), ScratchLSTMCell(4)):
+    x, outputs = draw(2, 5, 3), []
+    for cell_class in (PeepholeLSTMCell, ScratchLSTMCell):
         keras.utils.set_random_seed(3)
-        cell = type(cell)(4)
-        outputs.append(layers.RNN(cell)(x))
+        outputs.append(layers.RNN(cell_class(4))(x))
     assert_close(*outputs)
-
-
-def test_coupled_gates_share_a_dropout_mask(draw):
-    cell = CoupledLSTMCell(4, recurrent_dropout=0.5)
-    cell.build((None, 3))
-    arguments = map(ops.convert_to_tensor, (draw(2, 3), draw(2, 4), draw(2, 4)))
-    gates = cell._apply_gates(*arguments, training=True)
-    assert_close(gates.f, 1 - numpy(gates.i))
-    assert [
-        weight.name for weight in cell.trainable_weights if "f" in weight.name
-    ] == []
 
 
 @pytest.mark.parametrize("unroll", [False, True])
@@ -203,8 +192,8 @@ def test_zoneout_keeps_or_replaces_states(draw):
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_zoneout_in_training_needs_a_scratch_lstm(draw, stacked):
-    x, cells = draw(2, 5, 3), [ZoneoutLSTMCell(4) for _ in range(2)]
-    rnn = layers.RNN(cells if stacked else cells[0])
+    x, cell = draw(2, 5, 3), ZoneoutLSTMCell(4)
+    rnn = layers.RNN([cell, ZoneoutLSTMCell(4)] if stacked else cell)
     assert rnn(x).shape == (2, 4)
     with pytest.raises(ValueError, match=r"Use `ScratchLSTM\(cell=...\)` in place"):
         rnn(x, training=True)
@@ -213,12 +202,9 @@ def test_zoneout_in_training_needs_a_scratch_lstm(draw, stacked):
 @pytest.mark.parametrize(
     ("cell_class", "rates"),
     [
-        (ScratchLSTMCell, {"dropout": 0.3}),
         (ScratchLSTMCell, {"dropout": 0.3, "recurrent_dropout": 0.3}),
         (ZoneoutLSTMCell, {}),
-        (ZoneoutLSTMCell, {"dropout": 0.3, "recurrent_dropout": 0.3}),
         (DropConnectLSTMCell, {}),
-        (DropConnectLSTMCell, {"recurrent_dropout": 0.3}),
     ],
     ids=str,
 )
@@ -266,11 +252,7 @@ def test_drop_connect_has_one_mask_per_sequence(rng, draw):
 @pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("make", "name"),
-    [
-        (ZoneoutLSTMCell, "zoneout_c"),
-        (ZoneoutLSTMCell, "zoneout_h"),
-        (DropConnectLSTMCell, "drop_connect"),
-    ],
+    [(ZoneoutLSTMCell, "zoneout_h"), (DropConnectLSTMCell, "drop_connect")],
 )
 def test_rates_are_checked_and_saved(make, name):
     with pytest.raises(ValueError, match=f"`{name}` must be a number from 0 to 1"):
@@ -280,7 +262,7 @@ def test_rates_are_checked_and_saved(make, name):
 
 
 @pytest.mark.parametrize(
-    "cell_class", [ScratchLSTMCell, *(c for c in CELLS if c is not ZoneoutLSTMCell)]
+    "cell_class", [ScratchLSTMCell, CoupledLSTMCell, DropConnectLSTMCell]
 )
 def test_calls_of_the_cell_alone_advance_the_seed_like_those_of_a_layer(
     draw, cell_class
@@ -295,7 +277,7 @@ def test_calls_of_the_cell_alone_advance_the_seed_like_those_of_a_layer(
 
 @pytest.mark.skipif(BACKEND != "torch", reason="other backends move tensors")
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("cell_class", [ScratchLSTMCell, *CELLS])
+@pytest.mark.parametrize("cell_class", [ScratchLSTMCell, ZoneoutLSTMCell])
 def test_inputs_are_moved_to_the_device_of_the_weights(draw, cell_class, masked):
     """The device `meta` stands in for a GPU."""
     x, h, c = (ops.convert_to_tensor(draw(3, *shape)) for shape in ((7, 5), (6,), (6,)))
