@@ -101,20 +101,6 @@ def test_gradients_of_a_simple_rnn(rng):
     assert np.isnan(gradients.c).all()
 
 
-def test_compiled_loss_and_later_layers(x, rng):
-    """The gradient goes through a second LSTM; the compiled loss is the default."""
-    y = rng.integers(3, size=BATCH)
-    layers = make("LSTM", return_sequences=True), keras.layers.LSTM(UNITS)
-    head = keras.layers.Dense(3)
-    model = keras.Sequential([keras.Input((TIME, FEATURES)), *layers, head])
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(loss=loss)
-    gradients = trace_gradients(model, x, y, layer=0)
-    expected = trace_gradients(model, x, y, loss=loss, layer=0)
-    np.testing.assert_allclose(gradients.h, expected.h, rtol=1e-5, atol=1e-8)
-    assert (gradients.h[:, -1] != 0).all()
-
-
 @pytest.mark.one_backend
 def test_missing_loss(x):
     model = classifier(make("LSTM"))
