@@ -257,25 +257,6 @@ def test_strict_dtype_promotion_on_jax(rng, policy, batch, mask):
 
 @on_torch
 @each_mask
-def test_vmap_matches_the_batch(rng, mask):
-    import torch
-
-    layer = layer_with(rng, return_sequences=True, use_cudnn=False, use_bias=False)
-    inputs = [rng.normal(size=(3, 5, 3)).astype("float32"), mask]
-    inputs = [ops.convert_to_tensor(one) for one in inputs if one is not None]
-
-    def call(inputs):
-        x, *mask = (value[None] for value in inputs)
-        return layer(x, mask=mask[0] if mask else None)[0]
-
-    expected = layer(inputs[0], mask=mask)
-    assert_close(ops.vectorized_map(call, inputs), expected, atol=1e-6)
-    mapped = torch.func.vmap(lambda *inputs: call(inputs))(*inputs)
-    assert_close(mapped, expected, atol=1e-6)
-
-
-@on_torch
-@each_mask
 @pytest.mark.filterwarnings("ignore:.*There is a performance drop:UserWarning")
 def test_per_sample_gradients_match_single_samples(rng, mask):
     """By the weights and the inputs, as in differentially private training."""
@@ -397,8 +378,10 @@ def test_compiled_training_matches_the_loop(rng, fast):
 
 @on_torch
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize("stateful", [False, True], ids=["masked", "stateful"])
-def test_torch_compile_of_a_model(rng, stateful):
+@pytest.mark.parametrize(
+    ("stateful", "training"), [(False, True), (True, True), (True, False)]
+)
+def test_torch_compile_of_a_model(rng, stateful, training):
     """A whole graph, but for the states of a stateful layer in training."""
     import torch
 
@@ -420,12 +403,11 @@ def test_torch_compile_of_a_model(rng, stateful):
         gradients = torch.autograd.grad(loss, weights) if loss.requires_grad else ()
         return [tensor.detach() for tensor in (*calls, *gradients)]
 
-    for training in (True, False):
-        with torch.set_grad_enabled(training):
-            options = {"fullgraph": not (stateful and training)}
-            compiled = torch.compile(model, backend="aot_eager", **options)
-            for one, other in zip(run(compiled), run(model), strict=True):
-                np.testing.assert_allclose(one, other, atol=1e-5)
+    is_whole = not (stateful and training)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=is_whole)
+    with torch.set_grad_enabled(training):
+        for one, other in zip(run(compiled), run(model), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @on_jax  # which reports the memory

@@ -15,8 +15,10 @@ from models import (
     numpy_trace,
     sequential,
 )
+from reference import tensor
 
 from keras_scratch_lstm import trace_gates
+from keras_scratch_lstm.tracing.tokens import tokens_per_sample
 
 
 def test_tensors_and_nested_lists(tokens, x, states):
@@ -149,3 +151,13 @@ def test_invalid_inputs(inputs, match):
 def test_complex_inputs(x):
     match = "`inputs` must be real numbers .*dtype complex64"
     check_error(match, make("LSTM"), x.astype("complex64"))
+
+
+def test_features_and_tokens_may_be_tensors(trace, rng):
+    values = rng.integers(1, 9, (2, 3)).astype("float32")
+    expected = trace.correlate({"a": values})
+    np.testing.assert_equal(trace.correlate({"a": tensor(values)}), expected)
+    tokens = values.astype(str).tolist()
+    assert tokens_per_sample(tensor(values), 2, 3) == tokens
+    assert tokens_per_sample(list(tensor(values)), 2, 3) == tokens
+    assert tokens_per_sample(list(tensor(values[0])), 2, 3) == tokens[:1]
