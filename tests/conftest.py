@@ -49,6 +49,14 @@ def draw(rng):
 
 
 @pytest.fixture
+def x(draw):
+    """The inputs of the layers of `models.py`."""
+    from models import BATCH, FEATURES, TIME
+
+    return draw(BATCH, TIME, FEATURES)
+
+
+@pytest.fixture
 def book():
     """The path of the book's text."""
     if not BOOK.exists():

@@ -12,9 +12,6 @@ if BACKEND == "torch":
     # For tensors as small as those of tests, threads cost more than they save.
     torch.set_num_threads(1)
 
-# XLA's optimizations take longer than the tests that use the compiled function.
-QUICK_COMPILATION = {"xla_backend_optimization_level": 0}
-
 
 def double_precision():
     """Context manager in which the backend computes in float64."""
@@ -68,8 +65,7 @@ def _jax(function, variables):
             return function(*tensors)
 
     gradient = jax.grad(pure, argnums=(0, 1), has_aux=True)
-    options = QUICK_COMPILATION if jax.default_backend() == "cpu" else None
-    compiled = jax.jit(gradient, compiler_options=options)
+    compiled = jax.jit(gradient)
 
     def run(tensors):
         values = [variable.value for variable in variables]

@@ -55,20 +55,12 @@ def test_diagram_is_up_to_date(diagram, tmp_path):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_module_is_short(path):
-    assert len(path.read_text().splitlines()) <= MAX_MODULE_LINES
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_functions_are_short(path):
-    source = path.read_text()
-    long = {
-        node.name: lines
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, FUNCTIONS)
-        and (lines := code_lines(node, source.splitlines())) > MAX_FUNCTION_LINES
-    }
-    assert long == {}
+def test_modules_and_functions_are_short(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= MAX_MODULE_LINES
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, FUNCTIONS):
+            assert code_lines(node, lines) <= MAX_FUNCTION_LINES, node.name
 
 
 def code_lines(function, lines):

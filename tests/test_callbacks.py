@@ -58,9 +58,8 @@ def clock(monkeypatch):
     [
         (CROSS_ENTROPY, True, 3.0),
         ("sparse_categorical_crossentropy", False, None),
-        (keras.losses.SparseCategoricalCrossentropy(), False, 3.0),
     ],
-    ids=["logits", "string", "instance"],
+    ids=["logits", "string"],
 )
 def test_perplexity_matches_metric(data, loss, logits, loss_weights):
     metric = Perplexity(name="exact", from_logits=logits)
@@ -130,21 +129,12 @@ class Halved(keras.losses.SparseCategoricalCrossentropy):
 
 @pytest.mark.parametrize(
     "loss",
-    [
-        keras.losses.MeanSquaredError(),
-        keras.losses.CategoricalCrossentropy(True, label_smoothing=0.1),
-        keras.losses.SparseCategoricalCrossentropy(True, reduction="sum"),
-        Halved(from_logits=True),
-        lambda y_true, y_pred: ops.mean(y_pred**2),
-    ],
-    ids=["mse", "label_smoothing", "sum", "subclass", "function"],
+    [Halved(from_logits=True), lambda y_true, y_pred: ops.mean(y_pred**2)],
+    ids=["subclass", "function"],
 )
 def test_no_perplexity_of_other_losses(data, loss):
-    x, y = data
-    sparse = isinstance(loss, keras.losses.SparseCategoricalCrossentropy)
-    y = y if sparse else np.eye(VOCABULARY, dtype="float32")[y]
     logger = PerplexityLogger(verbose=0)
-    history = fit(build(loss=loss), x, y, validation_data=(x, y), callbacks=[logger])
+    history = fit(build(loss=loss), *data, validation_data=data, callbacks=[logger])
     assert sorted(history) == ["loss", "tokens_per_sec", "val_loss"]
     assert logger.closing_line.startswith(f"loss {history['loss'][-1]:.1f}, ")
 
@@ -172,17 +162,19 @@ def test_overflow_is_infinite_perplexity(data):
     assert fit(model, data[0], 0 * data[1])["perplexity"] == [np.inf]
 
 
-@pytest.mark.parametrize(
-    ("validated", "time", "metrics"),
-    [(False, TIME, []), (True, TIME, [Perplexity]), (True, None, [Perplexity])],
-)
-def test_tokens_and_seconds(data, clock, validated, time, metrics):
+@pytest.mark.parametrize("counted", [False, True], ids=["", "counted by a metric"])
+def test_tokens_and_seconds(data, clock, counted):
     logger = PerplexityLogger(verbose=0)
-    arguments = {"validation_data": data} if validated else {}
-    arguments |= {"epochs": 2, "batch_size": 8, "callbacks": [logger]}
-    history = fit(build([m() for m in metrics], time), *data, **arguments)
-    # From the epoch's start to the end of training, the clock is read once.
+    arguments = {"epochs": 2, "batch_size": 8, "callbacks": [logger]}
     tokens = 37 * TIME
+    if counted:
+        model = build([Perplexity(ignore_class=0)], time=None)
+        arguments["validation_data"] = data
+        tokens = np.sum(data[1] != 0)
+    else:
+        model = build()
+    history = fit(model, *data, **arguments)
+    # From the epoch's start to the end of training, the clock is read once.
     assert history["tokens_per_sec"] == [tokens, tokens]
     # Two epochs: each a start, the end of training, and the end.
     assert logger.seconds == 5
@@ -263,20 +255,11 @@ def test_unknown_number_of_tokens_warns(data):
         assert logger.tokens_per_sec is None
 
 
-def test_tokens_are_those_that_perplexity_counts(data, clock):
-    x, y = data
-    model = build([Perplexity(ignore_class=0)])
-    history = fit(model, x, y)
-    assert history["tokens_per_sec"] == [np.sum(y != 0)]
-
-
-@pytest.mark.parametrize("verbose", [0, 1])
-def test_closing_line(data, capsys, verbose):
-    logger = PerplexityLogger(verbose)
-    model = build()
+def test_closing_line(data, capsys):
+    logger, model = PerplexityLogger(), build()
     model.evaluate(*data, verbose=0, callbacks=[logger])  # without `fit`
     history = fit(model, *data, epochs=2, callbacks=[logger])
-    assert capsys.readouterr().out.strip() == logger.closing_line * verbose
+    assert capsys.readouterr().out.strip() == logger.closing_line
     line = r"perplexity (\d+\.\d), (\d+\.\d) tokens/sec on /(CPU|GPU|TPU):\d+"
     perplexity, speed, _ = re.fullmatch(line, logger.closing_line).groups()
     assert perplexity == f"{history['perplexity'][-1]:.1f}"
@@ -292,15 +275,15 @@ def series(rng):
     return 3 * x, np.float32(rng.normal(size=(16, 1)))
 
 
-def stack(*layers, batch_size=None, run_eagerly=BACKEND == "tensorflow"):
+def stack(*layers, batch_size=None):
     keras.utils.set_random_seed(0)
     inputs = keras.Input(batch_shape=(batch_size, TIME, FEATURES))
     model = keras.Sequential([inputs, *layers, keras.layers.Dense(1)])
-    model.compile("adam", "mse", run_eagerly=run_eagerly)
+    model.compile("adam", "mse", run_eagerly=BACKEND == "tensorflow")
     return model
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "RNN(ScratchLSTMCell)", "custom cell"])
+@pytest.mark.parametrize("kind", ["LSTM", "custom cell"])
 def test_monitor_logs_saturation_and_weight_norms(kind, series):
     layer = LAYERS[kind](name="lstm")
     model = stack(layer)
@@ -371,14 +354,13 @@ def test_monitor_keeps_probe_of_dataset(series):
     assert {**first, "loss": 0} == {**second, "loss": 0}
 
 
-@pytest.mark.ci
 def test_monitor_does_not_change_training(series):
     losses, states = [], []
     for monitors in ([PerplexityLogger(0)], [GateMonitor(series[0][:8])]):
         keras.utils.set_random_seed(1)
         layer = LAYERS["ScratchLSTM"](stateful=True, dropout=0.3, seed=1)
-        model = stack(layer, batch_size=8, run_eagerly=False)
-        arguments = {"batch_size": 8, "epochs": 3, "shuffle": False}
+        model = stack(layer, batch_size=8)
+        arguments = {"batch_size": 8, "epochs": 2, "shuffle": False}
         losses.append(fit(model, *series, callbacks=monitors, **arguments)["loss"])
         states.append([ops.convert_to_numpy(state) for state in layer.states])
     np.testing.assert_array_equal(*losses)
@@ -389,11 +371,9 @@ def test_monitor_does_not_change_training(series):
     ("arguments", "message"),
     [
         ({"metrics": "saturation"}, "`metrics` must be a list .*'weight_norms'"),
-        ({"metrics": ["norms"]}, r"Received: metrics=\['norms'\]"),
         ({"metrics": 5}, "Received: metrics=5"),
         ({"probe": np.zeros((0, TIME, FEATURES))}, "`probe` must be"),
         ({"layer": "middle"}, "`layer` must be .* 'lower', 'upper'"),
-        ({"layer": LAYERS["LSTM"](name="other")}, "`layer` must be .* 'lower'"),
         ({"layer": ["lower", "lower"]}, "`layer` must be LSTMs with different names"),
     ],
     ids=str,
@@ -411,7 +391,7 @@ def test_invalid_monitor(series, arguments, message):
 # --- both --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("is_first", "verbose"), [(True, 0), (False, 1), (True, 2)])
+@pytest.mark.parametrize(("is_first", "verbose"), [(True, 0), (False, 1)])
 def test_later_callbacks_but_the_progress_bar_see_the_logs(
     series, tmp_path, capsys, is_first, verbose
 ):
@@ -440,4 +420,5 @@ def test_later_callbacks_but_the_progress_bar_see_the_logs(
     printed = capsys.readouterr().out
     assert ("tokens_per_sec: " in printed) == (verbose > 0)
     assert "lstm/" not in printed
+    assert " tokens/sec on " not in printed
     assert vars(result).keys() == vars(keras.callbacks.History()).keys() | {"epoch"}

@@ -56,7 +56,7 @@ def test_cell_matches_numpy_in_every_wrapper(cell_class, rng, draw, tmp_path):
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     backward = lstm(x[:, ::-1], weights_of(cell))[0][:, ::-1]
     both = np.concatenate([expected, backward], -1)
-    assert_close(loaded.predict(x, verbose=0), both)
+    assert_close(loaded(x), both)
     trace = trace_gates(loaded, x)
     assert_close(trace.h, expected)
     assert_close(trace.backward.h, backward)
@@ -66,7 +66,10 @@ def test_cell_matches_numpy_in_every_wrapper(cell_class, rng, draw, tmp_path):
 
 @pytest.mark.parametrize(
     ("cell_class", "rate"),
-    [*((cell, 0.3) for cell in CELLS), (DropConnectLSTMCell, 0)],
+    [
+        *((cell, 0.3) for cell in CELLS),
+        *((cell, 0) for cell in (ScratchLSTMCell, DropConnectLSTMCell)),
+    ],
     ids=str,
 )
 def test_gradients_match_finite_differences(cell_class, rate, rng):
@@ -85,7 +88,8 @@ def test_gradients_match_finite_differences(cell_class, rate, rng):
             outputs = layer(x, training=True)
             return ops.sum(outputs * ops.cos(outputs)), outputs
 
-        _, (*by_weights, by_x) = with_gradients(loss, weights)(x)
+        evaluate = with_gradients(loss, weights)
+        _, (*by_weights, by_x) = evaluate(x)
         directions = [rng.normal(size=weight.shape) for weight in weights]
         direction_x = rng.normal(size=x.shape)
         values = [numpy(weight).copy() for weight in weights]
@@ -95,8 +99,8 @@ def test_gradients_match_finite_differences(cell_class, rate, rng):
                 weights, values, directions, strict=True
             ):
                 weight.assign(value + distance * direction)
-            value, _ = loss(ops.convert_to_tensor(x + distance * direction_x))
-            return float(numpy(value))
+            outputs, _ = evaluate(x + distance * direction_x)
+            return np.sum(outputs * np.cos(outputs))
 
         # Of fourth order, as the norm of three units bends within a large step.
         near, far = (loss_at(h) - loss_at(-h) for h in (size, 2 * size))
@@ -106,13 +110,12 @@ def test_gradients_match_finite_differences(cell_class, rate, rng):
     np.testing.assert_allclose(slope, numeric, tolerance, tolerance)
 
 
-@pytest.mark.parametrize("cell_class", CELLS[2:])
-@pytest.mark.ci
+@pytest.mark.parametrize("cell_class", [LayerNormLSTMCell, ZoneoutLSTMCell])
 def test_training_in_mixed_precision(cell_class, draw):
     cell = cell_class(4, dtype="mixed_bfloat16", dropout=0.2, recurrent_dropout=0.2)
     layer = ScratchLSTM(cell=cell, dtype="mixed_bfloat16")
     model = keras.Sequential([keras.Input((5, 3)), layer, layers.Dense(1)])
-    model.compile("sgd", "mse")
+    model.compile("sgd", "mse", run_eagerly=BACKEND == "tensorflow")
     before = [numpy(weight).copy() for weight in cell.trainable_weights]
     model.fit(draw(8, 5, 3), draw(8, 1), batch_size=4, verbose=0)
     assert {weight.dtype for weight in cell.trainable_weights} == {"float32"}
@@ -120,49 +123,12 @@ def test_training_in_mixed_precision(cell_class, draw):
         assert not np.array_equal(numpy(weight), old), weight.path
 
 
-def test_peephole_cell_matches_onnx_reference(rng, draw):
-    onnx = pytest.importorskip("onnx")
-    from onnx.reference import ReferenceEvaluator
-
-    cell, x = random_cell(PeepholeLSTMCell(4), rng), draw(5, 2, 3)
-    w = weights_of(cell)
-
-    def fuse(*names):
-        return np.concatenate([w[name].T for name in names])[None].astype("float32")
-
-    inputs = {
-        "X": x,
-        "W": fuse("W_xi", "W_xo", "W_xf", "W_xc"),
-        "R": fuse("W_hi", "W_ho", "W_hf", "W_hc"),
-        "B": np.pad(fuse("b_i", "b_o", "b_f", "b_c"), [(0, 0), (0, 16)]),
-        "P": fuse("p_i", "p_o", "p_f"),
-    }
-    names = ["X", "W", "R", "B", "", "", "", "P"]
-    node = onnx.helper.make_node("LSTM", names, ["Y", "Y_h"], hidden_size=4)
-    expected, _ = ReferenceEvaluator(node).run(None, inputs)
-    layer = ScratchLSTM(cell=cell, return_sequences=True, time_major=True)
-    assert_close(layer(x), expected[:, 0])
-
-
 def test_peephole_cell_starts_as_the_standard_cell(draw):
-    x = draw(2, 5, 3)
-    outputs = []
-    for cell in (PeepholeLSTMCell(4), ScratchLSTMCell(4)):
+    x, outputs = draw(2, 5, 3), []
+    for cell_class in (PeepholeLSTMCell, ScratchLSTMCell):
         keras.utils.set_random_seed(3)
-        cell = type(cell)(4)
-        outputs.append(layers.RNN(cell)(x))
+        outputs.append(layers.RNN(cell_class(4))(x))
     assert_close(*outputs)
-
-
-def test_coupled_gates_share_a_dropout_mask(draw):
-    cell = CoupledLSTMCell(4, recurrent_dropout=0.5)
-    cell.build((None, 3))
-    arguments = map(ops.convert_to_tensor, (draw(2, 3), draw(2, 4), draw(2, 4)))
-    gates = cell._apply_gates(*arguments, training=True)
-    assert_close(gates.f, 1 - numpy(gates.i))
-    assert [
-        weight.name for weight in cell.trainable_weights if "f" in weight.name
-    ] == []
 
 
 @pytest.mark.parametrize("unroll", [False, True])
@@ -203,8 +169,8 @@ def test_zoneout_keeps_or_replaces_states(draw):
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_zoneout_in_training_needs_a_scratch_lstm(draw, stacked):
-    x, cells = draw(2, 5, 3), [ZoneoutLSTMCell(4) for _ in range(2)]
-    rnn = layers.RNN(cells if stacked else cells[0])
+    x, cell = draw(2, 5, 3), ZoneoutLSTMCell(4)
+    rnn = layers.RNN([cell, ZoneoutLSTMCell(4)] if stacked else cell)
     assert rnn(x).shape == (2, 4)
     with pytest.raises(ValueError, match=r"Use `ScratchLSTM\(cell=...\)` in place"):
         rnn(x, training=True)
@@ -213,12 +179,9 @@ def test_zoneout_in_training_needs_a_scratch_lstm(draw, stacked):
 @pytest.mark.parametrize(
     ("cell_class", "rates"),
     [
-        (ScratchLSTMCell, {"dropout": 0.3}),
         (ScratchLSTMCell, {"dropout": 0.3, "recurrent_dropout": 0.3}),
         (ZoneoutLSTMCell, {}),
-        (ZoneoutLSTMCell, {"dropout": 0.3, "recurrent_dropout": 0.3}),
         (DropConnectLSTMCell, {}),
-        (DropConnectLSTMCell, {"recurrent_dropout": 0.3}),
     ],
     ids=str,
 )
@@ -266,11 +229,7 @@ def test_drop_connect_has_one_mask_per_sequence(rng, draw):
 @pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("make", "name"),
-    [
-        (ZoneoutLSTMCell, "zoneout_c"),
-        (ZoneoutLSTMCell, "zoneout_h"),
-        (DropConnectLSTMCell, "drop_connect"),
-    ],
+    [(ZoneoutLSTMCell, "zoneout_h"), (DropConnectLSTMCell, "drop_connect")],
 )
 def test_rates_are_checked_and_saved(make, name):
     with pytest.raises(ValueError, match=f"`{name}` must be a number from 0 to 1"):
@@ -280,7 +239,7 @@ def test_rates_are_checked_and_saved(make, name):
 
 
 @pytest.mark.parametrize(
-    "cell_class", [ScratchLSTMCell, *(c for c in CELLS if c is not ZoneoutLSTMCell)]
+    "cell_class", [ScratchLSTMCell, CoupledLSTMCell, DropConnectLSTMCell]
 )
 def test_calls_of_the_cell_alone_advance_the_seed_like_those_of_a_layer(
     draw, cell_class

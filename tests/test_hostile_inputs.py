@@ -6,37 +6,29 @@ Files from untrusted sources run no code, and allocate no more than they hold.
 
 import base64
 import contextlib
-import copy
 import functools
-import inspect
 import io
 import json
 import marshal
-import operator
 import os
 import pickle
 import re
 import struct
-import sys
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
-import h5py
 import keras
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from keras import layers, ops
 
 from keras_scratch_lstm import (
     GateMonitor,
     GateTrace,
-    Perplexity,
     ScratchLSTM,
-    ScratchLSTMCell,
     from_torch,
     to_builtin,
     to_scratch,
@@ -47,7 +39,6 @@ from keras_scratch_lstm.tracing.trace import ARRAYS
 
 pytestmark = [pytest.mark.ci, pytest.mark.one_backend]
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "quick")
-KERAS = tuple(int(part) for part in keras.__version__.split(".")[:2])
 MB = 2**20
 
 
@@ -76,55 +67,9 @@ ARRAY = hnp.arrays(
 OBJECTS = [1j, int, object, print, len, ..., slice(1), range(3), set()]
 SCALARS = st.none() | st.booleans() | NUMBERS | st.sampled_from(OBJECTS)
 SCALARS |= st.text(max_size=4) | st.binary(max_size=4)
-KEY = st.sampled_from(["i", "f", "o", "c", "class_name", "config", "module", "x"])
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(KEY | st.text(max_size=4), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-ANYTHING = SCALARS | ARRAY | JSON
-FLAG = st.booleans()
-ACTIVATION = st.sampled_from(["tanh", "sigmoid", None, keras.activations.relu])
-
-
-def per_gate(*values):
-    one = st.sampled_from(values)
-    return one | st.dictionaries(st.sampled_from("ifoc"), one)
-
-
-VALID = {
-    "initializer": per_gate("zeros", "orthogonal", keras.initializers.HeNormal()),
-    "regularizer": per_gate(None, "l2", keras.regularizers.L1(0.1)),
-    "constraint": per_gate(None, "non_neg", keras.constraints.MaxNorm(2)),
-    "activation": ACTIVATION,
-    "dropout": st.floats(0, 1),
-    "units": st.integers(1, 5),
-    "seed": st.none() | st.integers(0, 99),
-    "cudnn": st.sampled_from(["auto", False]),
-    "cell": st.none(),
-    "dtype": st.sampled_from([None, "float32", "mixed_bfloat16"]),
-    "name": st.none() | st.just("one"),
-}
-
-
-@st.composite
-def arguments(draw, function):
-    """Draw some of the arguments of a layer, most of them valid."""
-    names = {*inspect.signature(function).parameters, "name", "dtype", "trainable"}
-    names = sorted(names - {"kwargs", "self"})
-    chosen = draw(st.sets(st.sampled_from(names), max_size=4)) | {"units"}
-    valid = {name: VALID.get(name.rpartition("_")[2], FLAG) for name in chosen}
-    return {
-        name: draw(ANYTHING if draw(st.integers(0, 2)) == 0 else valid[name])
-        for name in sorted(chosen)
-    }
-
-
-def some(**strategies):
-    return st.fixed_dictionaries({}, optional=strategies)
+KEY = st.sampled_from(["i", "class_name", "config", "x"])
+NESTED = st.lists(SCALARS, max_size=3) | st.dictionaries(KEY, SCALARS, max_size=3)
+ANYTHING = SCALARS | ARRAY | NESTED
 
 
 def every(**strategies):
@@ -158,9 +103,6 @@ PATH = st.none() | NUMBERS | st.just("report.html") | st.binary(max_size=4)
 TOKENS = st.just("abc") | st.lists(st.text(max_size=3), max_size=4) | ANYTHING
 SAMPLE = st.integers(-1, 2) | ANYTHING
 CALLS = {
-    ScratchLSTMCell: arguments(ScratchLSTMCell),
-    ScratchLSTM: arguments(ScratchLSTM),
-    Perplexity: some(ignore_class=ANYTHING, from_logits=ANYTHING),
     GateMonitor: every(probe=ANYTHING),
     GateTrace: st.fixed_dictionaries(
         dict.fromkeys(ARRAYS, st.just(F) | ANYTHING),
@@ -192,14 +134,11 @@ if find_spec("matplotlib"):
     ARRAY_NAME = st.sampled_from(ARRAYS) | ANYTHING
     CALLS |= {
         plotting.plot_gates: every(units=SAMPLE, **FOR_PLOT),
-        plotting.plot_heatmap: some(array=ARRAY_NAME, ax=ANYTHING, **FOR_PLOT),
+        plotting.plot_heatmap: every(array=ARRAY_NAME, ax=ANYTHING, **FOR_PLOT),
         plotting.plot_text: every(unit=SAMPLE, array=ARRAY_NAME, **FOR_PLOT),
     }
-# What else an error may name; "" if Keras checks the arguments.
+# What else an error may name.
 OTHER_NAMES = {
-    ScratchLSTMCell: [""],
-    ScratchLSTM: [""],
-    Perplexity: [""],
     trace_gates: ["Input 0", "Inputs to a layer", "positional", "Cannot load"],
     from_torch: ["`weight_", "`bias_"],
 }
@@ -220,97 +159,7 @@ def test_random_arguments(function, tmp_path, monkeypatch):
     check()
 
 
-# --- random configurations and conversions -----------------------------------
-
-OPTIONS = {"units": 3, "kernel_regularizer": {"f": "l2"}, "dropout": 0.5, "seed": 3}
-OPTIONS |= {"recurrent_constraint": "max_norm", "bias_initializer": {"i": "ones"}}
-CONFIGS = {
-    "cell": (ScratchLSTMCell, ScratchLSTMCell(**OPTIONS)),
-    "layer": (ScratchLSTM, ScratchLSTM(**OPTIONS, activity_regularizer="l1")),
-    "custom cell": (ScratchLSTM, ScratchLSTM(cell=ScratchLSTMCell(**OPTIONS))),
-}
-
-
-def paths(value, before=()):
-    """Yield where a configuration can be changed."""
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        yield (*before, key)
-        yield from paths(inner, (*before, key))
-
-
-@pytest.mark.parametrize("kind", CONFIGS)
-@fuzz
-@given(data=st.data())
-def test_random_change_of_configuration(kind, data):
-    cls, layer = CONFIGS[kind]
-    config = copy.deepcopy(keras.tree.map_structure(lambda x: x, layer.get_config()))
-    for _ in range(data.draw(st.integers(1, 2))):
-        *keys, last = data.draw(st.sampled_from(list(paths(config))))
-        within = functools.reduce(operator.getitem, keys, config)
-        value = data.draw(JSON)
-        if data.draw(st.booleans()):
-            within[last] = value
-        else:
-            within.pop(last)
-            within[data.draw(st.text(max_size=6))] = value
-    dtype = {"dtype": config.get("dtype")}
-    try:
-        outcome(lambda: keras.layers.Flatten.from_config(dtype))
-    except AttributeError:
-        return  # For some dtypes, Keras has no better error.
-    layer = outcome(lambda: cls.from_config(config))
-    if layer is not None:
-        assert layer.units > 0
-        assert layer.get_config()
-
-
-BUILTIN = {
-    "activation": ACTIVATION,
-    "recurrent_activation": ACTIVATION,
-    "use_bias": FLAG,
-    "unit_forget_bias": FLAG,
-    "kernel_initializer": st.sampled_from(["zeros", "orthogonal"]),
-    "kernel_regularizer": st.sampled_from([None, "l2", "orthogonal_regularizer"]),
-    "bias_constraint": st.sampled_from([None, "non_neg", "max_norm"]),
-    "dropout": st.floats(0, 1),
-    "seed": st.none() | st.integers(0, 9),
-}
-OF_LAYER = dict.fromkeys(("return_sequences", "go_backwards", "unroll"), FLAG)
-WRAPPERS = {
-    "none": lambda layer: layer,
-    "bidirectional": layers.Bidirectional,
-    "sequential": lambda layer: keras.Sequential([layer]),
-    "nested": lambda layer: keras.Sequential([keras.Sequential([layer])]),
-    "distributed": layers.TimeDistributed,
-}
-
-
-@fuzz
-@given(data=st.data())
-def test_conversion_of_random_layers(data):
-    units = {"units": st.integers(1, 3)}
-    given = data.draw(st.fixed_dictionaries(units, optional=BUILTIN))
-    if data.draw(st.booleans()):
-        given |= data.draw(some(**OF_LAYER))
-        layer = layers.LSTM(**given)
-    else:
-        layer = layers.RNN(layers.LSTMCell(**given))
-    wrapper = data.draw(st.sampled_from(sorted(WRAPPERS)))
-    assume(wrapper != "bidirectional" or not given.get("go_backwards"))
-    layer = WRAPPERS[wrapper](layer)
-    if data.draw(st.booleans()):
-        layer.build((2, 2, 3, 2) if wrapper == "distributed" else (2, 3, 2))
-    layer.trainable = data.draw(st.booleans())
-    scratch = outcome(lambda: to_scratch(layer), "lstm", "`rnn")
-    if scratch is not None:
-        assert scratch.trainable == layer.trainable
-        assert scratch.built == layer.built
-        back = to_builtin(scratch).weights
-        for one, other in zip(back, layer.weights, strict=True):
-            np.testing.assert_array_equal(*map(ops.convert_to_numpy, (one, other)))
-
-
-# --- hostile model files and weights -----------------------------------------
+# --- hostile model files -----------------------------------------------------
 
 
 @pytest.fixture
@@ -321,70 +170,21 @@ def canary(tmp_path):
     assert not path.exists()
 
 
-def make_model():
-    lstm = ScratchLSTM(4, return_sequences=True, name="layer")
-    rnn = layers.RNN(ScratchLSTMCell(4), name="rnn")
-    return keras.Sequential([keras.Input((5, 3)), lstm, rnn])
-
-
-def instance(module, name, config):
-    return {
-        "module": module,
-        "class_name": name,
-        "config": config,
-        "registered_name": name,
-    }
-
-
-def payload_lambda(canary):
-    code = marshal.dumps(compile(f"open({canary!r}, 'w')", "payload", "eval"))
-    value = {"code": base64.b64encode(code).decode(), "defaults": None, "closure": None}
-    return {"class_name": "__lambda__", "config": {"value": value, **value}}
-
-
-PAYLOADS = {
-    "lambda": payload_lambda,
-    "class": lambda canary: instance(
-        "subprocess", "Popen", {"args": ["touch", canary]}
-    ),
-    "module": lambda canary: instance("payload_module", "Payload", {}),
-    "Keras utility": lambda canary: instance(
-        "keras.utils", "get_file", {"fname": canary, "origin": f"file://{__file__}"}
-    ),
-}
-PLACES = [
-    ("layer", "activation"),
-    ("layer", "bias_initializer", "f"),
-    ("layer", "dtype"),
-    ("layer", "cell"),
-    ("rnn", "cell", "config", "bias_constraint"),
-]
-
-
-@pytest.mark.skipif(KERAS < (3, 13), reason="Keras imports the modules a file names")
-@pytest.mark.parametrize("place", PLACES, ids="/".join)
-@pytest.mark.parametrize("payload", PAYLOADS)
-def test_payload_in_model_file(place, payload, canary, tmp_path, monkeypatch):
-    (tmp_path / "payload_module.py").write_text(f"open({str(canary)!r}, 'w')")
-    monkeypatch.syspath_prepend(tmp_path)
-    path = tmp_path / "model.keras"
-    make_model().save(path)
+@pytest.mark.parametrize("argument", ["bias_initializer", "cell"])
+def test_payload_in_model_file(argument, canary, tmp_path):
+    path, model = tmp_path / "model.keras", keras.Sequential([keras.Input((5, 3))])
+    model.add(ScratchLSTM(4))
+    model.save(path)
     content = read_archive(path)
     config = json.loads(content["config.json"])
-    name, *keys, last = place
-    (within,) = (
-        layer["config"]
-        for layer in config["config"]["layers"]
-        if layer["config"].get("name") == name
-    )
-    for key in keys:
-        within[key] = within.get(key) if key in ("cell", "config") else {}
-        within = within[key]
-    within[last] = PAYLOADS[payload](str(canary))
+    code = marshal.dumps(compile(f"open({str(canary)!r}, 'w')", "payload", "eval"))
+    value = {"code": base64.b64encode(code).decode(), "defaults": None, "closure": None}
+    payload = {"class_name": "__lambda__", "config": {"value": value, **value}}
+    of_layer = config["config"]["layers"][-1]["config"]
+    of_layer[argument] = payload if argument == "cell" else {"f": payload}
     write_archive(path, content | {"config.json": json.dumps(config)})
-    with pytest.raises((AttributeError, TypeError, ValueError)):
+    with pytest.raises((TypeError, ValueError)):
         keras.saving.load_model(path)
-    assert "payload_module" not in sys.modules
 
 
 def read_archive(path):
@@ -413,32 +213,6 @@ def memory_below(size):
     before = resident("VmRSS")
     yield
     assert resident("VmHWM") - before < size
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"data": np.zeros((4, 3), "float32")},  # transposed
-        {"data": np.array([[b"a"] * 4] * 3)},
-        # A few bytes that declare 4 TB.
-        {"shape": (10**6, 10**6), "dtype": "float32", "chunks": (1, 1)},
-    ],
-    ids=["transposed", "text", "bomb"],
-)
-def test_invalid_weights(arguments, tmp_path):
-    path, model = tmp_path / "model.weights.h5", make_model()
-    model.save_weights(path)
-    before = model.layers[0].get_weights()
-    with h5py.File(path, "r+") as file:
-        names = []
-        file.visit(names.append)
-        name = next(name for name in names if re.search("layer.*/0$", name))
-        del file[name]
-        file.create_dataset(name, **arguments)
-    with memory_below(100 * MB), pytest.raises((ValueError, TypeError)):
-        model.load_weights(path)
-    for weight, old in zip(model.layers[0].get_weights(), before, strict=True):
-        np.testing.assert_array_equal(weight, old)
 
 
 # --- hostile trace files -----------------------------------------------------
@@ -547,20 +321,3 @@ def test_randomly_damaged_trace_file(tmp_path_factory, data):
     trace = outcome(lambda: GateTrace.load(path), "`path`")
     if trace is not None:  # only bytes without effect, such as of a date, are changed
         np.testing.assert_array_equal(trace.c, F)
-
-
-@fuzz
-@given(
-    arrays=st.dictionaries(
-        st.sampled_from(["format", "layer", "mask", "backward_i", *ARRAYS]),
-        ARRAY.filter(lambda array: array.dtype != object) | st.just(F),
-        max_size=4,
-    )
-)
-def test_random_arrays_in_trace_file(tmp_path_factory, arrays):
-    path = tmp_path_factory.getbasetemp() / "arrays.npz"
-    TRACE.save(path)
-    with np.load(path) as file:
-        np.savez(path, **dict(file) | arrays)
-    trace = outcome(lambda: GateTrace.load(path), "`path`")
-    assert trace is None or {getattr(trace, name).ndim for name in ARRAYS} == {3}

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from keras_scratch_lstm import GateTrace
-from keras_scratch_lstm.tracing.html import quantize
 from keras_scratch_lstm.tracing.trace import ARRAYS
 
 pytestmark = [pytest.mark.ci, pytest.mark.one_backend]
@@ -107,61 +106,6 @@ def test_quantized_values_match_trace(time, units, is_lstm, levels, rng, path):
         assert data["levels"] >= levels
         assert data["stored"] == list(ARRAYS[: 5 if is_lstm else 6])
         assert_close(values, trace, sample, data)
-    for name in ARRAYS:
-        variance = getattr(trace, name).var(axis=(0, 1), dtype="float64")
-        np.testing.assert_allclose(data["variance"][name], variance, atol=1e-5)
-
-
-@pytest.mark.parametrize("limit", [3900, 2500, 2000])
-def test_levels_keep_to_a_size_limit(limit, rng):
-    trace = make_trace(rng, 30, 20)
-    arrays = {name: getattr(trace, name)[0] for name in ARRAYS}
-    packed = quantize(arrays, limit)
-    assert len(packed["values"]) <= limit
-    assert packed["levels"] < 254
-
-
-def test_report_keeps_masked_and_infinite_values_apart(rng, path):
-    trace = make_trace(rng, 3, samples=1, masked=[1])
-    trace.f[0, 0, 2] = np.inf
-    trace.i[0, :, 4] = np.nan
-    trace.o[0, [0, 2], 0] = 0.3  # constant, and not a float32
-    trace.to_html(path)
-    data, values = read_report(path)
-    assert data["tokens"] is None
-    for name in ("i", "f", "o"):
-        expected = getattr(trace, name)[0]
-        expected[np.isinf(expected)] = np.nan
-        np.testing.assert_allclose(values[name], expected, atol=1 / 508)
-    assert data["variance"]["o"][0] == data["variance"]["i"][4] == 0
-
-
-def test_correlations_of_report_are_those_of_the_trace(rng, path):
-    trace = make_trace(rng, len(TEXT), masked=[3, 40])
-    vowel = np.isin(list(TEXT), list("aeiouAEIOU"))
-    inputs = rng.normal(size=(2, len(TEXT), 3))
-    trace.to_html(path, TEXT)
-    of_tokens = read_data(path)["correlations"]
-    trace.to_html(path, inputs=inputs, feature_names=["a", "b", "c"])
-    of_inputs = read_data(path)["correlations"]
-    for name in ARRAYS:
-        features = {"vowel": vowel, "b": inputs[..., 1].astype("float32")}
-        expected = trace.correlate(features, name)
-        found = of_tokens[name]["vowel"], of_inputs[name]["b"]
-        np.testing.assert_allclose(found, [*expected.values()], atol=6e-4)
-
-
-def test_active_units_are_those_in_the_outer_quarters(rng, path):
-    trace = make_trace(rng, 37, samples=3, masked=[4])
-    trace.to_html(path)
-    steps = trace.c.reshape(-1, UNITS).astype("float64")
-    low, high = np.nanquantile(steps, [0.25, 0.75], axis=0)
-    for packed, expected in zip(
-        read_data(path)["activity"], (steps > high, steps < low), strict=True
-    ):
-        bits = np.frombuffer(zlib.decompress(base64.b64decode(packed)), "uint8")
-        active = np.unpackbits(bits, count=steps.size).reshape(UNITS, -1).T
-        np.testing.assert_array_equal(active, expected)
 
 
 def test_inputs_and_scores_of_the_report(rng, path):
@@ -177,15 +121,6 @@ def test_inputs_and_scores_of_the_report(rng, path):
     for name, values in (("inputs", inputs), ("scores", scores)):
         found = unpack(data[name], "<f4", 2, 24, 6).swapaxes(1, 2)
         np.testing.assert_array_equal(found, values[..., order].astype("float32"))
-
-
-@pytest.mark.parametrize("shape", [(3,), (2, 3)], ids=["one", "each"])
-def test_times_of_the_report(shape, rng, path):
-    hours = np.datetime64("2013-11-30T22", "h") + np.arange(np.prod(shape))
-    make_trace(rng, 3).to_html(path, times=hours.reshape(shape))
-    times = read_data(path)["times"]
-    assert times[0] == ["2013-11-30 22:00", "2013-11-30 23:00", "2013-12-01 00:00"]
-    assert len(times) == len(hours) // 3
 
 
 def test_hostile_names_and_tokens_are_escaped(rng, path):
@@ -213,16 +148,11 @@ X = np.zeros((2, len(TEXT), 3))
         {"tokens": "ab"},
         {"sample": 2},
         {"inputs": X[:1]},
-        {"inputs": X[..., :0]},
         {"inputs": [[1], [2, 3]]},
-        {"inputs": X.astype(str)},
         {"scores": X},
         {"scores": X[..., :2], "inputs": X},
-        {"feature_names": ["a", "b"], "inputs": X},
         {"feature_names": ["a", "a", "b"], "inputs": X},
-        {"feature_names": "abc", "inputs": X},
         {"feature_names": ["a"]},
-        {"times": np.arange(3)},
         {"times": [[1], [2, 3]]},
     ],
     ids=str,
@@ -322,6 +252,17 @@ def points(path):
     return [np.array(part, float) for part in parts]
 
 
+def paths(page, selector):
+    return page.eval_on_selector_all(
+        selector, "(found) => found.map((path) => path.getAttribute('d'))"
+    )
+
+
+def selected_line(page):
+    (line,) = points(page.get_attribute("#chart path.selected", "d"))
+    return line
+
+
 def plot_box(page):
     """Return the offset of the lines of the chart on the page."""
     return page.locator("#chart svg").first.bounding_box()
@@ -333,8 +274,7 @@ def luminance(color):
     return linear @ [0.2126, 0.7152, 0.0722]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["f", "c"])
+@pytest.mark.parametrize(("name", "scheme"), [("f", "dark"), ("c", "light")])
 def test_color_key_matches_token_colors(name, scheme, visit, rng):
     image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
     trace = make_trace(rng, 5)
@@ -435,11 +375,10 @@ def test_sorting_of_units(visit, rng):
         assert ("2" in found) == (not query)
 
 
-@pytest.mark.parametrize("tokens", [None, np.arange(8) / 8], ids=["none", "numbers"])
-def test_line_chart_of_time_series(tokens, visit, rng):
+def test_line_chart_of_time_series(visit, rng):
     trace = make_trace(rng, 8, masked=[2, 3, 5])
-    page = visit(trace, tokens)
-    page.check("input[value=chart]")  # the default without tokens
+    page = visit(trace)
+    assert page.is_checked("input[value=chart]")  # the default without tokens
     page.check("input[value=f]")
     page.select_option("#unit", "4")
     orders = page.eval_on_selector_all("#order option", "(o) => o.map((x) => x.value)")
@@ -456,32 +395,26 @@ def test_line_chart_of_time_series(tokens, visit, rng):
     page.mouse.move(box["x"] + (x[1] + x[2]) / 2, box["y"] + 20)
     assert [page.inner_text(f"#value-{name}") for name in ARRAYS] == ["–"] * 6
     page.check("input[value=text]")
-    shown = page.inner_text(".text").split()
-    assert shown == [str(t) for t in (range(8) if tokens is None else tokens)]
+    assert page.inner_text(".text").split() == [str(t) for t in range(8)]
 
 
 def test_hostile_tokens_in_a_browser(visit, rng):
     page = visit(make_trace(rng, len(HOSTILE)), HOSTILE)
     marks = re.compile("[\x00-\x09\x0b-\x1f\u202a-\u202e\u2066-\u2069\u200f]")
-    assert not marks.search(page.inner_text(".text"))
     assert "⟨U+202E⟩gpj.exe" in page.inner_text(".text")
-    assert page.locator(".text span").count() == len(HOSTILE)
     assert page.locator("img, .text script").count() == 0
     for step, text in enumerate(HOSTILE):
         token(page, step).hover()
-        where = page.inner_text("#where")
-        assert not marks.search(where)
+        where, shown = page.inner_text("#where"), token(page, step).text_content()
+        assert not marks.search(where + shown)
         if text.isascii() and text.isprintable():
             assert json.dumps(text) in where
-            assert token(page, step).text_content() == (text or "∅")
+            assert shown == (text or "∅")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_report_on_a_phone(visit, trace, scheme):
+def test_report_on_a_phone(visit, trace):
     inputs = np.cumsum(np.ones((2, len(TEXT), 3)), axis=1)
-    page = visit(
-        trace, TEXT, width=390, scheme=scheme, touch=True, inputs=inputs, scores=inputs
-    )
+    page = visit(trace, TEXT, width=390, touch=True, inputs=inputs, scores=inputs)
     token(page, 10).tap()
     assert_shows(page, trace, 10, int(page.input_value("#unit")))
     box = page.locator("#values").bounding_box()  # stays visible
@@ -493,8 +426,6 @@ def test_report_on_a_phone(visit, trace, scheme):
             width = page.evaluate("document.getElementById('scroll').scrollWidth")
             assert width > 600  # scrolls, but not the page
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    back = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert back == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 23, 27)")
 
 
 def test_pinned_step_stays_until_escape(visit, trace):
@@ -536,19 +467,8 @@ def test_two_units_and_another_sequence(visit, trace):
         step = int(trace.c[1, :, unit].argmax())
         blue = rgb(text.locator("span[data-step]").nth(step))
         assert blue[2] > blue[0] + 60
-    page.check("input[value=chart]")
-    lines = [points(d) for d in paths(page, "#chart path.selected")]
-    for (line,), unit in zip(lines, (3, 0), strict=True):
-        r = np.corrcoef(line[:, 1], trace.c[1, :, unit])[0, 1]
-        assert r == pytest.approx(-1, abs=1e-3)
     page.select_option("#second", "")
     assert page.inner_text("#second-c") == ""
-
-
-def paths(page, selector):
-    return page.eval_on_selector_all(
-        selector, "(found) => found.map((path) => path.getAttribute('d'))"
-    )
 
 
 def test_own_range_of_a_gate_that_hardly_changes(visit, rng):
@@ -561,10 +481,10 @@ def test_own_range_of_a_gate_that_hardly_changes(visit, rng):
     for own in (False, True):
         page.set_checked("#own", own)
         page.check("input[value=chart]")
-        (line,) = points(page.get_attribute("#chart path.selected", "d"))
+        height = np.ptp(selected_line(page)[:, 1])
         page.check("input[value=text]")
         ends = rgb(token(page, 0)), rgb(token(page, 7))
-        contrast.append([np.ptp(line[:, 1]), np.abs(ends[0] - ends[1]).sum()])
+        contrast.append([height, np.abs(ends[0] - ends[1]).sum()])
     assert (contrast[1] > 10 * np.array(contrast[0])).all()
     assert "0.880" in page.inner_text("#texts .key")
     assert "0.950" in page.inner_text("#texts .key")
@@ -616,7 +536,7 @@ def test_zoom_and_scroll_of_thousands_of_steps(visit, rng):
     trace = make_trace(rng, 5000, units=1, samples=1)
     trace.c[0, 1234] = 40  # one step among several per pixel
     page = visit(trace)
-    (line,) = points(page.get_attribute("#chart path.selected", "d"))
+    line = selected_line(page)
     assert len(line) < 5000
     box = plot_box(page)
     peak = 1234.5 / 5000 * box["width"]
@@ -628,7 +548,7 @@ def test_zoom_and_scroll_of_thousands_of_steps(visit, rng):
         page.mouse.wheel(0, -200)
     page.keyboard.up("Control")
     page.wait_for_timeout(100)
-    (line,) = points(page.get_attribute("#chart path.selected", "d"))
+    line = selected_line(page)
     assert len(line) < 100
     assert np.diff(line[:, 0]) == pytest.approx(24, abs=0.2)
     at = line[line[:, 1].argmin(), 0]
@@ -636,15 +556,9 @@ def test_zoom_and_scroll_of_thousands_of_steps(visit, rng):
     page.mouse.move(box["x"] + at, box["y"] + 150)
     assert_shows(page, trace, 1234, 0)
 
-    page.focus("#chart")
-    page.keyboard.press("End")
-    page.wait_for_timeout(100)
-    (line,) = points(page.get_attribute("#chart path.selected", "d"))
-    assert 0 < line[-1, 0] < box["width"]
-    assert_shows(page, trace, 4999, 0)
     page.get_by_text("All").click()
     page.wait_for_timeout(100)
-    (line,) = points(page.get_attribute("#chart path.selected", "d"))
+    line = selected_line(page)
     assert [line[0, 0], line[-1, 0]] == pytest.approx([0, box["width"]], abs=2)
 
 
@@ -668,16 +582,14 @@ def rank_spans(trace, sample, start, length):
     return ranked[:20]
 
 
-@pytest.mark.parametrize("tokens", [True, False], ids=["text", "numbers"])
-def test_similar_spans(tokens, visit, rng):
+def test_similar_spans(visit, rng):
     trace = make_trace(rng, len(TEXT), units=12, samples=3)
     # Few levels, which quantization keeps apart; and a span where all units are active.
     levels = rng.integers(-9, 10, size=(3, 17, 12))
     trace.c[:] = np.repeat(levels, 3, axis=1)[:, : len(TEXT)]
     trace.c[0, 12:15] = rng.choice([-10, 10], size=12)
     trace.c[2, 30:33] = trace.c[0, 12:15]
-    inputs = rng.normal(size=(3, len(TEXT), 1))
-    page = visit(trace, TEXT if tokens else None, inputs=inputs)
+    page = visit(trace, TEXT)
     page.fill("#from", "12")
     page.fill("#to", "14")
     page.get_by_text("Find similar spans").click()
@@ -688,20 +600,14 @@ def test_similar_spans(tokens, visit, rng):
     assert [share for *_, share in found] == pytest.approx(expected, abs=1)
     assert found[0] == (2, 30, 32, 100)
     assert all(end - start == 2 for _, start, end, _ in found)
-    if tokens:
-        shown = page.inner_text("#matches mark >> nth=0")
-        assert shown == TEXT[30:33].replace("\n", "⏎")
-    else:
-        assert page.locator("#matches svg path").count() == len(found)
+    shown = page.inner_text("#matches mark >> nth=0")
+    assert shown == TEXT[30:33].replace("\n", "⏎")
     page.click("#matches button >> nth=0")
     # The page's policy forbids `wait_for_function`, which evaluates a string.
     from playwright.sync_api import expect
 
     expect(page.locator("#sample")).to_have_value("2")
     assert_shows(page, trace, 30, int(page.input_value("#unit")), sample=2)
-    page.mouse.move(5, 5)
-    page.keyboard.press("Escape")
-    assert page.locator("#matches button").count() == 0
 
 
 def test_selecting_a_span_by_pointer_and_keys(visit, trace):

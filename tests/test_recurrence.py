@@ -22,9 +22,6 @@ each_fast = pytest.mark.parametrize(
     "fast", [pytest.param(x, marks=[pytest.mark.gpu] * (x == "cudnn")) for x in FAST]
 )
 each_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-both_biases = pytest.mark.parametrize(
-    "use_bias", [True, False], ids=["bias", "no_bias"]
-)
 
 
 def layer_with(rng, units=4, features=3, **arguments):
@@ -82,12 +79,12 @@ def skip_unless_cudnn_supports(mask, use_bias=True, go_backwards=False):
         pytest.skip("cuDNN supports padding only")
 
 
-@both_biases
-@pytest.mark.parametrize("go_backwards", [False, True], ids=["forwards", "backwards"])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"go_backwards": True, "use_bias": False}], ids=str
+)
 @each_mask
 @each_fast
-def test_outputs_and_gradients_match_the_loop(rng, fast, mask, go_backwards, use_bias):
-    arguments = {"go_backwards": go_backwards, "use_bias": use_bias}
+def test_outputs_and_gradients_match_the_loop(rng, fast, mask, arguments):
     for values in compare_with_the_loop(rng, fast, mask, **arguments):
         assert np.ptp(values) > 0
 
@@ -97,17 +94,12 @@ SIZES = [(0, 4), (1, 1), (1, 7), (3, 1), (3, 6)]
 SIZES += [] if BACKEND == "jax" else [(3, 2), (3, 4), (3, 10), (2, 13)]
 
 
-@pytest.mark.parametrize(
-    ("training", "use_bias"), [(True, True), (False, False)], ids=["training", ""]
-)
 @pytest.mark.parametrize(("batch", "time"), SIZES)
 @each_fast
-def test_batches_and_sequences_of_many_sizes(
-    rng, fast, batch, time, training, use_bias
-):
+def test_batches_and_sequences_of_many_sizes(rng, fast, batch, time):
     mask = None if fast == "cudnn" else rng.random((batch, time)) < 0.8
-    shape = (batch, time, 3)
-    compare_with_the_loop(rng, fast, mask, shape, training, use_bias=use_bias)
+    training = (batch, time) != (3, 6)  # one size in inference
+    compare_with_the_loop(rng, fast, mask, (batch, time, 3), training)
 
 
 @pytest.mark.parametrize("go_backwards", [False, True])
@@ -134,9 +126,7 @@ IN_XLA = pytest.param(True, {"jit_compile": True}, marks=pytest.mark.slow)
 
 
 @each_fast
-@pytest.mark.parametrize(
-    ("training", "compiled"), [(True, {}), (False, {}), IN_XLA], ids=str
-)
+@pytest.mark.parametrize(("training", "compiled"), [(True, {}), IN_XLA], ids=str)
 def test_second_derivatives_match_the_loop(rng, fast, training, compiled):
     """As in a gradient penalty: the gradient of the squared gradient."""
     if fast == "cudnn":
@@ -216,9 +206,10 @@ def with_built_in(rng, **arguments):
     ("transformation", "implementation", "batch", "mask"),
     [
         ("hessian", None, 3, "gaps"),
-        *((name, None, 1, "unmasked") for name in ("jvp", "jacfwd", "jacrev")),
-        *((name, None, 3, "gaps") for name in ("jvp", "jacfwd", "jacrev")),
-        *((name, "loop", 3, "gaps") for name in ("linearize", "jit jvp", "jvp jit")),
+        ("jacfwd", None, 3, "gaps"),
+        ("jvp", None, 1, "unmasked"),
+        ("jacrev", None, 1, "unmasked"),
+        *((name, "loop", 3, "gaps") for name in ("linearize", "jvp jit")),
     ],
 )
 def test_jax_derivatives_match_the_built_in_layer(
@@ -234,7 +225,6 @@ def test_jax_derivatives_match_the_built_in_layer(
         "jacrev": lambda call: jax.jit(jax.jacrev(call))(x),
         "hessian": lambda call: jax.hessian(lambda x: ops.sum(call(x) ** 2))(x),
         "linearize": lambda call: jax.linearize(call, x)[1](dx),
-        "jit jvp": lambda call: jax.jit(lambda x: jax.jvp(call, (x,), (dx,)))(x),
         "jvp jit": lambda call: jax.jvp(jax.jit(call), (x,), (dx,)),
     }[transformation]
     with recurrence.force(implementation):
@@ -246,13 +236,15 @@ def test_jax_derivatives_match_the_built_in_layer(
 
 
 @on_jax
-@each_mask
-@pytest.mark.parametrize(("policy", "batch"), [("float32", 3), ("mixed_bfloat16", 1)])
+@pytest.mark.parametrize(
+    ("policy", "batch", "mask"),
+    [("float32", 3, MASKS["gaps"]), ("mixed_bfloat16", 1, None)],
+    ids=["float32", "mixed_bfloat16"],
+)
 def test_strict_dtype_promotion_on_jax(rng, policy, batch, mask):
     import jax
 
     layer = layer_with(rng, dtype=policy, **RETURNS)
-    mask = None if mask is None else mask[:batch]
     results, state = [], rng.bit_generator.state
     for promotion in ("strict", "standard"):
         rng.bit_generator.state = state
@@ -260,29 +252,6 @@ def test_strict_dtype_promotion_on_jax(rng, policy, batch, mask):
             results.append(all_gradients(layer, mask, rng, (batch, 5, 3)))
         assert layer.recurrence == "jax"
     assert_close(*results, atol=1e-6)
-
-
-@on_torch
-@each_mask
-@pytest.mark.parametrize("map_over", ["torch.func.vmap", "vectorized_map"])
-@both_biases
-def test_vmap_matches_the_batch(rng, map_over, mask, use_bias):
-    import torch
-
-    arguments = {"use_bias": use_bias, "use_cudnn": False}
-    layer = layer_with(rng, return_sequences=True, **arguments)
-    inputs = [rng.normal(size=(3, 5, 3)).astype("float32"), mask]
-    inputs = [ops.convert_to_tensor(one) for one in inputs if one is not None]
-
-    def call(inputs):
-        x, *mask = (value[None] for value in inputs)
-        return layer(x, mask=mask[0] if mask else None)[0]
-
-    if map_over == "vectorized_map":
-        outputs = ops.vectorized_map(call, inputs)
-    else:
-        outputs = torch.func.vmap(lambda *inputs: call(inputs))(*inputs)
-    assert_close(outputs, layer(inputs[0], mask=mask), atol=1e-6)
 
 
 @on_torch
@@ -339,7 +308,7 @@ def test_autocast_on_a_cpu(rng, dtype, atol, mask):
 
 
 @on_torch
-@both_biases
+@pytest.mark.parametrize("use_bias", [True, False])
 def test_weights_for_cudnn_are_in_one_buffer(rng, use_bias):
     import torch
 
@@ -373,15 +342,15 @@ def test_weights_for_cudnn_are_in_one_buffer(rng, use_bias):
 
 
 def trained(fast, rng, **compiled):
-    """Losses and weights of a stateful model after training."""
+    """Losses and weights of a stateful model after training on masked inputs."""
     keras.utils.set_random_seed(3)
     use_cudnn = "auto" if fast == "cudnn" else False
     layer = ScratchLSTM(4, return_sequences=True, stateful=True, use_cudnn=use_cudnn)
-    model = keras.Sequential(
-        [keras.Input(batch_shape=(3, 5, 3)), layer, keras.layers.Dense(2)]
-    )
+    inputs, masking = keras.Input(batch_shape=(3, None, 3)), keras.layers.Masking()
+    model = keras.Sequential([inputs, masking, layer, keras.layers.Dense(2)])
     model.compile(keras.optimizers.SGD(0.5), "mse", **compiled)
     x, y = rng.normal(size=(12, 5, 3)), rng.normal(size=(12, 5, 2))
+    x[1:4, 2:4] = 0
     with recurrence.force(fast):
         history = model.fit(x, y, batch_size=3, epochs=2, shuffle=False, verbose=0)
     assert layer.recurrence == fast
@@ -409,51 +378,44 @@ def test_compiled_training_matches_the_loop(rng, fast):
 @on_torch
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize(
-    ("kind", "mask"),
-    [("layer", MASKS["gaps"]), ("stateful", None)],
-    ids=["masked", "stateful"],
+    ("stateful", "training"), [(False, True), (True, True), (True, False)]
 )
-def test_torch_compile_of_a_model(rng, kind, mask):
+def test_torch_compile_of_a_model(rng, stateful, training):
     """A whole graph, but for the states of a stateful layer in training."""
     import torch
 
     torch.compiler.reset()
-    layer = ScratchLSTM(4, return_sequences=True, stateful=kind == "stateful")
-    inputs = keras.Input(batch_shape=(3, 5, 3))
-    masked = [] if mask is None else [keras.layers.Masking()]
-    model = keras.Sequential([inputs, *masked, layer])
-    x = rng.normal(size=(3, 5, 3)) * (1 if mask is None else mask[..., None])
+    layer = ScratchLSTM(4, return_sequences=True, stateful=stateful)
+    inputs, masked = keras.Input(batch_shape=(3, 3, 3)), [keras.layers.Masking()]
+    model = keras.Sequential([inputs, *([] if stateful else masked), layer])
+    x = rng.normal(size=(3, 3, 3))
+    if not stateful:
+        x[0, 1] = x[1, 0] = 0
     x = torch.tensor(x, dtype=torch.float32)
     weights = [weight.value for weight in model.trainable_weights]
 
-    def compiled(fullgraph):
-        return torch.compile(model, fullgraph=fullgraph, backend="aot_eager")
-
     def run(call):
-        if kind == "stateful":
+        if stateful:
             layer.reset_state()
         calls = [call(x) for _ in range(2)]  # the second continues a stateful layer
         loss = sum((outputs**2).sum() for outputs in calls)
         gradients = torch.autograd.grad(loss, weights) if loss.requires_grad else ()
         return [tensor.detach() for tensor in (*calls, *gradients)]
 
-    in_training = compiled(fullgraph=kind != "stateful")
-    for one, other in zip(run(in_training), run(model), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5)
-    with torch.no_grad():
-        in_inference = run(compiled(fullgraph=True))
-        for one, other in zip(in_inference, run(model), strict=True):
+    is_whole = not (stateful and training)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=is_whole)
+    with torch.set_grad_enabled(training):
+        for one, other in zip(run(compiled), run(model), strict=True):
             np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @on_jax  # which reports the memory
-@pytest.mark.parametrize("batch", [32, 128])
-def test_training_takes_no_more_memory_than_the_built_in(batch):
+def test_training_takes_no_more_memory_than_the_built_in():
     """In one compiled training step, without the weights and the data."""
     import jax
 
     def memory(layer):
-        x = np.zeros((batch, 35, 28), "float32")
+        x = np.zeros((32, 35, 28), "float32")
         layer.build(x.shape)
         trainable = [variable.value for variable in layer.trainable_variables]
         others = [variable.value for variable in layer.non_trainable_variables]
@@ -480,10 +442,8 @@ def test_training_takes_no_more_memory_than_the_built_in(batch):
     [
         (lambda: ScratchLSTM(4), True, True),
         (lambda: ScratchLSTM(4, activation="relu"), False, False),
-        (lambda: ScratchLSTM(4, recurrent_activation="hard_sigmoid"), False, False),
         (lambda: ScratchLSTM(4, recurrent_dropout=0.5), True, False),
         (lambda: ScratchLSTM(4, recurrent_dropout=0.5), False, True),
-        (lambda: ScratchLSTM(4, unroll=True), False, False),
         (lambda: ScratchLSTM(cell=CoupledCell(4)), False, False),
     ],
 )

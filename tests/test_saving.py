@@ -1,6 +1,5 @@
 """Files: `.keras`, weights, exports, and from one backend to another."""
 
-import inspect
 import json
 from importlib.util import find_spec
 
@@ -60,13 +59,11 @@ NOT_IN_MODELS += ["time_major", "dtype"]
 @pytest.mark.parametrize(
     ("make", "arguments"),
     [
-        (ScratchLSTMCell, {"units": 5}),
         (ScratchLSTMCell, CELL_ARGUMENTS),
-        (ScratchLSTM, {"units": 5}),
         (ScratchLSTM, ARGUMENTS),
         (ScratchLSTM, {"cell": CoupledCell(5, dropout=0.25), "time_major": True}),
     ],
-    ids=["cell", "cell, all arguments", "layer", "layer, all arguments", "custom cell"],
+    ids=["cell", "layer", "custom cell"],
 )
 def test_configuration_round_trip(make, arguments):
     layer = make(**arguments)
@@ -76,20 +73,12 @@ def test_configuration_round_trip(make, arguments):
     restored = make.from_config(config)
     assert json.dumps(config) == before  # unchanged
     assert restored.get_config() == config
+    name = keras.saving.get_registered_name(make)
+    assert name == f"keras_scratch_lstm>{make.__name__}"
     if make is ScratchLSTM:
         assert type(restored.cell) is type(layer.cell)
         for name in set(CELL_ARGUMENTS) - {"name", "dtype"}:
             assert getattr(layer, name) == getattr(layer.cell, name)
-
-
-@pytest.mark.parametrize("cls", [ScratchLSTMCell, ScratchLSTM])
-def test_all_arguments_are_tested(cls):
-    arguments = ARGUMENTS if cls is ScratchLSTM else CELL_ARGUMENTS
-    parameters = inspect.signature(cls).parameters
-    assert set(parameters) - set(arguments) <= {"cell", "kwargs"}
-    for name, value in arguments.items():
-        assert name not in parameters or parameters[name].default != value
-    assert keras.saving.get_registered_name(cls).startswith("keras_scratch_lstm>")
 
 
 LAYERS = {
@@ -97,10 +86,9 @@ LAYERS = {
         **{name: one for name, one in ARGUMENTS.items() if name not in NOT_IN_MODELS}
     ),
     "custom cell": lambda: ScratchLSTM(cell=CoupledCell(5)),
-    "stack": lambda: layers.RNN([ScratchLSTMCell(5), ScratchLSTMCell(4)]),
     "bidirectional": lambda: layers.Bidirectional(ScratchLSTM(5), merge_mode="sum"),
     "time distributed": lambda: layers.TimeDistributed(
-        layers.RNN(ScratchLSTMCell(5, use_bias=False))
+        layers.RNN([ScratchLSTMCell(5, use_bias=False), ScratchLSTMCell(4)])
     ),
 }
 PORTABLE = ["arguments", "bidirectional", "time distributed"]
@@ -138,19 +126,18 @@ def inputs_of(model, rng):
 def test_files_and_configuration_round_trip(tmp_path, rng, kind):
     model = of_layer(LAYERS[kind](), rng)
     x = inputs_of(model, rng)
-    expected = model.predict(x, verbose=0)
+    expected = numpy(model(x))
     assert np.ptp(expected) > 0
     model.save(tmp_path / "model.keras")
     model.save_weights(tmp_path / "model.weights.h5")
     loaded = keras.saving.load_model(tmp_path / "model.keras", safe_mode=True)
     of_config = keras.Model.from_config(json.loads(json.dumps(model.get_config())))
-    assert not np.allclose(of_config.predict(x, verbose=0), expected)
     of_config.load_weights(tmp_path / "model.weights.h5")
     for again in (loaded, of_config):
         assert configs(again) == configs(model)
         names = [weight.name for weight in model.weights]
         assert [weight.name for weight in again.weights] == names
-        np.testing.assert_array_equal(again.predict(x, verbose=0), expected)
+        np.testing.assert_array_equal(numpy(again(x)), expected)
 
 
 LOAD_AND_PREDICT = """
@@ -183,21 +170,19 @@ def test_keras_file_loads_on_another_backend(tmp_path, rng):
 
 
 # Exported in each format in which Keras exports the built-in layer.
-EXPORTED = {
-    "bidirectional": lambda: layers.Bidirectional(ScratchLSTM(5)),
-    "custom cell": lambda: ScratchLSTM(cell=CoupledCell(5)),
-}
-each_export = pytest.mark.parametrize("kind", EXPORTED)
+def exported_layer():
+    """A fast implementation, and the loop of a custom cell."""
+    backward = ScratchLSTM(cell=CoupledCell(5), go_backwards=True)
+    return layers.Bidirectional(ScratchLSTM(5), backward_layer=backward)
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="nor can the built-in layer, on torch")
 @pytest.mark.filterwarnings("ignore:The `native_serialization`:DeprecationWarning")
-@each_export
 @pytest.mark.ci
-def test_saved_model_and_its_gradient(tmp_path, rng, kind):
+def test_saved_model_and_its_gradient(tmp_path, rng):
     """The backward pass of a SavedModel is in another graph than its forward pass."""
     tf = pytest.importorskip("tensorflow")
-    model = of_layer(EXPORTED[kind](), rng)
+    model = of_layer(exported_layer(), rng)
     model.export(tmp_path / "model", format="tf_saved_model", verbose=False)
     loaded = tf.saved_model.load(str(tmp_path / "model"))
     x = tf.constant(inputs_of(model, rng))
@@ -218,10 +203,9 @@ def test_saved_model_and_its_gradient(tmp_path, rng, kind):
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="see `test_export_table.py`")
 @pytest.mark.filterwarnings("ignore:In the future `np.object`:FutureWarning")
-@each_export
 @pytest.mark.ci
-def test_onnx_export(tmp_path, rng, kind):
-    exported = of_layer(EXPORTED[kind](), rng)
+def test_onnx_export(tmp_path, rng):
+    exported = of_layer(exported_layer(), rng)
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("tf2onnx")
     path = str(tmp_path / "model.onnx")
@@ -235,9 +219,8 @@ def test_onnx_export(tmp_path, rng, kind):
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="a format of torch")
-@each_export
-def test_torch_export(tmp_path, rng, kind):
-    exported = of_layer(EXPORTED[kind](), rng)
+def test_torch_export(tmp_path, rng):
+    exported = of_layer(exported_layer(), rng)
     torch = pytest.importorskip("torch")
     exported.export(tmp_path / "model.pt2", format="torch", verbose=False)
     program = torch.export.load(tmp_path / "model.pt2").module()

@@ -1,4 +1,4 @@
-"""State trees, checkpoints and layouts, which key a model's variables by their path."""
+"""State trees and layouts, which key a model's variables by their path."""
 
 import json
 import os
@@ -9,39 +9,35 @@ import pytest
 from keras import layers
 from reference import fuse, run_python
 
-from keras_scratch_lstm import ScratchLSTM, ScratchLSTMCell
+from keras_scratch_lstm import ScratchLSTM
 from keras_scratch_lstm._keras import all_layers
 
 BACKEND = keras.backend.backend()
 BATCH, TIME, FEATURES, UNITS = 3, 5, 2, 4
 
 INPUT = (BATCH, TIME, FEATURES)
-# `LSTM` and `LSTMCell` are ours or the built-in ones.
+# `LSTM` is ours or the built-in one.
 MODELS = {
-    "stacked": lambda LSTM, _: [
-        LSTM(UNITS, stateful=True, return_sequences=True, name="lower"),
+    "stacked": lambda LSTM: [
+        keras.Sequential(
+            [
+                keras.Input(batch_shape=INPUT),
+                LSTM(UNITS, stateful=True, return_sequences=True, name="lower"),
+            ],
+            name="inner",
+        ),
         LSTM(UNITS, stateful=True, name="upper"),
     ],
-    "bidirectional": lambda LSTM, _: [
+    "bidirectional": lambda LSTM: [
         layers.Bidirectional(LSTM(UNITS, stateful=True, name="lstm"), name="both")
-    ],
-    "rnn": lambda _, LSTMCell: [
-        layers.RNN(LSTMCell(UNITS, name="cell"), stateful=True, name="rnn")
-    ],
-    "submodel": lambda LSTM, _: [
-        keras.Sequential(
-            [keras.Input(batch_shape=INPUT), LSTM(UNITS, stateful=True, name="lstm")],
-            name="inner",
-        )
     ],
 }
 
 
-def make_model(kind, *classes):
+def make_model(kind, LSTM=ScratchLSTM):
     inputs = keras.Input(batch_shape=INPUT)
-    middle = MODELS[kind](*classes or (ScratchLSTM, ScratchLSTMCell))
     head = layers.Dense(1, name="dense")
-    model = keras.Sequential([inputs, *middle, head], name="model")
+    model = keras.Sequential([inputs, *MODELS[kind](LSTM), head], name="model")
     optimizer = keras.optimizers.SGD(0.1, momentum=0.9, name="sgd")
     model.compile(optimizer, "mse", run_eagerly=BACKEND == "tensorflow")
     return model
@@ -74,7 +70,7 @@ def test_state_tree_restores_weights_states_and_optimizer(kind, batches):
     """In a new model, with the outputs of the built-in layer as the right values."""
     first, second, third = batches
     model, restored = make_model(kind), make_model(kind)
-    expected = make_model(kind, layers.LSTM, layers.LSTMCell)
+    expected = make_model(kind, layers.LSTM)
     model.fit(first, np.ones(BATCH), BATCH, verbose=0)
     assert len({v.path for v in model.variables}) == len(model.variables)
     expected.set_weights(as_builtin(model))
@@ -84,10 +80,9 @@ def test_state_tree_restores_weights_states_and_optimizer(kind, batches):
     tree = model.get_state_tree("numpy_array")
     restored.fit(first, np.ones(BATCH), BATCH, verbose=0)  # creates the slots
     restored.set_state_tree(tree)
-    if kind != "rnn":  # whose states are Keras's own
-        found, right = call(restored, third), call(expected, third)
-        np.testing.assert_allclose(found, right, 1e-5, 1e-6)
-        model(third)
+    found, right = call(restored, third), call(expected, third)
+    np.testing.assert_allclose(found, right, 1e-5, 1e-6)
+    model(third)
     for each in (model, restored):
         reset_states(each)
         each.fit(third, np.ones(BATCH), BATCH, verbose=0)
@@ -95,26 +90,6 @@ def test_state_tree_restores_weights_states_and_optimizer(kind, batches):
         np.testing.assert_allclose(
             weight.numpy(), other.numpy(), 1e-5, 1e-6, err_msg=weight.path
         )
-
-
-@pytest.mark.filterwarnings("ignore:Sharding info not provided when restoring")
-@pytest.mark.parametrize("kind", ["stacked", "bidirectional", "submodel"])
-def test_orbax_checkpoint_restores_weights_and_states(kind, batches, tmp_path):
-    pytest.importorskip("orbax.checkpoint", reason="orbax-checkpoint is not installed")
-    model = make_model(kind)
-    callback = keras.callbacks.OrbaxCheckpoint(str(tmp_path), save_freq="epoch")
-    model.fit(batches[0], np.ones(BATCH), BATCH, callbacks=[callback], verbose=0)
-    callback.wait_until_finished()
-    saved = [variable.numpy() for variable in model.variables]
-
-    model.fit(batches[1], np.zeros(BATCH), BATCH, epochs=2, verbose=0)
-    assert any(
-        (value != variable.numpy()).any()
-        for value, variable in zip(saved, model.variables, strict=True)
-    )
-    model.load_weights(str(tmp_path))
-    for value, variable in zip(saved, model.variables, strict=True):
-        np.testing.assert_array_equal(variable.numpy(), value, variable.path)
 
 
 DISTRIBUTED = """

@@ -20,15 +20,11 @@ STORY = 'He said (very\nslowly): "It is 12:30." I ate 8 Figs [or so].\n' * 3
     ("tokens", "expected"),
     [
         ("abc", ["abc"]),
-        (["abc", "xyz"], ["abc", "xyz"]),
         ([list("abc"), ("x", "y", "z")], ["abc", "xyz"]),
         (["abc", ["x", "y", "z"]], ["abc", "xyz"]),
-        (iter(["a", "b", "c"]), ["abc"]),
         ([iter("abc"), (token for token in "xyz")], ["abc", "xyz"]),
-        (np.array(list("abc")), ["abc"]),
         (np.array([list("abc"), list("xyz")]), ["abc", "xyz"]),
         (np.array([b"a", b"b", b"c"], "O"), ["abc"]),
-        ([1, 2, 3], ["123"]),
         (np.array([[1, 2, 3], [4, 5, 6]]), ["123", "456"]),
     ],
 )
@@ -38,7 +34,6 @@ def test_tokens_of_one_or_all_samples(tokens, expected):
 
 def test_tokens_of_a_sample_are_its_own():
     assert tokens_of_sample(["abc", "xyz"], 2, 3, sample=1) == ["x", "y", "z"]
-    assert tokens_of_sample("abc", 2, 3, sample=1) == ["a", "b", "c"]
     assert tokens_of_sample(["<start>"], 1, 1, sample=0) == ["<start>"]
 
 
@@ -46,10 +41,8 @@ def test_tokens_of_a_sample_are_its_own():
     ("tokens", "batch", "match"),
     [
         (itertools.count(), 2, "Received: 1 samples of 4 tokens"),
-        ([itertools.count(), "abc"], 2, "Received: 2 samples of 4, 3 tokens"),
         (3, 2, "`tokens` must be a string or a list of 3 tokens, or a list of 2 of"),
         ("ab", 2, "must have 3 tokens, one per time step, .* 1 samples of 2 tokens"),
-        (["abc", ["a", "b"]], 2, "Received: 2 samples of 3, 2 tokens"),
         ([["a", "b", "c"]] * 3, 2, "for each of 2. Received: 3 samples"),
         (["abc", "abc", "abc"], 3, "`tokens` is ambiguous: .* Pass a list of lists"),
     ],
@@ -110,13 +103,10 @@ def test_word_features():
     ("tokens", "expected"),
     [
         (["0.25", "-1e3", "nan", "17"], set()),
-        (list("314159"), set()),
         ("", set()),
         ("aaaa", set()),  # constant
-        ("ab aba", {"vowel"}),  # one space
         ("时间机器是一部小说时间机器是一部小说", set()),  # no words are known
         ("машина времени и люди и", {"space", "start of word", "position in word"}),
-        (["the", "time", "and", "machine"], {"token length"}),
         (
             ["▁The", "▁time", "▁Was", "▁now", "▁Then", "▁so"],
             {"capitalized", "token length"},

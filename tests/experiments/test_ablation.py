@@ -6,9 +6,7 @@ import pytest
 from keras import ops
 from models import BATCH, FEATURES, TIME, UNITS, classifier, make
 
-from keras_scratch_lstm import Ablation, Edit, ablate_units, run_with_edits
-
-BOTH = pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM"])
+from keras_scratch_lstm import Edit, ablate_units, run_with_edits
 
 
 def mse(y_true, y_pred):
@@ -42,24 +40,14 @@ def test_silencing_equals_zeroing_the_weights_that_read_the_unit(x, y):
     assert np.abs(ablation.change).max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("method", "batch_size"), [("zero", 1), ("mean", 7), ("mean", 1024)]
-)
+@pytest.mark.parametrize(("method", "batch_size"), [("zero", 1), ("mean", 7)])
 @pytest.mark.ci
 def test_rows_equal_one_run_for_each(method, batch_size, x, y):
     model = classifier(make("LSTM"))
     model.compile(loss="mse")
     arrays, units = ["f", "h"], [3, 1, 2]
-    ablation = ablate_units(
-        model,
-        x,
-        y,
-        arrays=arrays,
-        units=units,
-        method=method,
-        batch_size=batch_size,
-        verbose=0,
-    )
+    options = {"method": method, "batch_size": batch_size, "verbose": 0}
+    ablation = ablate_units(model, x, y, arrays=arrays, units=units, **options)
     _, trace = run_with_edits(model, x, edits=[])
     rows = [(array, unit) for array in arrays for unit in units]
     assert list(zip(ablation.array, ablation.unit, strict=True)) == rows
@@ -70,9 +58,8 @@ def test_rows_equal_one_run_for_each(method, batch_size, x, y):
         assert value == pytest.approx(loss_under(model, x, y, edit), rel=1e-4)
 
 
-@BOTH
-def test_models_with_a_fixed_batch_size(kind, x, y):
-    layer = make(kind, stateful=True)
+def test_models_with_a_fixed_batch_size(x, y):
+    layer = make("ScratchLSTM", stateful=True)
     model = classifier(layer, batch_size=BATCH)
     accuracy = keras.metrics.MeanAbsoluteError()
     ablation = ablate_units(model, x, y, loss=accuracy, verbose=0)
@@ -98,7 +85,7 @@ def test_interrupt_keeps_the_rows_that_are_done(x, y):
     np.testing.assert_allclose(ablation.loss, complete.loss[:2], rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss", [None, "mse", "loss", "metric"])
+@pytest.mark.parametrize("loss", [None, "mse", "metric"])
 def test_masked_outputs_do_not_count(loss, x, rng):
     x[:, TIME - 2 :] = 0
     x[1, 3:] = 0
@@ -113,11 +100,9 @@ def test_masked_outputs_do_not_count(loss, x, rng):
         value[2] = 0
         weight.assign(value)
     model.compile(loss="mse")
-    kinds = {
-        "loss": keras.losses.MeanSquaredError(),
-        "metric": keras.metrics.MeanSquaredError(),
-    }
-    ablation = ablate_units(model, x, y, loss=kinds.get(loss, loss), verbose=0)
+    if loss == "metric":
+        loss = keras.metrics.MeanSquaredError()
+    ablation = ablate_units(model, x, y, loss=loss, verbose=0)
     outputs = ops.convert_to_numpy(model(x))
     expected = np.mean((outputs - y)[(x != 0).any(-1)] ** 2)
     assert ablation.baseline == pytest.approx(expected, rel=1e-5)
@@ -143,7 +128,7 @@ def test_bidirectional_layers_and_datasets(x, y):
         ablate_units(model, x, loss="mse", verbose=0)
 
 
-@pytest.mark.parametrize("samples", [BATCH, 40, 1])
+@pytest.mark.parametrize("samples", [40, 1])
 @pytest.mark.ci
 def test_error_is_that_of_groups_of_samples(samples, draw):
     model = classifier(make("LSTM"))
@@ -162,20 +147,16 @@ def test_error_is_that_of_groups_of_samples(samples, draw):
 
 
 @pytest.mark.one_backend
-def test_table_and_progress(x, y, capsys):
+def test_table_and_progress(x, y, capsys, monkeypatch):
     pytest.importorskip("pandas")
     ablation = ablate_units(classifier(make("LSTM")), x, y, loss="mse")
     assert f"{UNITS}/{UNITS}" in capsys.readouterr().out
     frame = ablation.to_dataframe()
     assert list(frame.columns) == ["layer", "array", "unit", "loss", "change", "error"]
     np.testing.assert_array_equal(frame["change"], ablation.loss - ablation.baseline)
-
-
-@pytest.mark.one_backend
-def test_missing_pandas(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match="`to_dataframe` needs pandas: run `pip in"):
-        Ablation(0.0, *np.zeros((5, 1))).to_dataframe()
+        ablation.to_dataframe()
 
 
 @pytest.mark.one_backend
@@ -185,7 +166,6 @@ def test_missing_pandas(monkeypatch):
         ({}, "`loss` must be given, since .* is not compiled"),
         ({"loss": "accuracy"}, "`loss` must be the name of a Keras loss, or a f"),
         ({"loss": "mse", "arrays": "g"}, "`arrays` must be among 'i', 'f'"),
-        ({"loss": "mse", "arrays": 3}, "`arrays` must be among .*arrays=3"),
         ({"loss": "mse", "arrays": []}, "`arrays` must be among"),
         ({"loss": "mse", "units": UNITS}, "`units` must be .* selects some of 4"),
         ({"loss": "mse", "method": "noise"}, "`method` must be 'zero' or 'mean'"),

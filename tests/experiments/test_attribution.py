@@ -63,27 +63,23 @@ def several(rng, draw):
 
 @pytest.mark.parametrize(
     ("kind", "wrt", "sequences"),
-    [
-        ("LSTM", "inputs", True),
-        ("LSTM", -1, False),
-        ("ScratchLSTM", "inputs", False),
-        ("ScratchLSTM", -1, True),
-    ],
+    [("LSTM", -1, False), ("ScratchLSTM", "inputs", True)],
 )
 def test_scores_add_up_to_the_difference(kind, wrt, sequences, x, rng):
+    """Of a baseline that is a tensor, and of weights that change."""
     model = classifier(make(kind, return_sequences=sequences))
     target = (1, 2) if sequences else 2
-    baseline = rng.normal(size=FEATURES).astype("float32")
-    for start in (0.0, baseline):
-        found = attribute(model, x, target=target, baseline=start, wrt=wrt)
+    for start in (np.float32(0), rng.normal(size=FEATURES).astype("float32")):
+        found = attribute(model, x, target=target, baseline=tensor(start), wrt=wrt)
         assert found.scores.shape == x.shape
         at_x, at_start = (
             output(model, inputs)[(slice(None), *np.atleast_1d(target))]
-            for inputs in (x, np.broadcast_to(np.float32(start), x.shape).copy())
+            for inputs in (x, np.broadcast_to(start, x.shape).copy())
         )
         np.testing.assert_allclose(found.difference, at_x - at_start, atol=1e-5)
         np.testing.assert_allclose(found.output, at_x, atol=1e-5)
         np.testing.assert_allclose(found.scores.sum((1, 2)), at_x - at_start, atol=1e-4)
+        model.set_weights([1.1 * weight for weight in model.get_weights()])
     if sequences:
         np.testing.assert_array_equal(found.scores[:, 2:], 0)  # later than the output
 
@@ -98,7 +94,7 @@ def test_integrated_gradients_match_a_riemann_sum(x, rng):
     )
     base = x.astype("float64") * [0, 0, 1] + [0.5, -0.5, 0]
     found = attribute(model, x, target=1, baseline=[0.5, -0.5, 9.0], keep=2)
-    steps, epsilon, total = 400, 1e-4, 0
+    steps, epsilon, total = 100, 1e-4, 0
     for alpha in (np.arange(steps) + 0.5) / steps:
         ends = []
         for sign in (1, -1):
@@ -115,7 +111,7 @@ def test_integrated_gradients_match_a_riemann_sum(x, rng):
 @pytest.mark.ci
 def test_several_baselines_are_averaged(x, draw, seed):
     model = classifier(make("ScratchLSTM"))
-    background = draw(4, TIME, FEATURES)
+    background = draw(2, TIME, FEATURES)
     each = [attribute(model, x, target=0, baseline=one).scores for one in background]
     found = attribute(model, x, target=0, baseline=background)
     np.testing.assert_allclose(found.scores, np.mean(each, axis=0), atol=1e-6)
@@ -128,13 +124,13 @@ def test_several_baselines_are_averaged(x, draw, seed):
     drawn = attribute(model, x, **options, seed=seed)
     np.testing.assert_allclose(drawn.scores, found.scores, rtol=0.1, atol=0.01)
     np.testing.assert_allclose(drawn.difference, found.difference, atol=1e-6)
-    again = attribute(model, x, **options, seed=seed, batch_size=3)
+    again = attribute(model, x, **options, seed=seed, batch_size=500)
     np.testing.assert_allclose(again.scores, drawn.scores, atol=1e-5)
     other = attribute(model, x, **options, seed=seed + 1)
     assert np.abs(other.scores - drawn.scores).max() > 1e-6
 
 
-@pytest.mark.parametrize("shape", [(), (BATCH, TIME, FEATURES), (2, 1, TIME, FEATURES)])
+@pytest.mark.parametrize("shape", [(BATCH, TIME, FEATURES), (2, 1, TIME, FEATURES)])
 def test_occlusion_matches_predictions(shape, x, rng):
     model = classifier(make("LSTM"))
     baseline = rng.normal(size=shape)
@@ -177,23 +173,11 @@ def test_saturated_models_get_more_points(fixed, wrt, draw):
         assert few.scores.shape == (3, TIME, FEATURES)
 
 
-def test_new_weights_give_new_scores(x):
-    model = classifier(make("ScratchLSTM"))
-    attribute(model, x, target=0)
-    model.set_weights([2 * weight for weight in model.get_weights()])
-    found = attribute(model, x, target=0)
-    difference = (output(model, x) - output(model, 0 * x))[:, 0]
-    np.testing.assert_allclose(found.difference, difference, atol=1e-5)
-    np.testing.assert_allclose(found.scores.sum((1, 2)), difference, atol=2e-3)
-
-
 @pytest.mark.parametrize(
     ("kind", "method", "wrt"),
     [
-        ("LSTM", "integrated_gradients", "inputs"),
         ("LSTM", "occlusion", "lstm"),
-        ("ScratchLSTM", "integrated_gradients", "lstm"),
-        ("ScratchLSTM", "occlusion", "inputs"),
+        ("ScratchLSTM", "integrated_gradients", "inputs"),
     ],
 )
 @pytest.mark.ci
@@ -243,9 +227,6 @@ def heads(model, inputs):
 @pytest.mark.parametrize(
     ("target", "heads"),
     [
-        ("mean", 0),
-        (("mean", 0), 0),
-        ("quantiles", [1, 2, 3]),
         (("quantiles", slice(0, 2)), [1, 2]),
         (("quantiles", -1), 3),
         (lambda outputs: outputs["quantiles"][:, 2] - outputs["mean"][:, 0], None),
@@ -271,46 +252,34 @@ def test_targets(target, heads, two_headed, several):
         )
 
 
-@pytest.mark.ci
 def test_outputs_by_name_of_a_model_with_a_list_of_outputs(two_headed, several):
-    found = attribute(two_headed, several, target="mean").scores
     model = keras.Model(two_headed.inputs, list(two_headed.output.values()))
     as_list = [several[tensor.name] for tensor in model.inputs]
-    other = attribute(model, as_list, target=("mean", 0)).scores
-    for name in found:
-        np.testing.assert_allclose(other[name], found[name], atol=1e-6)
+    found = attribute(model, as_list, target=("mean", 0), method="occlusion")
+    mean, _ = heads(two_headed, several)
+    np.testing.assert_allclose(found.output, mean[:, 0], atol=1e-6)
 
 
-@pytest.mark.parametrize("mask_zero", [False, True])
 @pytest.mark.ci
-def test_tokens_have_the_scores_of_their_embeddings(mask_zero, rng):
-    model = sequential(make("ScratchLSTM"), mask_zero=mask_zero)
+def test_tokens_have_the_scores_of_their_embeddings(rng):
+    model = sequential(make("ScratchLSTM"), mask_zero=True)
     tokens = rng.integers(1, 9, (BATCH, TIME))
     tokens[:, 5:] = 0
     found = attribute(model, tokens, target=1)
-    np.testing.assert_allclose(found.inputs, embed(tokens, model), atol=1e-6)
-    assert found.scores.shape == (BATCH, TIME, FEATURES)
-    assert mask_zero != found.scores[:, 5:].any()
-    if not mask_zero:
-        layers = keras.Sequential([keras.Input((TIME, FEATURES)), *model.layers[1:]])
-        expected = attribute(layers, embed(tokens, model), target=1)
-        np.testing.assert_allclose(found.scores, expected.scores, atol=1e-6)
+    x = embed(tokens, model)
+    np.testing.assert_allclose(found.inputs, x, atol=1e-6)
+    assert not found.scores[:, 5:].any()
+    layers = keras.Sequential([keras.Input((5, FEATURES)), *model.layers[1:]])
+    expected = attribute(layers, x[:, :5], target=1)
+    np.testing.assert_allclose(found.scores[:, :5], expected.scores, atol=1e-6)
     with pytest.raises(ValueError, match=r"`wrt` must be an LSTM .*: 'scratch"):
         attribute(model, tokens, target=1, wrt="inputs")
 
 
-@pytest.mark.ci
-def test_both_directions_and_datasets(x):
-    model = classifier(keras.layers.Bidirectional(make("ScratchLSTM")))
-    found = attribute(model, x, target=0, batch_size=7)
-    layer = attribute(model, x, target=0, wrt=0)
-    np.testing.assert_allclose(layer.scores, found.scores, atol=1e-5)
-    other = attribute(model, iter([(x[:3],), (x[3:],)]), target=0, batches=None)
-    np.testing.assert_allclose(other.scores, found.scores, rtol=1e-4, atol=1e-6)
-
-
 def test_batches_of_different_lengths(x):
-    layers = [keras.Input((None, FEATURES)), *classifier(make("LSTM")).layers]
+    """In both directions."""
+    both = keras.layers.Bidirectional(make("LSTM"))
+    layers = [keras.Input((None, FEATURES)), *classifier(both).layers]
     model = keras.Sequential(layers)
     found = attribute(model, x[:2, :4], target=0)
     both = attribute(model, iter([(x[2:],), (x[:2, :4],)]), target=0, batches=None)
@@ -336,20 +305,12 @@ def test_models_that_fold_an_axis_into_the_batch(method, draw):
     inputs = keras.Input((2, TIME, FEATURES))
     outputs = keras.layers.Dense(2)(Stations(make("LSTM"))(inputs))
     model, x = keras.Model(inputs, outputs), draw(BATCH, 2, TIME, FEATURES)
-    expected = attribute(model, x, target=1, method=method, baseline=0.3)
-    for baseline in (0.3, np.full((2 * BATCH, TIME, FEATURES), 0.3)):
-        options = {"target": 1, "method": method, "baseline": baseline}
-        scores = attribute(model, x, wrt=0, **options).scores
-        np.testing.assert_allclose(scores.reshape(x.shape), expected.scores, atol=1e-6)
+    options = {"target": 1, "method": method}
+    expected = attribute(model, x, baseline=0.3, **options)
+    options |= {"wrt": 0, "baseline": np.full((2 * BATCH, TIME, FEATURES), 0.3)}
+    scores = attribute(model, x, **options).scores
+    np.testing.assert_allclose(scores.reshape(x.shape), expected.scores, atol=1e-6)
     assert expected.by_step().shape == (2, TIME)
-
-
-def test_baseline_may_be_a_tensor(x, rng):
-    model = classifier(make("LSTM"))
-    baseline = rng.normal(size=FEATURES).astype("float32")
-    expected = attribute(model, x, target=1, baseline=baseline).scores
-    scores = attribute(model, x, target=1, baseline=tensor(baseline)).scores
-    np.testing.assert_array_equal(scores, expected)
 
 
 @pytest.mark.one_backend
@@ -379,11 +340,14 @@ def test_tables(x, two_headed, several):
 
 
 @pytest.mark.one_backend
-def test_explanation_of_shap(x):
+def test_explanation_of_shap(x, monkeypatch):
+    model, names = classifier(make("LSTM")), SEVERAL["names"]
+    found = attribute(model, x, target=0, feature_names=names)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "shap", None)
+        with pytest.raises(ImportError, match="`to_shap` needs shap: run `pip insta"):
+            found.to_shap()
     pytest.importorskip("shap", reason="shap is not installed")
-    found = attribute(
-        classifier(make("LSTM")), x, target=0, feature_names=SEVERAL["names"]
-    )
     explanation = found.to_shap()
     assert explanation.feature_names[4] == "b[1]"
     np.testing.assert_array_equal(explanation.values[:, 4], found.scores[:, 1, 1])
@@ -393,21 +357,11 @@ def test_explanation_of_shap(x):
 
 
 @pytest.mark.one_backend
-def test_missing_shap(x, monkeypatch):
-    monkeypatch.setitem(sys.modules, "shap", None)
-    found = attribute(classifier(make("LSTM")), x, target=0)
-    with pytest.raises(ImportError, match="`to_shap` needs shap: run `pip install"):
-        found.to_shap()
-
-
-@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"target": 3}, r"`target` must be an index .* one sample's .* \(3,\)"),
-        ({"target": (0, 1)}, "`target` must be an index"),
         ({"target": True}, "`target` must be an index .* Received: target=True"),
-        ({"target": "mean"}, "`target` must be an index .* Received: target='mean'"),
         ({"target": slice(3, 9)}, "`target` must be .* selects some of 3"),
         ({"target": lambda y: 1.0}, "`target` must be a function that returns a tens"),
         ({"n_steps": 0}, "`n_steps` must be a positive integer"),

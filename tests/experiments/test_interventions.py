@@ -12,7 +12,6 @@ from models import (
     TIME,
     UNITS,
     VARIANTS,
-    apply_dense,
     classifier,
     make,
     numpy_lstm,
@@ -46,35 +45,6 @@ def assert_equal_traces(trace, expected):
         assert_close(getattr(trace, name), expected[name])
 
 
-@pytest.mark.parametrize("array", ARRAYS)
-def test_edits_match_numpy(array, x, rng):
-    """A clamp, a scale and an array, at chosen samples, time steps and units."""
-    layer = make("LSTM", return_sequences=True)
-    model = classifier(layer)
-    value = rng.normal(size=(2, 3, 1))
-    edits = [
-        Edit(array, 0.25, units=[1, 3], steps=slice(1, 3), samples=0),
-        Edit(array, scale=Fraction(1, 2), steps=-1),
-        Edit(array, value, units=2, steps=[0, 2, 3], samples=[2, 0]),
-    ]
-
-    def edit(name, values, t):
-        values = values.copy()
-        if name == array:
-            if t in (1, 2):
-                values[0, [1, 3]] = 0.25
-            if t == TIME - 1:
-                values *= 0.5
-            if t in (0, 2, 3):
-                values[[2, 0], 2] = value[:, [0, 2, 3].index(t), 0]
-        return values
-
-    outputs, trace = run_with_edits(model, x, edits=edits)
-    expected, h = numpy_lstm(layer, x, edit)
-    assert_equal_traces(trace, expected)
-    assert_close(outputs, apply_dense(model, h))
-
-
 @pytest.mark.parametrize("kind", [*LAYERS, *VARIANTS])
 def test_edits_of_all_arrays_of_every_cell(kind, x, rng):
     """What depends on an edited array follows, in the same time step too."""
@@ -82,18 +52,18 @@ def test_edits_of_all_arrays_of_every_cell(kind, x, rng):
     layer = make(kind, return_sequences=True, go_backwards=bool(rng.integers(2)))
     edits, places = [], []
     for name in ARRAYS:
-        steps, units = rng.permutation(TIME)[:3], rng.permutation(UNITS)[:2]
-        value = rng.normal(size=(BATCH, 3, 2))
-        edits.append(Edit(name, value, steps=list(steps), units=units))
-        edits.append(Edit(name, scale=0.5, steps=int(rng.integers(TIME))))
-        places.append((steps, units, value, edits[-1].steps))
+        steps, value = rng.permutation(TIME)[:3], rng.normal(size=(2, 3, 2))
+        where = {"steps": list(steps), "units": slice(1, 3), "samples": [2, 0]}
+        edits.append(Edit(name, value, **where))
+        edits.append(Edit(name, scale=Fraction(1, 2), steps=-1))
+        places.append((steps, value))
 
     def edit(name, values, t):
-        steps, units, value, scaled = places[ARRAYS.index(name)]
+        steps, value = places[ARRAYS.index(name)]
         values = values.copy()
         for k in np.flatnonzero(steps == t):
-            values[:, units] = value[:, k]
-        return values * (0.5 if t == scaled else 1)
+            values[[2, 0], 1:3] = value[:, k]
+        return values * (0.5 if t == TIME - 1 else 1)
 
     outputs, trace = run_with_edits(with_mask(layer), [x, mask], edits=edits)
     expected, h = numpy_lstm(layer, x, edit, mask=mask)
@@ -111,21 +81,13 @@ def test_inputs_can_be_edited(x):
 
 
 def test_missing_axes_of_a_value(x, rng):
+    """A tensor without an axis of the one time step."""
     layer, others = make("LSTM"), rng.normal(size=(BATCH, TIME, UNITS))
     expected, _ = run_with_edits(layer, x, edits=Edit("c", others[:, 4:5], steps=[4]))
-    for value, options in (
-        (others[:, 4], {"steps": 4}),
-        (others[:, 4:5], {"steps": 4}),
-        (others[:, 4, :, None], {"steps": 4}),
-    ):
-        edit = Edit("c", value, **options)
-        if value.shape[-1] == 1:
-            with pytest.raises(ValueError, match="broadcasts in one way only"):
-                run_with_edits(layer, x, edits=edit)
-        else:
-            np.testing.assert_array_equal(
-                run_with_edits(layer, x, edits=edit)[0], expected
-            )
+    found, _ = run_with_edits(layer, x, edits=Edit("c", tensor(others[:, 4]), steps=4))
+    assert_close(found, expected)
+    with pytest.raises(ValueError, match="broadcasts in one way only"):
+        run_with_edits(layer, x, edits=Edit("c", others[:, 4, :, None], steps=4))
 
 
 @pytest.mark.one_backend
@@ -145,85 +107,7 @@ def test_ambiguous_values_are_rejected(rng):
         run_with_edits(both, x, edits=Edit("f", trace_gates(layer, x)))
 
 
-def test_value_may_be_a_tensor(x, rng):
-    layer, value = make("LSTM"), rng.normal(size=(TIME, 1)).astype("float32")
-    expected, _ = run_with_edits(layer, x, edits=Edit("c", value))
-    actual, _ = run_with_edits(layer, x, edits=Edit("c", tensor(value)))
-    np.testing.assert_array_equal(actual, expected)
-
-
-@pytest.mark.parametrize("kind", LAYERS)
-def test_no_edits_give_the_outputs_and_the_trace_of_the_model(kind, x):
-    model = classifier(make(kind))
-    outputs, trace = run_with_edits(model, x, edits=[])
-    assert_close(outputs, to_numpy(model(x)))
-    assert_equal_traces(trace, vars(trace_gates(model, x)))
-
-
 # --- models ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("direction", "merge"), [("forward", "concat"), ("backward", "mul")]
-)
-@BOTH
-def test_directions_of_a_bidirectional_layer(kind, direction, merge, x):
-    layers = [make(kind, return_sequences=True, name=kind)]
-    both = keras.layers.Bidirectional(layers[0], merge_mode=merge)
-    model = classifier(both)
-    layer = getattr(both, f"{direction}_layer")
-    outputs, trace = run_with_edits(
-        model, x, edits=Edit("h", 0.5, units=0, steps=1), layer=layer
-    )
-
-    def edit(name, values, t):
-        if name == "h" and t == 1:
-            values[:, 0] = 0.5
-        return values
-
-    hidden = []
-    for part in (both.forward_layer, both.backward_layer):
-        expected, h = numpy_lstm(part, x, edit if part is layer else None)
-        hidden.append(h[:, ::-1] if part.go_backwards else h)
-        if part is layer:
-            assert_equal_traces(trace, expected)
-    merged = np.concatenate(hidden, -1) if merge == "concat" else hidden[0] * hidden[1]
-    assert_close(outputs, apply_dense(model, merged))
-
-
-@pytest.mark.parametrize("kind", ["LSTM", "ScratchLSTM", "custom cell"])
-@pytest.mark.parametrize(
-    ("leading", "bidirectional"), [(False, False), (True, False), (True, True)]
-)
-@pytest.mark.ci
-def test_masked_time_steps(kind, leading, bidirectional, x, rng):
-    mask = np.ones((BATCH, TIME), bool)
-    mask[0, :2] = not leading
-    mask[1, 3:] = False
-    mask[2, 1] = False
-    layer = make(kind, return_sequences=True)
-    inner = layer
-    if bidirectional:
-        layer = keras.layers.Bidirectional(layer)
-        inner = layer.forward_layer
-    inputs = keras.Input((TIME, FEATURES)), keras.Input((TIME,), dtype="bool")
-    outputs = layer(inputs[0], mask=inputs[1])
-    model = keras.Model(inputs, outputs)
-    unedited, _ = run_with_edits(model, [x, mask], edits=[], layer=inner)
-    assert_close(unedited, to_numpy(model([x, mask])))
-    outputs, trace = run_with_edits(
-        model, [x, mask], edits=Edit("c", 0.5, steps=1), layer=inner
-    )
-    expected, h = numpy_lstm(
-        inner,
-        x,
-        lambda name, values, t: values * 0 + 0.5 if (name, t) == ("c", 1) else values,
-        mask=mask,
-    )
-    assert_equal_traces(trace, expected)
-    np.testing.assert_array_equal(trace.mask, mask)
-    h = np.where(mask[..., None], h, 0) if bidirectional else h
-    assert_close(outputs[..., :UNITS], h)
 
 
 @BOTH
@@ -240,28 +124,6 @@ def test_stateful_model_keeps_its_states(kind, x):
     assert_close(h, outputs[:, -1])
     assert_close(c, expected["c"][:, -1])
     np.testing.assert_equal([to_numpy(state) for state in layer.states], before)
-
-
-def test_nested_model_with_stacked_layers_and_initial_states(x, rng):
-    states = [keras.Input((UNITS,)) for _ in "hc"]
-    lower = make("ScratchLSTM", return_sequences=True, name="lower")
-    upper = keras.layers.LSTM(UNITS, name="upper")
-    sequences = keras.Input((TIME, FEATURES))
-    hidden = lower(sequences, initial_state=states)
-    inner = keras.Model([sequences, *states], upper(hidden))
-    inputs = [
-        keras.Input((TIME, FEATURES)),
-        keras.Input((UNITS,)),
-        keras.Input((UNITS,)),
-    ]
-    model = keras.Model(inputs, keras.layers.Dense(3, name="logits")(inner(inputs)))
-    h, c = rng.normal(size=(2, BATCH, UNITS)).astype("float32")
-    outputs, _ = run_with_edits(model, [x, h, c], edits=Edit("f", 0.5), layer="lower")
-    _, hidden = numpy_lstm(
-        lower, x, lambda name, v, t: v * 0 + 0.5 if name == "f" else v, h, c
-    )
-    _, h_upper = numpy_lstm(upper, hidden)
-    assert_close(outputs, apply_dense(model, h_upper[:, -1]))
 
 
 def test_options_of_the_layer(x):
@@ -310,13 +172,16 @@ def test_calls_of_a_shared_layer(x):
         run_with_edits(model, x, edits=[], call_index=2)
 
 
-@BOTH
-def test_both_directions_in_one_run(kind, x):
-    both = keras.layers.Bidirectional(make(kind, return_sequences=True))
-    model = classifier(both)
-    _, other = run_with_edits(model, x[::-1].copy(), edits=[])
+def test_both_directions_in_one_run(x, rng):
+    mask = rng.random((BATCH, TIME)) < 0.7
+    mask[0, :2], mask[:, 3] = False, True
+    both = keras.layers.Bidirectional(make("LSTM", return_sequences=True))
+    model = with_mask(both)
+    unedited, _ = run_with_edits(model, [x, mask], edits=[])
+    assert_close(unedited, to_numpy(model([x, mask])))
+    _, other = run_with_edits(model, [x[::-1].copy(), mask | True], edits=[])
     edits = [Edit("f", 0.5, units=1), Edit("c", other, steps=3)]
-    outputs, trace = run_with_edits(model, x, edits=edits)
+    outputs, trace = run_with_edits(model, [x, mask], edits=edits)
     hidden = []
     for layer, one, patch in zip(
         (both.forward_layer, both.backward_layer),
@@ -330,10 +195,12 @@ def test_both_directions_in_one_run(kind, x):
                 values[:, 1] = 0.5
             return patch[:, 3] if (name, t) == ("c", 3) else values
 
-        expected, h = numpy_lstm(layer, x, edit)
+        expected, h = numpy_lstm(layer, x, edit, mask=mask)
         assert_equal_traces(one, expected)
-        hidden.append(h[:, ::-1] if layer.go_backwards else h)
-    assert_close(outputs, apply_dense(model, np.concatenate(hidden, -1)))
+        h = h[:, ::-1] if layer.go_backwards else h
+        hidden.append(np.where(mask[..., None], h, 0))
+        np.testing.assert_array_equal(one.mask, mask)
+    assert_close(outputs, np.concatenate(hidden, -1))
 
 
 @pytest.mark.parametrize("batch_size", [2, BATCH])
@@ -377,7 +244,7 @@ def without_value(layer):
 
 @pytest.mark.parametrize(
     ("kind", "error"),
-    [*((kind, RuntimeError) for kind in LAYERS), ("LSTM", KeyboardInterrupt)],
+    [("LSTM", KeyboardInterrupt), ("custom cell", RuntimeError)],
 )
 @pytest.mark.ci
 def test_model_is_unchanged_after_an_error(kind, error, x):
@@ -428,20 +295,15 @@ def test_invalid_edit(arguments, message):
     ("edit", "message"),
     [
         (Edit("f", 1.0, units=UNITS), "`units` must be an integer, a slice or a list"),
-        (Edit("f", 1.0, units=[0, -UNITS - 1]), "that selects some of 4"),
         (Edit("f", 1.0, steps=TIME), "`steps` .* selects some of 7. Received: steps=7"),
-        (Edit("f", 1.0, steps=slice(TIME, None)), "`steps` must be"),
         (Edit("f", 1.0, samples=[]), "`samples` must be"),
-        (Edit("f", 1.0, units="a"), "`units` must be"),
         (Edit("f", np.ones(UNITS + 2)), r"broadcasts in one way only .* \(5, 7, 4\)"),
         (Edit("f", lambda gates, t: 1 - gates.i), "`value` must be a number"),
-        (Edit("f", "open"), "`value` must be a number"),
         (Edit("f", np.nan), "`value` must be finite"),
         (
             Edit("f", GateTrace(*[np.zeros((BATCH, TIME + 1, UNITS))] * 6)),
             r"`GateTrace` of shape \(5, 7, 4\), .* Received: .* \(5, 8, 4\)",
         ),
-        ("f", "`edits` must be an `Edit` or a list of these"),
         (None, "`edits` must be an `Edit` or a list of these. Received: edits=None"),
     ],
     ids=label,
@@ -457,29 +319,16 @@ def test_edit_that_does_not_fit_the_layer(edit, message, x):
 
 
 def test_layers_that_cannot_be_edited(x):
-    class Unused(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.lstm = make("LSTM")
-            self.dense = keras.layers.Dense(2)
-
-        def call(self, inputs):
-            return self.dense(inputs)
-
     class Halved(ScratchLSTMCell):
         def call(self, inputs, states, training=False):
             h, (_, c) = super().call(inputs, states, training)
             return h, [h, 0.5 * c]
 
-    unused = Unused()
-    unused(x)
     halved = ScratchLSTM(cell=Halved(UNITS))
     halved.build(x.shape)
     for model, message in (
-        (unused, "`layer` must be called in the model's forward pass"),
         (halved, "'c' must pass through `observe` in the cell.*with a 'Halved'"),
         (keras.layers.LSTM(UNITS), "must be built"),
-        (classifier(keras.layers.GRU(UNITS)), "must be or contain"),
     ):
         with pytest.raises(ValueError, match=message) as raised:
             run_with_edits(model, x, edits=Edit("c", 0.0))

@@ -1,14 +1,9 @@
 import numpy as np
 import pytest
-from models import BATCH, FEATURES, TIME, UNITS
+from models import BATCH, TIME, UNITS
 
 from keras_scratch_lstm import GateTrace
 from keras_scratch_lstm.tracing.trace import ARRAYS
-
-
-@pytest.fixture
-def x(rng):
-    return rng.normal(size=(BATCH, TIME, FEATURES)).astype("float32")
 
 
 @pytest.fixture

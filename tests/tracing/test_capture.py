@@ -37,11 +37,10 @@ def test_layers_of_a_stack(kind, tokens):
     _, lower, upper, _ = model.layers
     x = embed(tokens, model)
     expected = numpy_trace(lower, x)
-    for layer in ("lower", lower, 0, -2):
+    for layer in ("lower", lower, -2):
         assert_close(trace_gates(model, tokens, layer=layer), expected)
     expected = numpy_trace(upper, ops.convert_to_numpy(lower(x)))
-    for layer in ("upper", upper, np.int64(1), -1):
-        assert_close(trace_gates(model, tokens, layer=layer), expected)
+    assert_close(trace_gates(model, tokens, layer=np.int64(1)), expected)
     assert find_all(model) == [lower, upper]
 
 
@@ -87,7 +86,7 @@ def test_subclassed_model(x):
 def test_samples_folded_into_several_rows(rng):
     """A model that reads each sentence of a document."""
     x = rng.normal(size=(BATCH, 2, TIME, FEATURES)).astype("float32")
-    for fixed in (None, BATCH - 2, BATCH + 2):
+    for fixed in (None, BATCH - 2):
         inputs = keras.Input(batch_shape=(fixed, 2, TIME, FEATURES))
         layer = keras.layers.LSTM(UNITS)
         model = keras.Model(inputs, layer(ops.reshape(inputs, (-1, TIME, FEATURES))))
@@ -100,7 +99,7 @@ def test_samples_folded_into_several_rows(rng):
 
 @pytest.mark.parametrize(
     ("kind", "samples"),
-    [("LSTM", BATCH), ("LSTM", 1), ("ScratchLSTM", 2), ("RNN(ScratchLSTMCell)", 1)],
+    [("LSTM", BATCH), ("ScratchLSTM", 1)],
 )
 def test_stateful_model_starts_from_its_states_and_keeps_them(kind, samples, x):
     model = keras.Sequential(
@@ -123,26 +122,25 @@ def test_stateful_model_starts_from_its_states_and_keeps_them(kind, samples, x):
     check_error(r"`inputs` must have at most 5 .* Received: 10", model, many, "traced")
 
 
-@BOTH
 @pytest.mark.parametrize(
-    ("stateful", "mask_zero", "time"),
+    ("kind", "stateful", "mask_zero", "time"),
     [
-        (False, True, None),
-        (False, False, 4),
-        (False, True, 4 * TIME),
-        (True, True, 4),
-        (True, False, 4 * TIME),
+        ("LSTM", False, True, None),
+        ("LSTM", False, False, 4),
+        ("ScratchLSTM", False, True, 4 * TIME),
+        ("ScratchLSTM", True, True, 4),
+        ("LSTM", True, False, 4 * TIME),
     ],
 )
 def test_fixed_batch_shape(kind, stateful, mask_zero, time, tokens):
     layer = LAYERS[kind](stateful=stateful, return_sequences=True)
     model = sequential(layer, mask_zero=mask_zero, batch_size=BATCH + 3, time=time)
     tokens[:, 2:4] = 0
-    for repeats in (1,) if stateful else (1, 3):  # more samples than the batch size
-        inputs = np.concatenate([tokens] * repeats)
-        mask = inputs != 0 if mask_zero else None
-        expected = numpy_trace(layer, embed(inputs, model), mask=mask)
-        assert_close(trace_gates(model, inputs), expected)
+    # More samples than the batch size, unless each has a state.
+    inputs = np.concatenate([tokens] * (1 if stateful else 3))
+    mask = inputs != 0 if mask_zero else None
+    expected = numpy_trace(layer, embed(inputs, model), mask=mask)
+    assert_close(trace_gates(model, inputs), expected)
 
 
 def test_error_in_the_forward_pass_changes_no_state(x):
@@ -207,13 +205,12 @@ def test_trace_has_no_side_effects(x):
     [
         (None, "None"),
         ("middle", "'middle'"),
-        (2, "2"),
         (keras.layers.Dense(1, name="other"), "other"),
         (["lower"], r"\['lower'\]"),
-        (0.0, r"0\.0"),
     ],
     ids=str,
 )
+@pytest.mark.one_backend
 def test_invalid_layer(layer, received, tokens):
     lower = keras.layers.LSTM(2, return_sequences=True, name="lower")
     upper = keras.layers.Bidirectional(ScratchLSTM(2, name="lstm"), name="upper")
@@ -229,9 +226,7 @@ class CustomCell(keras.layers.LSTMCell):
     ("model", "match"),
     [
         (None, "`model` must be a Keras model or layer, or the path of a"),
-        (keras.layers.LSTM, "`model` must be a Keras model or layer"),
         (keras.Sequential(name="a"), "must be or contain a `ScratchLSTM`, .*: 'a'"),
-        (keras.layers.GRU(2, name="a"), "must be or contain a `ScratchLSTM`"),
         (keras.layers.LSTM(2), r"must be built\. .* on data, or add `keras.Input`"),
         (
             keras.layers.RNN(CustomCell(2), name="a"),
@@ -273,9 +268,7 @@ def test_layer_in_compiled_code(x):
     check_error("outside of compiled or vectorized code.*'inner'", layer, x)
 
 
-@pytest.mark.parametrize("value", [0, -1, 2.5, "3", True])
-@pytest.mark.parametrize("name", ["batch_size", "batches"])
-def test_invalid_batch_size(name, value, x):
-    check_error(
-        f"`{name}` must be a positive integer", make("LSTM"), x, **{name: value}
-    )
+@pytest.mark.parametrize("given", [{"batch_size": 0}, {"batches": True}], ids=str)
+def test_invalid_batch_size(given, x):
+    match = f"`{next(iter(given))}` must be a positive integer"
+    check_error(match, make("LSTM"), x, **given)

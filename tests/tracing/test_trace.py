@@ -5,11 +5,9 @@ import threading
 
 import numpy as np
 import pytest
-from reference import tensor
 
 from keras_scratch_lstm import GateTrace
 from keras_scratch_lstm.tracing import files
-from keras_scratch_lstm.tracing.tokens import tokens_per_sample
 from keras_scratch_lstm.tracing.trace import ARRAYS
 
 pytestmark = pytest.mark.one_backend
@@ -23,11 +21,9 @@ def change(trace, **changes):
     ("changes", "match"),
     [
         ({"f": None}, "`f` must be float32 or float64, of .* Received: f=None"),
-        ({"f": np.zeros((2, 3, 4), "float16")}, "`f` must be .*dtype float16"),
         ({"f": np.zeros((2, 2, 4))}, r"`f` must be .* shape \(batch, time, units\)"),
         (dict.fromkeys(ARRAYS, np.zeros((3, 4))), r"`i` must be .* shape \(3, 4\)"),
         ({"mask": np.ones((2, 3))}, r"`mask` must be a boolean array of shape \(2, 3"),
-        ({"mask": np.ones((2, 2), bool)}, r"`mask` must be a boolean array of shape"),
         ({"layer": b"lstm"}, "`layer` must be a string"),
         ({"backward": 3}, "`backward` must be a `GateTrace` without `backward`"),
     ],
@@ -61,8 +57,7 @@ def test_saturation(trace):
     assert np.isnan(change(trace, mask=mask & False).saturation()["f"].right).all()
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("array", ["c", "f"])
+@pytest.mark.parametrize(("masked", "array"), [(False, "c"), (True, "f")])
 def test_correlate_matches_numpy(masked, array, rng):
     shape = 3, 50, 4
     arrays = {name: rng.normal(size=shape).astype("float32") for name in ARRAYS}
@@ -104,25 +99,14 @@ def test_invalid_features(features, array, match, trace):
         trace.correlate(features, array)
 
 
-def test_features_and_tokens_may_be_tensors(trace, rng):
-    values = rng.integers(1, 9, (2, 3)).astype("float32")
-    expected = trace.correlate({"a": values})
-    np.testing.assert_equal(trace.correlate({"a": tensor(values)}), expected)
-    tokens = values.astype(str).tolist()
-    assert tokens_per_sample(tensor(values), 2, 3) == tokens
-    assert tokens_per_sample(list(tensor(values)), 2, 3) == tokens
-    assert tokens_per_sample(list(tensor(values[0])), 2, 3) == tokens[:1]
-
-
 @pytest.mark.parametrize(
     ("tokens", "expected"),
     [
         (["abc", ["x", "", "<unk>"]], ["a", "b", "c", "x", "", "<unk>"]),
-        ("aba", ["a", "b", "a"] * 2),  # one sample's, for all samples
         (None, [np.nan] * 6),
     ],
 )
-def test_dataframe_has_a_row_per_value(tokens, expected, trace):
+def test_dataframe_has_a_row_per_value(tokens, expected, trace, monkeypatch):
     pytest.importorskip("pandas", reason="pandas is not installed")
     frame = trace.to_dataframe(tokens=tokens)
     assert list(frame) == ["sample", "step", "token", "unit", "gate", "value"]
@@ -135,9 +119,6 @@ def test_dataframe_has_a_row_per_value(tokens, expected, trace):
     assert list(map(str, found)) == list(map(str, expected))
     with pytest.raises(ValueError, match="`tokens` must have 3 tokens"):
         trace.to_dataframe("ab")
-
-
-def test_missing_pandas(trace, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match="`to_dataframe` needs pandas: run `pip inst"):
         trace.to_dataframe()
@@ -146,9 +127,8 @@ def test_missing_pandas(trace, monkeypatch):
 # --- files -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_save_and_load(dtype, trace, tmp_path):
-    arrays = {name: getattr(trace, name).astype(dtype) for name in ARRAYS}
+def test_save_and_load(trace, tmp_path):
+    arrays = {name: getattr(trace, name).astype("float64") for name in ARRAYS}
     mask = np.array([[True, False, True]] * 2)
     saved = GateTrace(**arrays, mask=mask, layer="fôrward", backward=trace)
     path = tmp_path / "trace.npz"
@@ -164,27 +144,10 @@ def test_save_and_load(dtype, trace, tmp_path):
     assert loaded.backward.backward is None
 
 
-def save(trace, path):
-    trace.save(path)
-
-
-def to_html(trace, path):
-    trace.to_html(path, "abc")
-
-
-def is_written(write, path):
-    if write is save:
-        return GateTrace.load(path).layer == "lstm"
-    return path.read_text("utf-8").lower().startswith("<!doctype html>")
-
-
-both = pytest.mark.parametrize("write", [save, to_html])
-
-
-@both
-@pytest.mark.parametrize("mode", [None, 0o640, 0o604])
-@pytest.mark.parametrize("links", [0, 1, 2])
-def test_files_keep_links_and_mode(write, mode, links, trace, tmp_path):
+@pytest.mark.parametrize(
+    ("mode", "links"), [(None, 0), (0o640, 1), (0o604, 2), (None, 2)]
+)
+def test_files_keep_links_and_mode(mode, links, trace, tmp_path):
     target = path = tmp_path / "folder" / "file"
     target.parent.mkdir()
     for number in range(links):
@@ -196,84 +159,69 @@ def test_files_keep_links_and_mode(write, mode, links, trace, tmp_path):
         if mode is not None:
             target.write_bytes(b"previous content")
             target.chmod(mode)
-        write(trace, path)
+        trace.save(path)
     finally:
         os.umask(umask)
-    assert is_written(write, target)
-    assert stat.S_IMODE(target.stat().st_mode) == (0o640 if mode is None else mode)
+    assert GateTrace.load(target).layer == "lstm"
+    assert stat.S_IMODE(target.stat().st_mode) == (mode or 0o640)
     assert all((tmp_path / f"link{k}").is_symlink() for k in range(links))
     assert list(target.parent.iterdir()) == [target]
 
 
-@both
-@pytest.mark.parametrize("kind", ["new", "existing", "hard link"])
-def test_long_file_names_and_hard_links(write, kind, trace, tmp_path):
-    paths = [tmp_path / ("x" * 255)]
-    if kind != "new":
-        paths[0].touch()
-    if kind == "hard link":
-        paths.append(tmp_path / "link")
-        os.link(*paths)
-    write(trace, paths[0])
-    assert is_written(write, paths[-1])
-    assert sorted(tmp_path.iterdir()) == sorted(paths)
-    assert paths[0].samefile(paths[-1])
+def test_long_file_names_and_hard_links(trace, tmp_path):
+    path, link = tmp_path / ("x" * 255), tmp_path / "link"
+    for _ in range(2):  # new, and with a hard link
+        trace.save(path)
+        assert GateTrace.load(path).layer == "lstm"
+        if not link.exists():
+            os.link(path, link)
+            path.write_bytes(b"previous content")
+    assert sorted(tmp_path.iterdir()) == [link, path]
+    assert path.samefile(link)
 
 
-@both
-def test_device_is_written_to_and_not_replaced(write, trace, tmp_path):
-    link = tmp_path / "device"
+def test_devices_and_named_pipes_are_written_to(trace, tmp_path):
+    link, pipe, copy = tmp_path / "device", tmp_path / "pipe", tmp_path / "copy"
     link.symlink_to("/dev/null")
     before = os.stat("/dev/null")
-    for path in (link, "/dev/null"):
-        write(trace, path)
-        after = os.stat("/dev/null")
-        assert stat.S_ISCHR(after.st_mode)
-        assert (after.st_rdev, after.st_mode) == (before.st_rdev, before.st_mode)
+    trace.save(link)
+    after = os.stat("/dev/null")
+    assert (after.st_rdev, after.st_mode) == (before.st_rdev, before.st_mode)
     assert os.readlink(link) == "/dev/null"
-
-
-@both
-def test_named_pipe_and_descriptor_are_written_to(write, trace, tmp_path):
-    pipe, copy = tmp_path / "pipe", tmp_path / "copy"
     os.mkfifo(pipe)
     reader = threading.Thread(target=lambda: copy.write_bytes(pipe.read_bytes()))
     reader.start()
-    write(trace, pipe)
+    trace.save(pipe)
     reader.join(60)
     assert stat.S_ISFIFO(pipe.stat().st_mode)
-    assert is_written(write, copy)
+    assert GateTrace.load(copy).layer == "lstm"
     with open(copy, "wb") as file:
-        write(trace, f"/dev/fd/{file.fileno()}")
+        trace.save(f"/dev/fd/{file.fileno()}")
         assert os.fstat(file.fileno()).st_ino == copy.stat().st_ino
-    assert is_written(write, copy)
+    assert GateTrace.load(copy).layer == "lstm"
 
 
-@both
 @pytest.mark.parametrize(
     ("path", "error", "match"),
     [
         ("folder", IsADirectoryError, "folder"),
         ("missing/file", FileNotFoundError, "missing"),
         ("loop", OSError, "symbolic links"),
-        (3, ValueError, "`path` must be"),
         (b"trace.npz", ValueError, "`path` must be"),
         ("a\0b", ValueError, "`path` must be"),
     ],
 )
-def test_invalid_path_changes_nothing(
-    write, path, error, match, trace, tmp_path, monkeypatch
-):
+def test_invalid_path_changes_nothing(path, error, match, trace, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(error, match=match):
-        write(trace, path)
+    for write in (trace.save, trace.to_html):
+        with pytest.raises(error, match=match):
+            write(path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "loop"]
 
 
-@both
-def test_read_only_file_is_not_replaced(write, trace, tmp_path, monkeypatch):
+def test_read_only_file_is_not_replaced(trace, tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(b"previous content")
     path.chmod(0o440)
@@ -285,16 +233,14 @@ def test_read_only_file_is_not_replaced(write, trace, tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "open", open_as_user, raising=False)
     with pytest.raises(PermissionError):
-        write(trace, path)
+        trace.save(path)
     assert path.read_bytes() == b"previous content"
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("exists", [False, True])
-def test_failed_write_changes_nothing(exists, trace, tmp_path):
+def test_failed_write_changes_nothing(tmp_path):
     path = tmp_path / "file"
-    if exists:
-        path.write_bytes(b"previous content")
+    path.write_bytes(b"previous content")
 
     def write(file):
         file.write(b"half")
@@ -302,8 +248,8 @@ def test_failed_write_changes_nothing(exists, trace, tmp_path):
 
     with pytest.raises(OSError, match="disk full"):
         files.write_file(path, write)
-    assert list(tmp_path.iterdir()) == [path] * exists
-    assert not exists or path.read_bytes() == b"previous content"
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == b"previous content"
 
 
 @pytest.mark.parametrize(
@@ -313,7 +259,6 @@ def test_failed_write_changes_nothing(exists, trace, tmp_path):
         ("", IsADirectoryError),
         ("/dev/zero", ValueError),
         ("pipe", ValueError),
-        (0, ValueError),
         ([], ValueError),
     ],
 )
