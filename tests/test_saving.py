@@ -70,6 +70,10 @@ def test_configuration_round_trip(make, arguments):
     config = json.loads(json.dumps(layer.get_config()))
     before = json.dumps(config)
     assert set(arguments) <= set(config)
+    for name, value in arguments.items():
+        for gate, one in value.items() if isinstance(value, dict) else ():
+            if not isinstance(one, str):
+                assert config[name][gate]["class_name"] == type(one).__name__
     restored = make.from_config(config)
     assert json.dumps(config) == before  # unchanged
     assert restored.get_config() == config
