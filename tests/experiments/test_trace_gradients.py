@@ -25,6 +25,7 @@ EPSILON = 1e-5
     ("kind", "backwards"),
     [
         ("LSTM", True),
+        ("before another LSTM", False),
         *((k, False) for k in ("custom cell", "coupled", "layer norm", "zoneout")),
     ],
 )
@@ -38,15 +39,20 @@ def test_gradients_equal_finite_differences(kind, backwards, rng, dtype_policy):
     mask[0, 2] = False
     with double_precision():
         options = {"go_backwards": backwards, "return_sequences": True}
-        layer = make(kind, **options)
-        # On JAX, Keras's tanh computes in float32.
-        layer.cell.activation = lambda x: 2 * ops.sigmoid(2 * x) - 1
+        layers = [make("LSTM" if "LSTM" in kind else kind, **options)]
+        if kind == "before another LSTM":
+            layers.append(keras.layers.LSTM(UNITS, return_sequences=True))
         inputs = [keras.Input((TIME, FEATURES), dtype="float64")]
         inputs.append(keras.Input((TIME,), dtype="bool"))
-        model = keras.Model(inputs, layer(inputs[0], mask=inputs[1]))
+        outputs = inputs[0]
+        for layer in layers:
+            # On JAX, Keras's tanh computes in float32.
+            layer.cell.activation = lambda x: 2 * ops.sigmoid(2 * x) - 1
+            outputs = layer(outputs, mask=inputs[1])
+        model = keras.Model(inputs, outputs)
         # Keras's `matmul` and `mean`, and so `Dense` and losses, compute in float32.
         gradients = trace_gradients(
-            model, [x, mask], y, loss=lambda y, h: ops.sum((h - y) ** 2)
+            model, [x, mask], y, loss=lambda y, h: ops.sum((h - y) ** 2), layer=0
         )
         assert gradients.c.dtype == "float64"
         assert np.isnan(gradients.h[0, 2]).all()
@@ -62,7 +68,9 @@ def test_gradients_equal_finite_differences(kind, backwards, rng, dtype_policy):
                         values[place[1::2]] += epsilon
                     return values
 
-                _, h = numpy_lstm(layer, x, edit, mask=mask)
+                _, h = numpy_lstm(layers[0], x, edit, mask=mask)
+                for layer in layers[1:]:
+                    _, h = numpy_lstm(layer, h, mask=mask)
                 return np.sum((h - y) ** 2)
 
             expected = (loss(EPSILON) - loss(-EPSILON)) / (2 * EPSILON)
