@@ -32,25 +32,19 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-@pytest.fixture(scope="module", params=ROUNDS)
-def notebooks(request):
-    """The name of a notebook, as it is saved, and after a run without an error."""
+@pytest.mark.parametrize("name", ROUNDS)
+def test_outputs_are_the_saved_ones_and_what_the_text_says(name):
     # Imported late, since it takes seconds.
     nbformat = pytest.importorskip("nbformat", reason="nbclient is not installed")
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
-    saved = nbformat.read(EXAMPLES / f"{request.param}.ipynb", as_version=4)
-    again = copy.deepcopy(saved)
-    for cell in code_cells(again):
+    saved = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
+    run = copy.deepcopy(saved)
+    for cell in code_cells(run):
         cell.outputs, cell.execution_count = [], None
         for saved_code, smaller in SMALLER.items():
             cell.source = cell.source.replace(saved_code, smaller)
     folder = {"metadata": {"path": str(EXAMPLES)}}
-    run = nbclient.NotebookClient(again, timeout=600, resources=folder).execute()
-    return request.param, saved, run
-
-
-def test_outputs_equal_the_saved_ones(notebooks):
-    name, saved, run = notebooks
+    nbclient.NotebookClient(run, timeout=600, resources=folder).execute()
     is_exact = True
     for old, new in zip(code_cells(saved), code_cells(run), strict=True):
         is_exact &= ROUNDS[name] not in old.source
@@ -61,10 +55,6 @@ def test_outputs_equal_the_saved_ones(notebooks):
         else:
             assert bool(new_text) == bool(text), old.source
     assert not is_exact
-
-
-def test_what_the_text_says_is_true(notebooks):
-    name, _, run = notebooks
     outputs = {cell.source: printed(cell)[1] for cell in code_cells(run)}
     said = "".join(outputs.values())
     if name == "lstm_from_scratch":
