@@ -66,6 +66,23 @@ def test_same_seed_gives_the_same_weights(arguments):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("rate", [0.4, 1.0])
+def test_same_seed_gives_the_same_dropout_masks(draw, rate):
+    x, rates, rnns = draw(3, 7, 5), {"dropout": rate, "recurrent_dropout": rate}, []
+    for cell in (ScratchLSTMCell, layers.LSTMCell):
+        keras.utils.set_random_seed(7)
+        rnns.append(layers.RNN(cell(6, seed=11, **rates), return_sequences=True))
+    ours, theirs = rnns
+    try:
+        expected = ops.convert_to_numpy(theirs(x, training=True))
+    except ValueError:
+        pytest.skip("this version of Keras rejects a dropout of 1")
+    dropped = ops.convert_to_numpy(ours(x, training=True))
+    assert_close(dropped, expected)
+    # In the built-in cell, 1 drops nothing.
+    assert np.allclose(dropped, ops.convert_to_numpy(ours(x))) == (rate == 1)
+
+
 class SubclassedModel(keras.Model):
     """Keras first traces it with variables that have no value yet."""
 

@@ -375,6 +375,21 @@ def test_sorting_of_units(visit, rng):
         assert ("2" in found) == (not query)
 
 
+def test_report_keeps_masked_and_infinite_values_apart(rng, path):
+    trace = make_trace(rng, 3, samples=1, masked=[1])
+    trace.f[0, 0, 2] = np.inf
+    trace.i[0, :, 4] = np.nan
+    trace.o[0, [0, 2], 0] = 0.3  # constant, and not a float32
+    trace.to_html(path)
+    data, values = read_report(path)
+    assert data["tokens"] is None
+    for name in ("i", "f", "o"):
+        expected = getattr(trace, name)[0]
+        expected[np.isinf(expected)] = np.nan
+        np.testing.assert_allclose(values[name], expected, atol=1 / 508)
+    assert data["variance"]["o"][0] == data["variance"]["i"][4] == 0
+
+
 def test_line_chart_of_time_series(visit, rng):
     trace = make_trace(rng, 8, masked=[2, 3, 5])
     page = visit(trace)
