@@ -49,7 +49,7 @@ def run_unchanged(cell, x, h, c, names):
     """
     weights = [_per_gate(cell, prefix) for prefix in ("W_x", "W_h")]
     b = _per_gate(cell, "b_") if cell.use_bias else None
-    # Not by cuDNN, whose TF32 would not agree with the gates.
+    # Also within `force`, and not by cuDNN, whose TF32 would not agree with the gates.
     with recurrence.force("torch"):
         lstm = recurrence.implementations(use_cudnn=False)["torch"]
     h_all, *states = lstm(x, h, c, *weights, b, mask=None, training=False)
