@@ -5,6 +5,7 @@ import doctest
 import io
 import json
 import re
+import tomllib
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -178,6 +179,19 @@ def test_named_and_linked_files_exist(page):
     assert [path for path in named if not (ROOT / path).exists()] == []
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("page", READMES, ids=lambda page: page.name)
+def test_readme_commands(page):
+    """One line sets up and runs the main job, and one the tests."""
+    main_job = 'pip install -e ".[examples]" && python examples/time_machine.py --quick'
+    lines = [block.strip() for _, block in FENCE.findall(page.read_text())]
+    assert main_job in lines
+    assert 'pip install -e ".[test]" && pytest' in lines
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"examples", "test"} <= set(project["optional-dependencies"])
+    assert (ROOT / "examples" / "time_machine.py").exists()
 
 
 @pytest.mark.one_backend
