@@ -287,6 +287,11 @@ def store_build_shape(file, config):
     }
 
 
+def store_build_shape_of_stateful(file, config):
+    remove_input_shape(file, config)
+    config["config"]["build_input_shape"] = [1, 1, 4]
+
+
 def store_dtype_of_inputs(file, config):
     """Until Keras 2.0, the first layer had the dtype of its inputs."""
     remove_input_layer(file, config)
@@ -301,9 +306,11 @@ def store_dtype_of_inputs(file, config):
         ("nested", number_calls_from_0),
         ("nested", use_lists),
         ("video", flip_kernels),
+        ("stock", remove_input_shape),
         ("sentiment", remove_input_shape),
         ("autoencoder", store_build_shape),
         ("stateful", remove_input_layer),
+        ("stateful", store_build_shape_of_stateful),
         ("sentiment", store_dtype_of_inputs),
     ],
 )

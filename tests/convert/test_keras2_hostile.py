@@ -62,9 +62,11 @@ def getitem(index):
 
 INDEX = [{"start": None, "stop": -1, "step": 1}, 0]
 SYSTEM = {"module": "os", "class_name": "system", "config": {"command": "touch ran"}}
+CODE = {"class_name": "__lambda__", "config": {"value": "4wEAAA=="}}
 CONFIGURATIONS = {
     "not a model": ("architecture is not", "text"),
     "no layers": ("contents are invalid", serialized("Sequential")),
+    "empty": ("no layers", serialized("Sequential", layers=[])),
     "subclass": ("class of its model must be among", serialized("MyModel")),
     "layer": ("not the configuration of a layer", serialized("Sequential", layers=[3])),
     "unknown": (
@@ -72,31 +74,51 @@ CONFIGURATIONS = {
         r"e': ...}`, or use only LSTM, GRU",
         changed(add("Mine")),
     ),
+    "operation": (r"'last' \(TFOpLambda\)", changed(add("TFOpLambda", function="add"))),
     "function": (
         r"layer 'd' \(TFOpLambda\): the function is not supported. Use only __operators"
         r"__.getitem, .*. Received: 'os.system'",
         operation(["x", 0, 0, {}], "os.system"),
     ),
+    "list of functions": ("function is not", operation(["x", 0, 0, {}], ["math.add"])),
+    "no function": ("function is not supported", operation(["x", 0, 0, {}], None)),
     "no argument": ("'d' cannot be called", operation(["x", 0, 0, {}])),
     "unknown argument": (
         "'d' cannot be called: `z` is not supported. Received: z=2",
         operation(["x", 0, 0, {"y": 1, "z": 2}]),
     ),
+    "text argument": ("'d' cannot be called", operation(["x", 0, 0, {"y": "a"}])),
+    "ragged array": (
+        "'d' cannot be called",
+        operation(["x", 0, 0, {"y": [[1], [1, 2]]}]),
+    ),
+    "text node": ("'d' cannot be called", operation("x")),
+    "number node": ("'d' cannot be called", operation(3)),
     "constants": ("no inputs", operation(["_CONSTANT_VALUE", -1, [1], {"y": [2.0]}])),
     "shape of a tensor": (
         "'d' cannot be called: `shape` is not supported",
         operation(["x", 0, 0, {"shape": [["x", 0, 0], 3]}], "reshape"),
     ),
     "index": ("the index 'a' is not supported", getitem([0, "a"])),
+    "boolean index": ("the index True is not supported", getitem(True)),
+    "slice": ("index {'start': 1} is not supported", getitem({"start": 1})),
+    "slice step": (
+        "the index .* is not supported",
+        getitem({"start": None, "stop": None, "step": 0}),
+    ),
     "tensor index": ("`slice_spec` is not supported", getitem([0, ["x", 0, 0]])),
+    "many indices": ("'d' cannot be called", getitem([0, 0, 0])),
     "lambda": (
         r"code in files is not run. Pass its function: `custom_objects={'last': f",
         changed(add("Lambda", function=["4wEA", None, None], function_type="lambda")),
     ),
     "class from a module": ("not supported", changed(add("os.system"))),
     "activation from a module": ("not supported", changed(replace(activation=SYSTEM))),
+    "activation code": ("not supported", changed(replace(activation=CODE))),
     "activation name": ("not a Keras acti", changed(replace(activation="deserialize"))),
+    "dotted name": ("not a Keras acti", changed(replace(activation="os.system"))),
     "regularizer": ("not one of", changed(replace(bias_regularizer=SYSTEM))),
+    "constraint": ("not one of", changed(replace(bias_constraint=SYSTEM))),
     "policy": ("must not be a dict", changed(replace(seed=SYSTEM))),
     "time_major": ("Keras 3 has no `time_major`", changed(replace(time_major=True))),
     "many units": (
@@ -104,6 +126,7 @@ CONFIGURATIONS = {
         changed(replace(units=10**8)),
     ),
     "units": (r"layer 'lstm_1' \(LSTM\): ", changed(replace(units=-1))),
+    "units type": (r"layer 'lstm_1' \(LSTM\): ", changed(replace(units="many"))),
     "shape": ("cannot|invalid", changed(replace(batch_input_shape=[None, "a"]))),
     "ragged": (
         "no ragged inputs",
@@ -113,8 +136,15 @@ CONFIGURATIONS = {
             )
         ),
     ),
+    "other layer": (
+        "inputs of layer 'd' do not exist",
+        functional([[["y", 0, 0, {}]]]),
+    ),
     "cycle": ("inputs of layer 'd' do not exist", functional([[["d", 0, 0, {}]]])),
+    "other call": ("do not exist|does not exist", functional([[["x", 5, 0, {}]]])),
+    "other output": ("does not exist", functional([[["x", 0, 5, {}]]])),
     "negative": ("does not exist", functional([[["x", 0, -1, {}]]])),
+    "not called": ("does not exist", functional([])),
     "argument": ("cannot be called", functional([[["x", 0, 0, {"training_": 1}]]])),
 }
 
@@ -139,14 +169,36 @@ def test_invalid_configurations_raise_one_error(tmp_path, monkeypatch, rng, name
 WIDE = 10**10
 SIZES = {
     "units": ([None, 5, 3], [("LSTM", {"units": WIDE}, 3)]),
+    "inputs of LSTM": ([None, 5, WIDE], [("LSTM", {"units": 1}, 3)]),
+    "inputs of GRU": ([None, 5, WIDE], [("GRU", {"units": 1}, 3)]),
     "vocabulary": (
         [None, 5],
         [("Embedding", {"input_dim": WIDE, "output_dim": 3}, 1)],
     ),
+    "batch normalization": ([None, WIDE], [("BatchNormalization", {}, 4)]),
+    "layer normalization": ([None, WIDE], [("LayerNormalization", {}, 2)]),
     "normalization": ([None, WIDE], [("Normalization", {}, 3)]),
+    "PReLU": ([None, WIDE], [("PReLU", {}, 1)]),
+    "Conv1D": ([None, 5, WIDE], [("Conv1D", {"filters": 1, "kernel_size": 2}, 2)]),
     "kernel": (
         [None, 10**6, 10**6, 1],
         [("Conv2D", {"filters": 1, "kernel_size": [10**6, 10**6]}, 2)],
+    ),
+    "filters": (
+        [None, 5, 8, 8, 1],
+        [("ConvLSTM2D", {"filters": 9000, "kernel_size": 3}, 3)],
+    ),
+    "depth multiplier": (
+        [None, 5, 3],
+        [("DepthwiseConv1D", {"kernel_size": 2, "depth_multiplier": WIDE}, 2)],
+    ),
+    "repeated": (
+        [None, 3],
+        [
+            ("RepeatVector", {"n": WIDE}, 0),
+            ("Flatten", {}, 0),
+            ("Dense", {"units": 2}, 2),
+        ],
     ),
     "padded": (
         [None, 5, 3],
@@ -159,6 +211,14 @@ SIZES = {
     "wrapped": (
         [None, 5, WIDE],
         [("Bidirectional", {"layer": serialized("LSTM", name="l", units=1)}, 6)],
+    ),
+    "time distributed": (
+        [None, 5, WIDE],
+        [("TimeDistributed", {"layer": serialized("Dense", name="d", units=1)}, 2)],
+    ),
+    "cells": (
+        [None, 5, 3],
+        [("RNN", {"cell": serialized("LSTMCell", name="c", units=WIDE)}, 3)],
     ),
 }
 
@@ -199,21 +259,39 @@ def test_weights_of_other_shapes_are_not_allocated(tmp_path, rng, name):
 
 
 @pytest.mark.usefixtures("little_memory")
+def test_heads_of_other_shapes_are_not_allocated(tmp_path, rng):
+    config = functional([[["x", 0, 0, {"value": ["x", 0, 0]}]]])
+    tensor, spec = config["config"]["layers"]
+    tensor["config"]["batch_input_shape"] = [None, 5, 3]
+    spec |= serialized("MultiHeadAttention", name="d", num_heads=10**4, key_dim=10**5)
+    weights = {"d": {f"weight_{k}": (1,) for k in range(8)}}
+    write_keras_2_1(tmp_path / "model.h5", rng, config, weights)
+    with pytest.raises(ValueError, match=r"`kernel` must have shape .3, 10000, 100000"):
+        load_keras2(tmp_path / "model.h5")
+
+
+@pytest.mark.usefixtures("little_memory")
 def test_states_and_constants_of_any_size_are_not_allocated(tmp_path, rng):
     config = {"units": 1, "stateful": True}
-    sized(tmp_path / "model.h5", rng, [WIDE, 5, 1], [("LSTM", config, 3)])
-    with h5py.File(tmp_path / "model.h5", "a") as file:
-        group = file["model_weights/LSTM"]
-        for k, name in enumerate(list(group.attrs["weight_names"])):
-            del group[name]
-            group[name] = np.ones([(1, 4), (1, 4), (4,)][k])
-    with pytest.raises(ValueError, match="its state must have at most 16777216"):
-        load_keras2(tmp_path / "model.h5")
-    config = {"mean": [0.5], "variance": [0.5], "axis": [-1]}
-    layers = [("Normalization", config, 0), ("Dense", {"units": 1}, 2)]
-    sized(tmp_path / "model.h5", rng, [None, WIDE], layers)
-    with pytest.raises(ValueError, match=r"must have shape \(10000000000, 1\)"):
-        load_keras2(tmp_path / "model.h5")
+    for spec in (
+        ("LSTM", config, 3),
+        ("Bidirectional", {"layer": serialized("LSTM", name="l", **config)}, 6),
+    ):
+        sized(tmp_path / "model.h5", rng, [WIDE, 5, 1], [spec])
+        with h5py.File(tmp_path / "model.h5", "a") as file:
+            for value in file["model_weights"].values():
+                names = list(value.attrs["weight_names"])
+                for k, name in enumerate(names):
+                    del value[name]
+                    value[name] = np.ones([(1, 4), (1, 4), (4,)][k % 3])
+        with pytest.raises(ValueError, match="its state must have at most 16777216"):
+            load_keras2(tmp_path / "model.h5")
+    for mean in (0.5, [0.5]):
+        config = {"mean": mean, "variance": mean, "axis": [-1]}
+        layers = [("Normalization", config, 0), ("Dense", {"units": 1}, 2)]
+        sized(tmp_path / "model.h5", rng, [None, WIDE], layers)
+        with pytest.raises(ValueError, match=r"must have shape \(10000000000, 1\)"):
+            load_keras2(tmp_path / "model.h5")
 
 
 @pytest.mark.usefixtures("little_memory")
@@ -235,29 +313,43 @@ def test_arrays_that_the_file_does_not_hold_are_not_allocated(tmp_path, rng, opt
 # --- weights -----------------------------------------------------------------
 
 
-def kernel(create):
-    """Edit that replaces a weight."""
-
-    def edit(file):
-        group = file["model_weights/dense_1/dense_1"]
-        del group["kernel:0"]
-        create(group)
-
-    return edit
+def delete(file):
+    del file["model_weights/dense_1/dense_1/kernel:0"]
 
 
-def set_to(value):
-    return kernel(lambda group: group.update({"kernel:0": value}))
+def resize(file):
+    delete(file)
+    file["model_weights/dense_1/dense_1/kernel:0"] = np.ones((4, 3))
 
 
-def external(group):
+def huge(file):
+    delete(file)
+    group = file["model_weights/dense_1/dense_1"]
+    group.create_dataset("kernel:0", (2**40, 2**10), "float32", chunks=(1024, 1024))
+
+
+def text(file):
+    delete(file)
+    file["model_weights/dense_1/dense_1/kernel:0"] = np.full((4, 2), b"a")
+
+
+def link(file):
+    delete(file)
+    target = h5py.ExternalLink("other.h5", "secret")
+    file["model_weights/dense_1/dense_1/kernel:0"] = target
+
+
+def external(file):
+    delete(file)
+    group = file["model_weights/dense_1/dense_1"]
     group.create_dataset("kernel:0", (4, 2), "float32", external=[("other.bin", 0, 32)])
 
 
-def virtual(group):
+def virtual(file):
+    delete(file)
     layout = h5py.VirtualLayout((4, 2), "float32")
     layout[:] = h5py.VirtualSource("other.h5", "secret", (4, 2))
-    group.create_virtual_dataset("kernel:0", layout)
+    file["model_weights/dense_1/dense_1"].create_virtual_dataset("kernel:0", layout)
 
 
 def swap(file):
@@ -282,15 +374,13 @@ def outside(file):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (kernel(lambda group: None), "'dense_1/kernel:0' is missing"),
-        (
-            set_to(np.ones((4, 3))),
-            r"'dense_1': `kernel` must have shape \(4, 2\). Received: \(4, 3\)",
-        ),
-        (set_to(np.full((4, 2), b"a")), "`kernel` must hold numbers"),
-        (set_to(h5py.ExternalLink("other.h5", "secret")), "kernel:0' is missing"),
-        (kernel(external), "is not stored in the file"),
-        (kernel(virtual), "is not stored in the file"),
+        (delete, "'dense_1/kernel:0' is missing"),
+        (resize, r"'dense_1': `kernel` must have shape \(4, 2\). Received: \(4, 3\)"),
+        (huge, "`kernel` must have shape"),
+        (text, "`kernel` must hold numbers"),
+        (link, "'dense_1/kernel:0' is missing"),
+        (external, "is not stored in the file"),
+        (virtual, "is not stored in the file"),
         (swap, "its weight `kernel` has the name 'lstm_1/recurrent_kernel:0'"),
         (remove_layer, "2 layers with weights. Received: 1 such"),
         (remove_weight, "'lstm_1' has 3 weights. Received: 2 for 'lstm_1'"),
@@ -382,7 +472,7 @@ def test_mutated_configurations_load_or_raise_one_error(tmp_path, rng):
 # --- archives ----------------------------------------------------------------
 
 
-def write_archive(path, rng, edit=None, members=(), **options):
+def write_archive(path, rng, edit=None, members=(), version="2.15.0", **options):
     """Write an archive as Keras 2.15 did, after `edit(file)` of its weights."""
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
@@ -393,7 +483,7 @@ def write_archive(path, rng, edit=None, members=(), **options):
         if edit:
             edit(file)
     content = {
-        "metadata.json": json.dumps({"keras_version": "2.15.0"}),
+        "metadata.json": json.dumps({"keras_version": version}),
         "config.json": json.dumps(serialized("Sequential", layers=KERAS_2_1["config"])),
         "model.weights.h5": buffer.getvalue(),
         **dict(members),
@@ -433,6 +523,11 @@ def add_variable(file):
     file["layers/dense/vars/2"] = np.ones(2)
 
 
+def widen(file):
+    del file["layers/dense/vars/0"]
+    file["layers/dense/vars/0"] = np.ones((4, 10**4))
+
+
 BOMB = bytes(2**28)
 
 
@@ -443,12 +538,16 @@ BOMB = bytes(2**28)
         ({"edit": remove_cell}, "'lstm_1' has weights that are missing"),
         ({"edit": add_layer}, r"no layer has the weights of \['gru'\] in the file"),
         ({"edit": add_variable}, "'dense_1' has 2 weights of its own. Received: 3"),
+        ({"edit": widen}, r"'dense_1': `kernel` must have shape \(4, 2\)"),
         ({"members": {"metadata.json": None}}, "no model: it has no 'config.json'"),
         ({"members": {"model.weights.h5": None}}, "has an architecture, but no weigh"),
         ({"members": {"model.weights.h5": b"HDF"}}, "contents are invalid"),
+        ({"members": {"config.json": b"{"}}, "not valid JSON"),
         ({"members": {"metadata.json": b"[]"}}, "contents are invalid"),
         ({"members": {"config.json": BOMB}}, "'config.json' must have at most"),
         ({"members": {"model.weights.h5": BOMB}}, "'model.weights.h5' must have at m"),
+        ({"members": {"a/vocabulary.txt": BOMB}}, "vocabulary.txt' must have at most"),
+        ({"version": "3.4.0"}, "`keras.saving.load_model` for it"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
