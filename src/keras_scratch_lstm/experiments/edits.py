@@ -155,9 +155,6 @@ class _Binding:
     def __call__(self, lstm, shapes, mask):
         maps = {}
         for edit in self.edits:
-            if edit.array not in shapes:
-                rule = f"among those of the layer, {', '.join(shapes)}"
-                raise _validation.invalid("array", edit.array, rule)
             # Rows of a layer whose model folds an axis into the batch.
             rows, *shape = shapes[edit.array]
             size = rows // (self.batch.samples + self.batch.padding)
