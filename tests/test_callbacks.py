@@ -360,6 +360,7 @@ def test_monitor_does_not_change_training(series):
         keras.utils.set_random_seed(1)
         layer = LAYERS["ScratchLSTM"](stateful=True, dropout=0.3, seed=1)
         model = stack(layer, batch_size=8)
+        model.run_eagerly = False
         arguments = {"batch_size": 8, "epochs": 2, "shuffle": False}
         losses.append(fit(model, *series, callbacks=monitors, **arguments)["loss"])
         states.append([ops.convert_to_numpy(state) for state in layer.states])

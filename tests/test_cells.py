@@ -110,7 +110,9 @@ def test_gradients_match_finite_differences(cell_class, rate, rng):
     np.testing.assert_allclose(slope, numeric, tolerance, tolerance)
 
 
-@pytest.mark.parametrize("cell_class", [LayerNormLSTMCell, ZoneoutLSTMCell])
+@pytest.mark.parametrize(
+    "cell_class", [LayerNormLSTMCell, ZoneoutLSTMCell, DropConnectLSTMCell]
+)
 def test_training_in_mixed_precision(cell_class, draw):
     cell = cell_class(4, dtype="mixed_bfloat16", dropout=0.2, recurrent_dropout=0.2)
     layer = ScratchLSTM(cell=cell, dtype="mixed_bfloat16")

@@ -74,6 +74,7 @@ FIXED = ("`stateful`", "`unroll`")
 ONLY_SCRATCH = ("`time_major`", "custom gates")
 # For the others, see `test_saving.py`.
 IN_SAVED_MODEL = ("other activations, mask", "`initial_state`, `return_state`", *FIXED)
+IN_SAVED_MODEL += ("`time_major`", "`RNN` of a cell")
 
 
 def build(row, layer, fixed=False):

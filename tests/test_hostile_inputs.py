@@ -14,10 +14,12 @@ import os
 import pickle
 import re
 import struct
+import sys
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -40,6 +42,7 @@ from keras_scratch_lstm.tracing.trace import ARRAYS
 pytestmark = [pytest.mark.ci, pytest.mark.one_backend]
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "quick")
 MB = 2**20
+KERAS = tuple(int(part) for part in keras.__version__.split(".")[:2])
 
 
 fuzz = settings(
@@ -170,21 +173,67 @@ def canary(tmp_path):
     assert not path.exists()
 
 
-@pytest.mark.parametrize("argument", ["bias_initializer", "cell"])
-def test_payload_in_model_file(argument, canary, tmp_path):
-    path, model = tmp_path / "model.keras", keras.Sequential([keras.Input((5, 3))])
-    model.add(ScratchLSTM(4))
-    model.save(path)
+def make_model():
+    lstm = ScratchLSTM(4, return_sequences=True, name="layer")
+    return keras.Sequential([keras.Input((5, 3)), lstm])
+
+
+def instance(module, name, config):
+    return {
+        "module": module,
+        "class_name": name,
+        "config": config,
+        "registered_name": name,
+    }
+
+
+def payload_lambda(canary):
+    code = marshal.dumps(compile(f"open({canary!r}, 'w')", "payload", "eval"))
+    value = {"code": base64.b64encode(code).decode(), "defaults": None, "closure": None}
+    return {"class_name": "__lambda__", "config": {"value": value, **value}}
+
+
+PAYLOADS = {
+    "lambda": payload_lambda,
+    "class": lambda canary: instance(
+        "subprocess", "Popen", {"args": ["touch", canary]}
+    ),
+    "module": lambda canary: instance("payload_module", "Payload", {}),
+    "Keras utility": lambda canary: instance(
+        "keras.utils", "get_file", {"fname": canary, "origin": f"file://{__file__}"}
+    ),
+}
+PLACES = [
+    ("layer", "activation"),
+    ("layer", "bias_initializer", "f"),
+    ("layer", "cell"),
+]
+
+
+@pytest.mark.skipif(KERAS < (3, 13), reason="Keras imports the modules a file names")
+@pytest.mark.parametrize("place", PLACES, ids="/".join)
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_payload_in_model_file(place, payload, canary, tmp_path, monkeypatch):
+    (tmp_path / "payload_module.py").write_text(f"open({str(canary)!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "model.keras"
+    make_model().save(path)
     content = read_archive(path)
     config = json.loads(content["config.json"])
-    code = marshal.dumps(compile(f"open({str(canary)!r}, 'w')", "payload", "eval"))
-    value = {"code": base64.b64encode(code).decode(), "defaults": None, "closure": None}
-    payload = {"class_name": "__lambda__", "config": {"value": value, **value}}
-    of_layer = config["config"]["layers"][-1]["config"]
-    of_layer[argument] = payload if argument == "cell" else {"f": payload}
+    name, *keys, last = place
+    (within,) = (
+        layer["config"]
+        for layer in config["config"]["layers"]
+        if layer["config"].get("name") == name
+    )
+    for key in keys:
+        within[key] = {}
+        within = within[key]
+    within[last] = PAYLOADS[payload](str(canary))
     write_archive(path, content | {"config.json": json.dumps(config)})
-    with pytest.raises((TypeError, ValueError)):
+    with pytest.raises((AttributeError, TypeError, ValueError)):
         keras.saving.load_model(path)
+    assert "payload_module" not in sys.modules
 
 
 def read_archive(path):
@@ -213,6 +262,32 @@ def memory_below(size):
     before = resident("VmRSS")
     yield
     assert resident("VmHWM") - before < size
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"data": np.zeros((4, 3), "float32")},  # transposed
+        {"data": np.array([[b"a"] * 4] * 3)},
+        # A few bytes that declare 4 TB.
+        {"shape": (10**6, 10**6), "dtype": "float32", "chunks": (1, 1)},
+    ],
+    ids=["transposed", "text", "bomb"],
+)
+def test_invalid_weights(arguments, tmp_path):
+    path, model = tmp_path / "model.weights.h5", make_model()
+    model.save_weights(path)
+    before = model.layers[0].get_weights()
+    with h5py.File(path, "r+") as file:
+        names = []
+        file.visit(names.append)
+        name = next(name for name in names if re.search("layer.*/0$", name))
+        del file[name]
+        file.create_dataset(name, **arguments)
+    with memory_below(100 * MB), pytest.raises((ValueError, TypeError)):
+        model.load_weights(path)
+    for weight, old in zip(model.layers[0].get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, old)
 
 
 # --- hostile trace files -----------------------------------------------------

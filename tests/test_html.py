@@ -390,6 +390,34 @@ def test_report_keeps_masked_and_infinite_values_apart(rng, path):
     assert data["variance"]["o"][0] == data["variance"]["i"][4] == 0
 
 
+def test_correlations_of_report_are_those_of_the_trace(rng, path):
+    trace = make_trace(rng, len(TEXT), masked=[3, 40])
+    vowel = np.isin(list(TEXT), list("aeiouAEIOU"))
+    inputs = rng.normal(size=(2, len(TEXT), 3))
+    trace.to_html(path, TEXT)
+    of_tokens = read_data(path)["correlations"]
+    trace.to_html(path, inputs=inputs, feature_names=["a", "b", "c"])
+    of_inputs = read_data(path)["correlations"]
+    for name in ARRAYS:
+        features = {"vowel": vowel, "b": inputs[..., 1].astype("float32")}
+        expected = trace.correlate(features, name)
+        found = of_tokens[name]["vowel"], of_inputs[name]["b"]
+        np.testing.assert_allclose(found, [*expected.values()], atol=6e-4)
+
+
+def test_active_units_are_those_in_the_outer_quarters(rng, path):
+    trace = make_trace(rng, 37, samples=3, masked=[4])
+    trace.to_html(path)
+    steps = trace.c.reshape(-1, UNITS).astype("float64")
+    low, high = np.nanquantile(steps, [0.25, 0.75], axis=0)
+    for packed, expected in zip(
+        read_data(path)["activity"], (steps > high, steps < low), strict=True
+    ):
+        bits = np.frombuffer(zlib.decompress(base64.b64decode(packed)), "uint8")
+        active = np.unpackbits(bits, count=steps.size).reshape(UNITS, -1).T
+        np.testing.assert_array_equal(active, expected)
+
+
 def test_line_chart_of_time_series(visit, rng):
     trace = make_trace(rng, 8, masked=[2, 3, 5])
     page = visit(trace)

@@ -271,6 +271,7 @@ def test_per_sample_gradients_match_single_samples(rng, mask):
         with keras.StatelessScope(list(zip(layer.weights, values, strict=True))):
             return (layer(x[None], mask=mask) ** 2).sum()
 
+    forward = torch.func.vmap(lambda *one: loss(values, *one))(*inputs)
     gradient = torch.func.grad(loss, argnums=(0, 1))
     axes = (None, *[0] * len(inputs))
     gradients = torch.func.vmap(gradient, in_dims=axes)(values, *inputs)
@@ -279,6 +280,7 @@ def test_per_sample_gradients_match_single_samples(rng, mask):
         by = [value.clone().requires_grad_() for value in (*values, x)]
         with recurrence.force("loop"):
             single = loss(by[:-1], by[-1], *mask_k)
+            np.testing.assert_allclose(forward[k].detach(), single.detach(), 1e-5)
             expected = torch.autograd.grad(single, by, materialize_grads=True)
         ours = [gradient[k] for gradient in keras.tree.flatten(gradients)]
         for one, other in zip(ours, expected, strict=True):

@@ -412,6 +412,17 @@ def subclass(name, base):
     return type(name, (base,), {})(6)
 
 
+class Subclassed(keras.Model):
+    """A model with an LSTM that its configuration does not contain."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.lstm = layers.LSTM(6)
+
+    def call(self, x):
+        return self.lstm(x)
+
+
 class WithoutConfig(Multiply):
     def __init__(self, label):
         super().__init__(name=label)
@@ -435,6 +446,7 @@ TO_SCRATCH_ERRORS = [
     (lambda: "lstm", "a layer or model that contains `LSTM` or `LSTMCell`. Received"),
     (lambda: layers.GRU(6), "Received: model=<GRU name="),
     (lambda: subclass("Mine", layers.LSTM), "`Mine` is a subclass of `LSTM`, whose ch"),
+    (lambda: model_of(Subclassed(name="mine")), "`mine`: Keras cannot re-create it"),
     (lambda: model_of(WithoutConfig("mine"), layers.LSTM(6)), "`mine`: Keras cannot r"),
     (shared_between_models, "`shared`: it is shared between models or wrappers"),
 ]

@@ -21,9 +21,11 @@ def change(trace, **changes):
     ("changes", "match"),
     [
         ({"f": None}, "`f` must be float32 or float64, of .* Received: f=None"),
+        ({"f": np.zeros((2, 3, 4), "float16")}, "`f` must be .*dtype float16"),
         ({"f": np.zeros((2, 2, 4))}, r"`f` must be .* shape \(batch, time, units\)"),
         (dict.fromkeys(ARRAYS, np.zeros((3, 4))), r"`i` must be .* shape \(3, 4\)"),
         ({"mask": np.ones((2, 3))}, r"`mask` must be a boolean array of shape \(2, 3"),
+        ({"mask": np.ones((2, 2), bool)}, r"`mask` must be a boolean array of shape"),
         ({"layer": b"lstm"}, "`layer` must be a string"),
         ({"backward": 3}, "`backward` must be a `GateTrace` without `backward`"),
     ],
@@ -221,7 +223,8 @@ def test_invalid_path_changes_nothing(path, error, match, trace, tmp_path, monke
     assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "loop"]
 
 
-def test_read_only_file_is_not_replaced(trace, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["save", "to_html"])
+def test_read_only_file_is_not_replaced(method, trace, tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(b"previous content")
     path.chmod(0o440)
@@ -233,7 +236,7 @@ def test_read_only_file_is_not_replaced(trace, tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "open", open_as_user, raising=False)
     with pytest.raises(PermissionError):
-        trace.save(path)
+        getattr(trace, method)(path)
     assert path.read_bytes() == b"previous content"
     assert list(tmp_path.iterdir()) == [path]
 
