@@ -234,16 +234,24 @@ def test_cell_streams_with_explicit_states(tmp_path, rng):
     np.testing.assert_allclose(states[0], expected, rtol=0, atol=1e-6)
 
 
-def test_int8_outputs(tmp_path, rng):
-    """For the other formats, see `examples/test_deploy.py`."""
+@pytest.mark.parametrize(
+    ("quantize", "bound"),
+    [
+        pytest.param("float16", 1e-3, marks=pytest.mark.slow),
+        pytest.param("dynamic", 0.02, marks=pytest.mark.slow),
+        ("int8", 0.05),
+    ],
+)
+def test_quantized_outputs(tmp_path, rng, quantize, bound):
+    """Largest difference from the model; outputs are between -1 and 1."""
     samples = normal(rng, 100, 12, 16)
     model = sequential(ScratchLSTM(64, return_sequences=True), shape=(12, 16))
     path, options = tmp_path / "model.tflite", {"representative_data": samples}
-    interpreter = export(model, path, quantize="int8", **options)
+    interpreter = export(model, path, quantize=quantize, **options)
     assert operators(interpreter).count(FUSED) == 1
     expected = model.predict(samples, verbose=0)
     found = np.concatenate([run(interpreter, x[None])[0] for x in samples])
-    assert 0 < np.abs(found - expected).max() < 0.05
+    assert 0 < np.abs(found - expected).max() < bound
     assert path.stat().st_size < 0.7 * 4 * model.count_params()
 
 

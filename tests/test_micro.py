@@ -104,6 +104,31 @@ def test_streaming(tmp_path, rng, quantize):
         np.testing.assert_allclose(found, outputs, rtol=0, atol=bound)
 
 
+def test_states_are_kept_until_reset(tmp_path, rng):
+    model = sequential(ScratchLSTM(16))
+    file = export_litert(model, tmp_path / "model.tflite", verbose=False)
+    interpreter = load(file)
+    x = rng.normal(size=(1, TIME, FEATURES)).astype("float32")
+    first, second = run(interpreter, x), run(interpreter, x)
+    interpreter.reset()
+    np.testing.assert_array_equal(run(interpreter, x), first)
+    assert np.abs(second - first).max() > 1e-3
+
+
+def test_four_layers_and_100_time_steps(tmp_path, rng):
+    """Keras's own export of this model does not finish (tflite-micro #3674)."""
+    model = keras.Sequential([keras.Input((100, 32))])
+    for k in range(4):
+        model.add(layers.LSTM(128, return_sequences=k < 3))
+    model.add(layers.Dense(3))
+    x = rng.normal(size=(10, 100, 32)).astype("float32")
+    options = {"representative_data": x, "verbose": False}
+    file = export_litert(model, tmp_path / "model.tflite", quantize="int8", **options)
+    found = run_sequences(load(file), [x[:3]])
+    expected = model.predict(x[:3], verbose=0)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.02)
+
+
 def embedding():
     parts = layers.Embedding(9, 4), ScratchLSTM(3)
     return keras.Sequential([keras.Input((5,), dtype="int32"), *parts])
